@@ -1,0 +1,10 @@
+"""The methods: each differs from its base class only where its paper does."""
+
+from pgsuite.algorithms.a2c import A2C
+from pgsuite.algorithms.base import ActorCritic, Algorithm
+from pgsuite.algorithms.npg import NPG
+from pgsuite.algorithms.ppo import PPO
+from pgsuite.algorithms.reinforce import Reinforce
+from pgsuite.algorithms.trpo import TRPO
+
+__all__ = ["A2C", "NPG", "PPO", "TRPO", "ActorCritic", "Algorithm", "Reinforce"]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pgsuite.algorithms.base import ActorCritic
+from pgsuite.functional import objectives
+from pgsuite.nn.optim import Kind, Optimizer
+from pgsuite.settings import NonNegative, Positive
+from pgsuite.types import Batch, Metrics, masked_mean
+
+
+@dataclass(kw_only=True, eq=False)
+class A2C(ActorCritic):
+    """One gradient step per rollout, on actor and critic together (Mnih et al., 2016)."""
+
+    optim: Kind = "rmsprop"
+    lr: Positive = 7e-4
+    value_coef: NonNegative = 0.5
+    entropy_coef: NonNegative = 0.0
+    max_grad_norm: Positive | None = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.optimizer = Optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
+
+    def update(self, batch: Batch) -> Metrics:
+        return self.step(batch)
+
+    def step(self, batch: Batch) -> Metrics:
+        loss, metrics = self.loss(batch)
+        return metrics | {"grad_norm": self.optimizer.step(loss)}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """-gain + value_coef error - entropy_coef entropy, each a mean over real cells."""
+        dist = self.policy.dist(batch)
+        log_ratio = dist.log_prob(batch.action) - batch.logp
+        ratio = log_ratio.exp()
+        gain = masked_mean(self.surrogate(ratio, batch.advantage), batch.mask)
+        error = masked_mean(self.value_error(self.critic(batch), batch), batch.mask)
+        entropy = masked_mean(dist.entropy(), batch.mask)
+        loss = -gain + self.value_coef * error - self.entropy_coef * entropy
+        metrics = {
+            "loss": loss.detach(),
+            "policy_loss": -gain.detach(),
+            "value_loss": error.detach(),
+            "entropy": entropy.detach(),
+            "kl": masked_mean(objectives.sampled_kl(log_ratio.detach()), batch.mask),
+        }
+        return loss, metrics | self.watch_ratio(ratio.detach(), batch)
+
+    def value_error(self, value: Tensor, batch: Batch) -> Tensor:
+        """What the critic descends [...], cell by cell."""
+        return objectives.squared_error(value, batch.target)
+
+    def watch_ratio(self, ratio: Tensor, batch: Batch) -> Metrics:
+        """What is worth knowing about how far the policy has moved."""
+        return {}

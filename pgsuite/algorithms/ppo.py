@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from pgsuite import parallel
+from pgsuite.algorithms.a2c import A2C
+from pgsuite.functional import objectives
+from pgsuite.nn.optim import Kind
+from pgsuite.rollout import Collector
+from pgsuite.rollout.minibatches import check_split, minibatches
+from pgsuite.settings import Count, Positive
+from pgsuite.types import Batch, Metrics, average, masked_mean, standardize
+
+
+@dataclass(kw_only=True, eq=False)
+class PPO(A2C):
+    """Many small steps per rollout, on a surrogate that pays nothing for straying (Schulman et al., 2017)."""
+
+    optim: Kind = "adam"
+    lr: Positive = 3e-4
+    clip: Positive = 0.2
+    epochs: Count = 10
+    minibatches: Count = 4
+    value_clip: Positive | None = None
+    target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this; read once per epoch
+    normalize_advantage: Literal["none", "batch", "minibatch"] = "minibatch"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        check_split(collector.horizon, collector.env.num_envs, self.minibatches, columns=self.policy.sequential)
+
+    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return objectives.clipped_surrogate(ratio, advantage, self.clip)
+
+    def value_error(self, value: Tensor, batch: Batch) -> Tensor:
+        if self.value_clip is None:
+            return super().value_error(value, batch)
+        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip)
+
+    def update(self, batch: Batch) -> Metrics:
+        steps: list[Metrics] = []
+        for epoch in range(self.epochs):
+            for part in minibatches(
+                batch, self.minibatches, columns=self.policy.sequential, generator=self.generator
+            ):
+                steps.append(self.step(part))
+            if self.target_kl is not None and epoch + 1 < self.epochs:
+                kl = average(steps[-self.minibatches :])["kl"]
+                if bool(parallel.mean(kl) > self.target_kl):
+                    break
+        return average(steps) | {"epochs": batch.mask.new_tensor(len(steps) / self.minibatches, dtype=batch.logp.dtype)}
+
+    def step(self, batch: Batch) -> Metrics:
+        if self.normalize_advantage == "minibatch":
+            batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
+        return super().step(batch)
+
+    def watch_ratio(self, ratio: Tensor, batch: Batch) -> Metrics:
+        clipped = ((ratio - 1).abs() > self.clip).to(ratio.dtype)
+        return {"clip_fraction": masked_mean(clipped, batch.mask)}

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pgsuite.algorithms.base import Algorithm, fit_critic
+from pgsuite.functional import estimators
+from pgsuite.nn.optim import Kind, Optimizer
+from pgsuite.nn.policy import Critic
+from pgsuite.rollout import Collector, EpisodeCollector
+from pgsuite.settings import Count, Positive
+from pgsuite.types import Batch, Metrics, Rollout, explained_variance, masked_mean, standardize
+
+
+@dataclass(kw_only=True, eq=False)
+class Reinforce(Algorithm):
+    """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
+
+    The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  The baseline is
+    nothing, the mean return of the other episodes at the same time, or a critic.
+    """
+
+    collector = EpisodeCollector
+
+    critic: Critic | None = None
+    baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"
+    normalize_advantage: bool = False
+    optim: Kind = "adam"
+    lr: Positive = 1e-3
+    max_grad_norm: Positive | None = None
+    critic_lr: Positive = 1e-3
+    critic_epochs: Count = 10
+    critic_minibatches: Count = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.optimizer = Optimizer([self.policy], self.lr, self.optim, self.max_grad_norm)
+        if self.baseline != "critic":
+            self.critic = None
+        elif self.critic is None:
+            raise ValueError("algo.baseline=critic needs a critic")
+        else:
+            self.critic_optimizer = Optimizer([self.critic], self.critic_lr)
+
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        if not collector.whole_episodes:
+            raise ValueError("REINFORCE needs whole episodes: collect them with EpisodeCollector")
+
+    def estimate(self, rollout: Rollout) -> Batch:
+        returns = estimators.reward_to_go(rollout.reward, rollout.done, gamma=self.gamma)
+        value = torch.zeros_like(returns)
+        if self.baseline == "leave-one-out":
+            value = estimators.leave_one_out(returns, rollout.mask)
+        elif self.critic is not None:
+            value = self.critic(rollout)
+        advantage = returns - value
+        if self.normalize_advantage:
+            advantage = standardize(advantage, rollout.mask)
+        return Batch.of(rollout, value=value, advantage=advantage, target=returns)
+
+    def update(self, batch: Batch) -> Metrics:
+        dist = self.policy.dist(batch)
+        gain = dist.log_prob(batch.action) * batch.advantage
+        episodes = batch.logp.shape[1]
+        loss = -gain.where(batch.mask, 0.0).sum() / episodes
+        metrics = {
+            "policy_loss": loss.detach(),
+            "entropy": masked_mean(dist.entropy().detach(), batch.mask),
+            "grad_norm": self.optimizer.step(loss),
+        }
+        if self.critic is not None:
+            metrics |= fit_critic(
+                self.critic,
+                self.critic_optimizer,
+                batch,
+                epochs=self.critic_epochs,
+                count=self.critic_minibatches,
+                columns=self.policy.sequential,
+                generator=self.generator,
+            )
+        return metrics
+
+    def watch(self, batch: Batch) -> Metrics:
+        return super().watch(batch) | {
+            "explained_variance": explained_variance(batch.value, batch.target, batch.mask)
+        }

@@ -1,0 +1,42 @@
+"""What the suite asks of a world."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from pgsuite.types import Obs, Step
+
+
+class VectorEnv(Protocol):
+    """N synchronized environments whose tensors never leave the device.
+
+    Actions outside a Box are clipped to it.  A finished environment restarts within the step that finished it, and
+    that step reports the true successor.
+    """
+
+    name: str
+    backend: str  # such as mujoco or torch
+    description: str  # one line: backend, precision, closeness to gymnasium
+    num_envs: int
+    device: torch.device
+    observation_space: spaces.Space[Any]  # of one environment
+    action_space: spaces.Space[Any]  # of one environment
+    max_episode_steps: int
+
+    def reset(self) -> Obs:
+        """Restart every environment; obs [N, *O]."""
+        ...
+
+    def step(self, action: Tensor) -> Step:
+        """One step in every environment with action [N, *A]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the future depends on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,1 @@
+"""Rigid-body back ends behind one protocol."""

@@ -1,0 +1,70 @@
+"""A task as a vector environment: action bounds, clock, same-step restarts, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from pgsuite.envs.tasks.base import Task
+from pgsuite.types import Step
+
+
+class TaskEnv:
+    """A placed task, speaking ``dtype`` on ``device`` whatever its back end computes in and on."""
+
+    def __init__(self, task: Task, *, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        self.task, self.device, self.dtype = task, device, dtype
+        self.name, self.num_envs, self.max_episode_steps = task.gymnasium_id, task.num_envs, task.max_episode_steps
+        self.observation_space, self.action_space = task.observation_space, task.action_space
+        how, closeness = task.describe()
+        self.backend = how.split()[0].split(".")[0]
+        self.description = f"{self.name} | {how} | {self.num_envs} environments | {closeness} {gymnasium.__version__}"
+        self.generator = torch.Generator(task.device).manual_seed(seed)
+        self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        if isinstance(self.action_space, spaces.Box):
+            low, high = (torch.as_tensor(x) for x in (self.action_space.low, self.action_space.high))
+            self.bounds = (low.to(task.device, task.dtype), high.to(task.device, task.dtype))
+
+    def reset(self) -> Tensor:
+        self.task.reset(torch.ones_like(self.clock, dtype=torch.bool), self.generator)
+        self.clock.zero_()
+        return self._out(self.task.observe())
+
+    def step(self, action: Tensor) -> Step:
+        action = action.to(self.task.device)
+        if self.bounds is not None:
+            action = action.to(self.task.dtype).clamp(*self.bounds)
+        reward, terminated = self.task.advance(action)
+        next_obs = self._out(self.task.observe())
+        self.clock += 1
+        truncated = (self.clock >= self.max_episode_steps) & ~terminated
+        done = terminated | truncated
+        self.task.reset(done, self.generator)
+        self.clock.masked_fill_(done, 0)
+        return Step(
+            obs=self._out(self.task.observe()),
+            next_obs=next_obs,
+            reward=self._out(reward),
+            terminated=terminated.to(self.device),
+            truncated=truncated.to(self.device),
+        )
+
+    def _out(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "task": self.task.state_dict(),
+            "clock": self.clock.clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.task.load_state_dict(state["task"])
+        self.clock.copy_(state["clock"])
+        self.generator.set_state(state["generator"])

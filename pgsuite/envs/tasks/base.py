@@ -1,0 +1,63 @@
+"""What a task owes ``TaskEnv``, which adds the clock, restarts and precision of the outside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from gymnasium import spaces
+from torch import Generator, Tensor
+
+from pgsuite import settings
+from pgsuite.settings import Count
+
+
+@dataclass(kw_only=True, eq=False)
+class Task(ABC):
+    """N copies of one world, in tensors.  Options are the dataclass fields; ``place`` gives it a device.
+
+    Code of a task neither reads tensors back to the host nor makes shapes that depend on data, unless its back end
+    lives on the host, so that it can be captured and compiled.
+    """
+
+    gymnasium_id: ClassVar[str]  # the environment that it is equal to
+    backends: ClassVar[tuple[str, ...]]
+
+    max_episode_steps: Count = 1000
+
+    num_envs: ClassVar[int]
+    device: ClassVar[torch.device]
+    dtype: ClassVar[torch.dtype]
+    observation_space: ClassVar[spaces.Space[Any]]
+    action_space: ClassVar[spaces.Space[Any]]
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+    @abstractmethod
+    def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
+        """Set up N worlds with a back end, and the attributes above that depend on it."""
+
+    @abstractmethod
+    def reset(self, mask: Tensor, generator: Generator) -> None:
+        """Start afresh the worlds where mask [N] is true."""
+
+    @abstractmethod
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """One step with action [N, *A]: reward [N] and terminated [N]."""
+
+    @abstractmethod
+    def observe(self) -> Tensor:
+        """The observation [N, *O] of where the worlds stand, in memory of its own."""
+
+    @abstractmethod
+    def describe(self) -> tuple[str, str]:
+        """Back end with precision, and closeness to gymnasium."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,118 @@
+"""Credit assignment: pure functions of [T, N] tensors.
+
+Everywhere ``next_value`` [T, N] is the value of the true successor, so a truncated step bootstraps like any other;
+``terminated`` [T, N] silences that bootstrap, ``done`` [T, N] stops credit crossing into the next episode, and the
+last row of a rollout needs no special case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pgsuite import parallel
+
+
+def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
+    """y[t] = x[t] + decay[t] * y[t + 1], with nothing after the end."""
+    y, out = torch.zeros_like(x[0]), torch.empty_like(x)
+    for t in reversed(range(x.shape[0])):
+        y = torch.addcmul(x[t], decay[t], y, out=out[t])
+    return out
+
+
+def reward_to_go(reward: Tensor, done: Tensor, *, gamma: float) -> Tensor:
+    """Discounted Monte Carlo returns [T, N], from each step to the end of its episode."""
+    return reverse_scan(reward, gamma * (~done).to(reward.dtype))
+
+
+def monte_carlo(
+    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float
+) -> Tensor:
+    """Returns [T, N] to the end of the episode, or bootstrapped where the clock or the rollout cut it short."""
+    tail = next_value.where(_ends(done) & ~terminated, 0.0)
+    return reward_to_go(reward + gamma * tail, done, gamma=gamma)
+
+
+def n_step(
+    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float, n: int
+) -> Tensor:
+    """Returns [T, N] of n rewards and a bootstrap, fewer where the episode or the rollout ends first
+    (Mnih et al., 2016, algorithm S3)."""
+    bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
+    returns = reward + gamma * bootstrap
+    for _ in range(min(n, reward.shape[0]) - 1):
+        returns = reward + gamma * bootstrap.where(ends, _shift(returns))
+    return returns
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Generalized advantages [T, N] (Schulman et al., 2016, equation 16)."""
+    delta = reward + gamma * next_value.where(~terminated, 0.0) - value
+    return reverse_scan(delta, gamma * lam * (~done).to(delta.dtype))
+
+
+def td_lambda(
+    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float, lam: float
+) -> Tensor:
+    """Lambda returns [T, N] (Sutton and Barto, 2018, equation 12.20):
+    G[t] = r[t] + gamma ((1 - lam) V'[t] + lam G[t + 1]), with V' for G where the episode or the rollout ends."""
+    bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
+    weight = lam * (~ends).to(reward.dtype)
+    return reverse_scan(reward + gamma * (1 - weight) * bootstrap, gamma * weight)
+
+
+def vtrace(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    ratio: Tensor,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and targets [T, N] for a policy other than the one that acted (Espeholt et al., 2018, equation 1).
+
+    ``ratio`` [T, N] is the target policy's probability of each action over the acting policy's.  With ratio one the
+    targets are the lambda returns and the advantages those of ``gae``.
+    """
+    rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
+    bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
+    delta = rho * (reward + gamma * bootstrap - value)
+    target = value + reverse_scan(delta, gamma * c * (~done).to(delta.dtype))
+    following = bootstrap.where(ends, lam * _shift(target) + (1 - lam) * bootstrap)
+    return rho * (reward + gamma * following - value), target
+
+
+def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
+    """At each time [T, N], the mean return of the *other* live environments: a baseline that depends on nothing the
+    environment itself did, hence unbiased.  Where no other is live it is zero."""
+    returns, live = returns.where(mask, 0.0), mask.to(returns.dtype)
+    others = parallel.total(returns.sum(1, keepdim=True)) - returns
+    count = parallel.total(live.sum(1, keepdim=True)) - live
+    return others / count.clamp(min=1.0)
+
+
+def _ends(done: Tensor) -> Tensor:
+    """[T, N] bool, where no next row continues this one."""
+    last = torch.zeros_like(done)
+    last[-1] = True
+    return done | last
+
+
+def _shift(x: Tensor) -> Tensor:
+    """x[t + 1] at t; the last row, which nothing follows, repeats."""
+    return torch.cat([x[1:], x[-1:]])

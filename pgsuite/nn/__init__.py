@@ -1,0 +1,1 @@
+"""Modules: distributions, policies, critics, running statistics, optimizers."""

@@ -1,0 +1,102 @@
+"""Action distributions over any leading dims [...].
+
+Tensors in, tensors out, and no state: a policy makes one per look at its observations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Generator, Tensor
+
+
+class Distribution(Protocol):
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        """An action [..., *A]."""
+        ...
+
+    def mode(self) -> Tensor:
+        """The likeliest action [..., *A]."""
+        ...
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """[...], summed over action dims."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """[...] in nats."""
+        ...
+
+    def kl(self, other: Self) -> Tensor:
+        """KL(self || other) [...] in nats."""
+        ...
+
+    def detach(self) -> Self:
+        """The same distribution, through which no gradient flows."""
+        ...
+
+
+LOG_SIGMA_FLOOR = -20.0
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held above -20, so that sigma, which is its
+    exponential, is positive and its square representable in float32 whatever an optimizer does."""
+
+    mean: Tensor  # [..., A]
+    log_sigma: Tensor  # [A] or [..., A]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log_sigma", self.log_sigma.clamp(min=LOG_SIGMA_FLOOR))
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return torch.addcmul(self.mean, self.log_sigma.exp(), noise)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        z = (action - self.mean) * (-self.log_sigma).exp()
+        return -(0.5 * z**2 + self.log_sigma + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.log_sigma + 0.5 * math.log(2 * math.pi * math.e)).expand_as(self.mean).sum(-1)
+
+    def kl(self, other: Gaussian) -> Tensor:
+        precision = (-2 * other.log_sigma).exp()
+        spread = (2 * self.log_sigma).exp() * precision + (self.mean - other.mean) ** 2 * precision
+        return (0.5 * (spread - 1) + other.log_sigma - self.log_sigma).sum(-1)
+
+    def detach(self) -> Gaussian:
+        return Gaussian(self.mean.detach(), self.log_sigma.detach())
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """``logits`` must be normalized: their exponentials sum to one."""
+
+    logits: Tensor  # [..., A]
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        noise = torch.empty_like(self.logits).exponential_(generator=generator)
+        return (self.logits - noise.log()).argmax(-1)
+
+    def mode(self) -> Tensor:
+        return self.logits.argmax(-1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return self.logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        return -(self.logits.exp() * self.logits).sum(-1)
+
+    def kl(self, other: Categorical) -> Tensor:
+        return (self.logits.exp() * (self.logits - other.logits)).sum(-1)
+
+    def detach(self) -> Categorical:
+        return Categorical(self.logits.detach())

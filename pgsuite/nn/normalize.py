@@ -1,0 +1,82 @@
+"""Running statistics.  They stay frozen while a rollout is collected and learned from: ``update`` alone moves them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pgsuite import parallel
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything ``update`` has seen, over all processes (Chan et al., 1979)."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor) -> None:
+        """Take in x [..., *shape] where mask [...] is true."""
+        weight = mask.reshape(-1, *[1] * self.mean.ndim)
+        x = x.reshape(-1, *self.mean.shape).where(weight, 0.0)
+        n = parallel.total(mask.sum().double()).clamp(min=1.0)
+        mean = parallel.total(x.sum(0)) / n
+        var = parallel.total(((x - mean) ** 2).where(weight, 0.0).sum(0)) / n
+        total, delta = self.count + n, mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+
+class Standardize(nn.Module):
+    """x [..., *shape] with running mean and deviation taken out, clipped to +-clip; the identity if not ``enabled``."""
+
+    def __init__(self, shape: tuple[int, ...], clip: float = 10.0, enabled: bool = True) -> None:
+        super().__init__()
+        self.shape, self.clip = shape, clip
+        self.moments = RunningMoments(shape) if enabled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.moments is None:
+            return x
+        scale = (self.moments.var + 1e-8).rsqrt()
+        return ((x - self.moments.mean) * scale).clamp(-self.clip, self.clip)
+
+    def update(self, x: Tensor, mask: Tensor) -> None:
+        if self.moments is not None:
+            self.moments.update(x, mask)
+
+
+class RewardScale(nn.Module):
+    """Rewards [T, N] over the running deviation of their discounted sums, so that returns have unit scale.
+
+    The sum of each environment runs on from rollout to rollout and starts afresh with each episode.  Nothing is
+    subtracted from the rewards, since that would change the task (Engstrom et al., 2020, section 3).
+    """
+
+    carry: Tensor
+
+    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0) -> None:
+        super().__init__()
+        self.gamma, self.clip = gamma, clip
+        self.moments = RunningMoments()
+        self.register_buffer("carry", torch.zeros(num_envs))
+
+    def forward(self, reward: Tensor) -> Tensor:
+        return (reward * (self.moments.var + 1e-8).rsqrt()).clamp(-self.clip, self.clip)
+
+    @torch.no_grad()
+    def update(self, reward: Tensor, start: Tensor, mask: Tensor) -> None:
+        """Take in a rollout's rewards, episode starts and mask, each [T, N]."""
+        decay, sums = self.gamma * (~start).to(reward.dtype), torch.empty_like(reward)
+        for t in range(reward.shape[0]):
+            self.carry.mul_(decay[t]).add_(reward[t])
+            sums[t] = self.carry
+        self.moments.update(sums, mask)

@@ -1,0 +1,8 @@
+"""Filling [T, N] rollouts and drawing minibatches from them."""
+
+from pgsuite.rollout.buffer import RolloutBuffer
+from pgsuite.rollout.collect import Collector, EpisodeCollector, StepCollector
+from pgsuite.rollout.episodes import EpisodeTracker
+from pgsuite.rollout.minibatches import minibatches
+
+__all__ = ["Collector", "EpisodeCollector", "EpisodeTracker", "RolloutBuffer", "StepCollector", "minibatches"]

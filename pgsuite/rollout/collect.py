@@ -1,0 +1,116 @@
+"""Two ways to fill a [T, N] rollout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgsuite.envs.base import VectorEnv
+from pgsuite.nn.policy import Policy
+from pgsuite.rollout.buffer import RolloutBuffer
+from pgsuite.types import Obs, Rollout
+
+
+class Collector(ABC):
+    """Runs a policy for up to T = horizon steps in N environments, sampling from a generator of its own."""
+
+    whole_episodes = False
+
+    def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1 step, got {horizon}")
+        self.env, self.horizon = env, horizon
+        self.generator = torch.Generator(env.device).manual_seed(seed)
+        self.buffer = RolloutBuffer(horizon)
+        self.begun = False
+        self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
+        self.obs: Obs
+        self.memory: Tensor
+        self.start: Tensor
+
+    @abstractmethod
+    def collect(self, policy: Policy) -> Rollout:
+        """A rollout [T, N] of views, good until the next one."""
+
+    def begin(self, policy: Policy) -> None:
+        """Restart every environment and forget everything."""
+        self.obs, self.memory = self.env.reset(), policy.blank(self.env.num_envs)
+        self.start = torch.ones(self.env.num_envs, dtype=torch.bool, device=self.env.device)
+        self.begun = True
+
+    def advance(self, t: int, policy: Policy, live: Tensor) -> Tensor:
+        """One step in every environment, written to row t; returns done [N]."""
+        began = perf_counter()
+        choice = policy.act(self.obs, self.memory, self.start, self.generator)
+        acted = perf_counter()
+        step = self.env.step(choice.action)
+        self.seconds["environment"] += perf_counter() - acted
+        self.seconds["acting"] += acted - began
+        done = step.done
+        row = Rollout(
+            obs=self.obs,
+            memory=self.memory,
+            start=self.start,
+            action=choice.action,
+            logp=choice.logp,
+            reward=step.reward,
+            next_obs=step.next_obs,
+            terminated=step.terminated,
+            truncated=step.truncated,
+            mask=live,
+        )
+        self.buffer.write(t, row)
+        self.obs, self.memory, self.start = step.obs, choice.memory, done
+        return done
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class StepCollector(Collector):
+    """T steps from wherever each environment stands; episodes cross iteration borders."""
+
+    def collect(self, policy: Policy) -> Rollout:
+        if not self.begun:
+            self.begin(policy)
+        live = torch.ones_like(self.start)
+        for t in range(self.horizon):
+            self.advance(t, policy, live)
+        return self.buffer.read()
+
+
+class EpisodeCollector(Collector):
+    """One whole episode per environment, masked once it ends.
+
+    Counting a fixed number of episodes, rather than those that happen to finish in time, is what keeps Monte Carlo
+    returns unbiased: waiting for the finished ones favours short ones.  Every ``poll`` steps the host asks whether any
+    episode still runs, and stops if none does; that one bit is all it reads.
+    """
+
+    whole_episodes = True
+
+    def __init__(self, env: VectorEnv, horizon: int, seed: int = 0, poll: int = 10) -> None:
+        super().__init__(env, horizon, seed)
+        if horizon < env.max_episode_steps:
+            raise ValueError(
+                f"whole episodes of {env.name} take up to {env.max_episode_steps} steps, so horizon must be at least "
+                f"that, got {horizon}"
+            )
+        self.poll = poll
+
+    def collect(self, policy: Policy) -> Rollout:
+        self.begin(policy)
+        live = torch.ones_like(self.start)
+        for t in range(self.horizon):
+            if t and t % self.poll == 0 and not bool(live.any()):
+                self.buffer.blank_from(t)
+                break
+            live = live & ~self.advance(t, policy, live)
+        return self.buffer.read()

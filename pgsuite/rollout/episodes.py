@@ -1,0 +1,35 @@
+"""Returns and lengths of finished episodes, followed across rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgsuite.types import Rollout
+
+
+class EpisodeTracker:
+    """Adds up the undiscounted reward of each environment's current episode."""
+
+    def __init__(self, num_envs: int, device: torch.device) -> None:
+        self.reward = torch.zeros(num_envs, device=device, dtype=torch.float64)
+        self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
+
+    def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Returns and lengths, each [K], of the K episodes that finished in this rollout."""
+        reward, going = rollout.reward.double(), (~rollout.start).double()
+        returns, lengths = torch.empty_like(reward), torch.empty_like(reward)
+        for t in range(reward.shape[0]):
+            returns[t] = self.reward.mul_(going[t]).add_(reward[t])
+            lengths[t] = self.length.mul_(going[t]).add_(1.0)
+        finished = rollout.done & rollout.mask
+        return returns[finished], lengths[finished]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reward": self.reward.clone(), "length": self.length.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reward.copy_(state["reward"])
+        self.length.copy_(state["length"])

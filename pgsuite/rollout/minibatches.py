@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator
+
+from pgsuite.types import Batch
+
+
+def check_split(horizon: int, num_envs: int, count: int, *, columns: bool) -> None:
+    """Raise ValueError unless a [T, N] batch splits into count equal parts."""
+    size, what = (num_envs, "environments") if columns else (horizon * num_envs, f"{num_envs} x {horizon} steps")
+    if size % count:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        near = sorted(divisors, key=lambda d: (abs(d - count), d))[:3]
+        raise ValueError(
+            f"{count} minibatches do not divide a batch of {size} ({what}); "
+            f"near ones that do: {', '.join(map(str, sorted(near)))}"
+        )
+
+
+def minibatches(batch: Batch, count: int, *, columns: bool, generator: Generator | None = None) -> Iterator[Batch]:
+    """[T, N] shuffled anew into count equal parts: loose [B] cells, or [T, n] columns kept in time order."""
+    check_split(*batch.logp.shape, count, columns=columns)
+    if not columns:
+        batch = batch.map(lambda x: x.flatten(0, 1))
+    size = batch.logp.shape[int(columns)]
+    if count == 1:
+        yield batch
+        return
+    order = torch.randperm(size, generator=generator, device=batch.logp.device)
+    batch = batch[:, order] if columns else batch[order]
+    for start in range(0, size, size // count):
+        part = slice(start, start + size // count)
+        yield batch[:, part] if columns else batch[part]

@@ -1,0 +1,142 @@
+"""Any dataclass as a Hydra configuration: ``/schema/package.module.Class`` in a defaults list stands for its fields.
+
+One declaration serves the constructor and the configuration, so a typo or a wrong type fails while the configuration
+is composed, for this suite's classes and a user's alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+
+from pgsuite import settings
+from pgsuite.settings import Count, Natural, closest, plain
+
+GROUP = "schema/"
+
+
+class UserError(Exception):
+    """Something the user can mend, said in one message; printed without a traceback."""
+
+
+@dataclass(kw_only=True)
+class Network:
+    """A multilayer perceptron."""
+
+    hidden: list[Count] = field(default_factory=lambda: [64, 64])
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@dataclass(kw_only=True)
+class PolicyNetwork(Network):
+    log_sigma: float | None = None  # initial, for continuous actions; null stands for -0.5
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The settings of a run that belong to no method and no environment."""
+
+    seed: Natural = 0
+    total_steps: Count = 1_000_000
+    num_envs: Count = 64
+    horizon: Count | None = None  # steps per rollout; null stands for a whole episode
+    device: str = "auto"  # auto, cpu, cuda or cuda:1
+    backend: str = "auto"  # of the environment
+    env_threads: Natural = 0  # for physics on the CPU; 0 takes every core
+    torch_threads: Count = 1  # more only slow small networks and the physics beside them
+    standardize_obs: bool = True
+    scale_reward: bool = True
+    checkpoint_every: Count = 250_000  # steps
+    policy: PolicyNetwork = field(default_factory=PolicyNetwork)
+    critic: Network = field(default_factory=Network)
+    algo: Any = None
+    env: Any = None
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+def locate(path: str) -> type:
+    """The dataclass at a dotted path.  Raises UserError if there is none."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"cannot import {module_name!r}, which a configuration names: {error}") from error
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        options = [key for key, value in vars(module).items() if isinstance(value, type) and is_dataclass(value)]
+        raise UserError(f"{module_name} has no dataclass {name!r}; {closest(name, options)}")
+    return cls
+
+
+def schema(cls: type) -> type:
+    """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
+
+    Fields that hold parts, such as a policy, are left out, for the runtime supplies them.  A field whose type is an
+    abstract dataclass, such as an estimator, is open: a configuration group fills it.
+    """
+    options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
+    hints = get_type_hints(cls, include_extras=True)
+    for f in fields(cls):
+        hint, simple = hints[f.name], plain(hints[f.name])
+        if hint is Any or inspect.isabstract(hint):
+            options.append((f.name, Any, field(default=None)))
+        elif is_dataclass(hint) and isinstance(hint, type):
+            nested = schema(hint)
+            options.append((f.name, nested, field(default_factory=nested)))
+        elif f.init and simple is not Any and Any not in get_args(simple):
+            options.append((f.name, simple, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
+    return make_dataclass(cls.__name__, options)
+
+
+class SchemaSource(ConfigSource):
+    """Serves ``schema/<dotted path>`` to Hydra."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "pgsuite"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = config_path.removeprefix(GROUP).removesuffix(".yaml")
+        return ConfigResult(
+            config=OmegaConf.structured(schema(locate(path))),
+            path=self.full_path(),
+            provider=self.provider,
+            header={"package": None},
+        )
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path.rstrip("/") == GROUP.rstrip("/")
+
+    def is_config(self, config_path: str) -> bool:
+        return config_path.startswith(GROUP)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return ["schema"] if not config_path and results_filter is not ObjectType.CONFIG else []
+
+
+class SchemaSearchPath(SearchPathPlugin):
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("pgsuite", f"{SchemaSource.scheme()}://")
+
+
+def register() -> None:
+    """Let Hydra find schemas.  Call it before composing."""
+    Plugins.instance().register(SchemaSource)
+    Plugins.instance().register(SchemaSearchPath)

@@ -1,0 +1,110 @@
+"""A hyperparameter's type says which values it may take; ``check`` holds every dataclass to its types.
+
+    clip: Positive = 0.2
+    gamma: Fraction = 0.99
+    lr_schedule: Literal["constant", "linear"] = "constant"
+
+One declaration serves the constructor, the configuration schema and the error message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Range:
+    """A finite number between bounds; ``low`` itself is excluded when ``open`` is true."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (value > self.low if self.open else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"{'above' if self.open else 'from'} {self.low:g} to {self.high:g}"
+        return f"{'greater than' if self.open else 'at least'} {self.low:g}"
+
+
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Shrink = Annotated[float, Range(0, 0.999, open=True)]
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+
+
+def check(obj: Any) -> None:
+    """Raise ValueError, naming the field and what would be right, if a field of dataclass obj breaks its type.
+
+    Only numbers, strings, booleans, literals, sequences of them and unions are checked; modules and other
+    parts are not.
+    """
+    hints = get_type_hints(type(obj), include_extras=True)
+    for field in filter(lambda field: field.init, fields(obj)):
+        value = getattr(obj, field.name)
+        if wanted := _complaint(hints[field.name], value):
+            raise ValueError(f"{type(obj).__name__}.{field.name} must be {wanted}, got {value!r}")
+
+
+def plain(hint: Any) -> Any:
+    """The hint with its constraints taken off: what a configuration library understands."""
+    if get_origin(hint) is Annotated:
+        return plain(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(plain(arg) for arg in get_args(hint))]
+    if get_origin(hint) in (list, tuple):
+        return list[plain(get_args(hint)[0])]
+    return hint if hint in (int, float, bool, str, type(None)) else Any
+
+
+def closest(word: str, options: Iterable[str]) -> str:
+    """A sentence that names the nearest options, or all of them when none is near."""
+    options = sorted(options)
+    near = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    folded = [option for option in options if option.lower() == word.lower()]
+    if near := folded or near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"one of: {', '.join(options)}" if options else "nothing by any name is known there"
+
+
+def _complaint(hint: Any, value: Any) -> str | None:
+    """What value should have been, or None if it is that."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        base, limits = args
+        if wanted := _complaint(base, value):
+            return f"{wanted} {limits}"
+        return None if value in limits else f"{_names(base)} {limits}"
+    if origin in (Union, types.UnionType):
+        wanted = [_complaint(arg, value) for arg in args]
+        return None if None in wanted else " or ".join(w for w in wanted if w)
+    if origin is Literal:
+        return None if value in args else f"one of {', '.join(map(str, args))}"
+    if origin in (list, tuple):
+        wanted = {_complaint(args[0], x) for x in value} - {None} if isinstance(value, list | tuple) else {"values"}
+        return f"a list, each {wanted.pop()}" if wanted else None
+    if hint is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is int:
+        ok = isinstance(value, int) and not isinstance(value, bool)
+    elif hint in (bool, str, type(None)):
+        ok = isinstance(value, hint)
+    else:
+        ok = True
+    return None if ok else _names(hint)
+
+
+def _names(hint: Any) -> str:
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "null"}
+    return words.get(hint, str(hint))

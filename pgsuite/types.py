@@ -1,0 +1,121 @@
+"""What flows through the suite, and in what shape.
+
+T  steps per rollout      N  environments      B  a flat minibatch drawn from T * N
+*O observation dims       *A action dims       [...] any leading dims
+
+An observation is a tensor [..., *O] or a dictionary of such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from pgsuite import parallel
+
+Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
+Obs = Any  # Tensor, or dict[str, Tensor]
+
+
+class Step(NamedTuple):
+    """What an environment returns.  Finished environments restart within the step."""
+
+    obs: Obs  # [N, *O] what to act on next: a fresh observation where the episode ended
+    next_obs: Obs  # [N, *O] the true successor, before any restart; equals obs elsewhere
+    reward: Tensor  # [N]
+    terminated: Tensor  # [N] bool, the task ended: nothing follows, so its value is zero
+    truncated: Tensor  # [N] bool, the clock ended and the task did not: bootstrap from next_obs
+
+    @property
+    def done(self) -> Tensor:
+        return self.terminated | self.truncated
+
+
+def map_obs(fn: Callable[[Tensor], Tensor], obs: Obs) -> Obs:
+    """fn applied to an observation, entry by entry if it is a dictionary."""
+    return {key: map_obs(fn, x) for key, x in obs.items()} if isinstance(obs, dict) else fn(obs)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Tensors sharing leading dims; indexing and mapping act on all of them at once."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{f.name: map_obs(fn, getattr(self, f.name)) for f in fields(self)})
+
+    def __getitem__(self, index: Any) -> Self:
+        return self.map(lambda x: x[index])
+
+
+@dataclass(frozen=True)
+class Rollout(Experience):
+    """What happened: [T, N] experience, as the environments and the acting policy produced it."""
+
+    obs: Obs  # [T, N, *O]
+    memory: Tensor  # [T, N, H] what the policy remembered before seeing obs; H is zero without recurrence
+    start: Tensor  # [T, N] bool, an episode begins here
+    action: Tensor  # [T, N, *A]
+    logp: Tensor  # [T, N] under the policy that acted
+    reward: Tensor  # [T, N]
+    next_obs: Obs  # [T, N, *O]
+    terminated: Tensor  # [T, N] bool
+    truncated: Tensor  # [T, N] bool
+    mask: Tensor  # [T, N] bool, false where nothing real happened
+
+    @property
+    def done(self) -> Tensor:
+        return self.terminated | self.truncated
+
+
+@dataclass(frozen=True)
+class Batch(Experience):
+    """What to learn from: the same cells, with credit assigned."""
+
+    obs: Obs  # [..., *O]
+    memory: Tensor  # [..., H]
+    start: Tensor  # [...] bool
+    action: Tensor  # [..., *A]
+    logp: Tensor  # [...] under the policy that acted
+    value: Tensor  # [...] what the critic said when credit was assigned
+    advantage: Tensor  # [...]
+    target: Tensor  # [...] what the critic should have said
+    mask: Tensor  # [...] bool
+
+    @classmethod
+    def of(cls, rollout: Rollout, *, value: Tensor, advantage: Tensor, target: Tensor) -> Batch:
+        r = rollout
+        return cls(r.obs, r.memory, r.start, r.action, r.logp, value, advantage, target, r.mask)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean over real cells, whatever the others hold.
+
+    Averaged over processes it is the global mean, however unequal their shares of real cells are.
+    """
+    return x.where(mask, 0.0).sum() / parallel.mean(mask.sum().to(x.dtype)).clamp(min=1.0)
+
+
+def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the real cells of all processes."""
+    mean = parallel.mean(masked_mean(x, mask))
+    return mean, parallel.mean(masked_mean((x - mean) ** 2, mask))
+
+
+def standardize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Zero mean and unit deviation over the real cells of all processes; zero elsewhere."""
+    mean, variance = moments(x, mask)
+    return ((x - mean) / (variance.sqrt() + eps)).where(mask, 0.0)
+
+
+def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(target - value) / Var(target): one for a perfect critic, zero for a constant one."""
+    return 1 - moments(target - value, mask)[1] / moments(target, mask)[1].clamp(min=1e-8)
+
+
+def average(steps: Sequence[Metrics]) -> Metrics:
+    """Each metric's mean over steps."""
+    return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
