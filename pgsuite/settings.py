@@ -10,7 +10,9 @@ One declaration serves the constructor, the configuration schema and the error m
 from __future__ import annotations
 
 import difflib
+import functools
 import math
+import operator
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -42,17 +44,18 @@ Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 
 
-def check(obj: Any) -> None:
+def check(obj: Any, label: str | None = None) -> None:
     """Raise ValueError, naming the field and what would be right, if a field of dataclass obj breaks its type.
 
     Only numbers, strings, booleans, literals, sequences of them and unions are checked; modules and other
     parts are not.
     """
     hints = get_type_hints(type(obj), include_extras=True)
+    prefix = f"{type(obj).__name__}." if label is None else label
     for field in filter(lambda field: field.init, fields(obj)):
         value = getattr(obj, field.name)
         if wanted := _complaint(hints[field.name], value):
-            raise ValueError(f"{type(obj).__name__}.{field.name} must be {wanted}, got {value!r}")
+            raise ValueError(f"{prefix}{field.name} must be {wanted}, got {value!r}")
 
 
 def plain(hint: Any) -> Any:
@@ -62,7 +65,7 @@ def plain(hint: Any) -> Any:
     if get_origin(hint) is Literal:
         return type(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
-        return Union[tuple(plain(arg) for arg in get_args(hint))]
+        return functools.reduce(operator.or_, (plain(arg) for arg in get_args(hint)))
     if get_origin(hint) in (list, tuple):
         return list[plain(get_args(hint)[0])]
     return hint if hint in (int, float, bool, str, type(None)) else Any
@@ -106,5 +109,11 @@ def _complaint(hint: Any, value: Any) -> str | None:
 
 
 def _names(hint: Any) -> str:
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "null"}
+    words = {
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "a word",
+        type(None): "null",
+    }
     return words.get(hint, str(hint))

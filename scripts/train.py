@@ -1,8 +1,7 @@
-import hydra
-from pgsuite.runtime import schema
-from omegaconf import OmegaConf
-schema.register()
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
-def main(cfg):
-    print(OmegaConf.to_yaml(cfg))
-main()
+"""Train: python scripts/train.py algo=ppo env=HalfCheetah"""
+
+from pgsuite.runtime import cli
+from pgsuite.runtime.train import train
+
+if __name__ == "__main__":
+    cli.main(train, "train")

@@ -114,9 +114,7 @@ class ActorCritic(Algorithm):
         return objectives.surrogate(ratio, advantage)
 
     def watch(self, batch: Batch) -> Metrics:
-        return super().watch(batch) | {
-            "explained_variance": explained_variance(batch.value, batch.target, batch.mask)
-        }
+        return super().watch(batch) | {"explained_variance": explained_variance(batch.value, batch.target, batch.mask)}
 
 
 def fit_critic(

@@ -43,10 +43,8 @@ class PPO(A2C):
     def update(self, batch: Batch) -> Metrics:
         steps: list[Metrics] = []
         for epoch in range(self.epochs):
-            for part in minibatches(
-                batch, self.minibatches, columns=self.policy.sequential, generator=self.generator
-            ):
-                steps.append(self.step(part))
+            for part in minibatches(batch, self.minibatches, columns=self.policy.sequential, generator=self.generator):
+                steps.append(self.step(part))  # noqa: PERF401
             if self.target_kl is not None and epoch + 1 < self.epochs:
                 kl = average(steps[-self.minibatches :])["kl"]
                 if bool(parallel.mean(kl) > self.target_kl):

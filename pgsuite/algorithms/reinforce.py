@@ -84,6 +84,4 @@ class Reinforce(Algorithm):
         return metrics
 
     def watch(self, batch: Batch) -> Metrics:
-        return super().watch(batch) | {
-            "explained_variance": explained_variance(batch.value, batch.target, batch.mask)
-        }
+        return super().watch(batch) | {"explained_variance": explained_variance(batch.value, batch.target, batch.mask)}

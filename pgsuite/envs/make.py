@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,14 +30,7 @@ def make(
     is for physics on the CPU, 0 for every core.  Raises ValueError for an unknown task, option or back end.
     """
     if isinstance(task, str):
-        name = task.split("-v")[0]
-        cls = getattr(tasks, name, None) if name in tasks.__all__ and name != "Task" else None
-        if cls is None:
-            raise ValueError(f"no environment {task!r}; {closest(name, set(tasks.__all__) - {'Task'})}")
-        unknown = options.keys() - cls.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"{name} has no option {min(unknown)!r}; {closest(min(unknown), cls.__dataclass_fields__)}")
-        task = cls(**options)
+        task = _named(task, options)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
     if backend not in ("auto", *task.backends):
@@ -45,3 +39,14 @@ def make(
     device = torch.device(device)
     task.place(num_envs, device, task.backends[0] if backend == "auto" else backend, threads)
     return TaskEnv(task, device=device, dtype=dtype, seed=seed)
+
+
+def _named(task: str, options: dict[str, Any]) -> Task:
+    name, names = task.split("-v")[0], set(tasks.__all__) - {"Task"}
+    if name not in names:
+        raise ValueError(f"no environment {task!r}; {closest(name, names)}")
+    cls = getattr(tasks, name)
+    known = [field.name for field in fields(cls) if field.init]
+    for option in options.keys() - set(known):
+        raise ValueError(f"{name} has no option {option!r}; {closest(option, known)}")
+    return cls(**options)

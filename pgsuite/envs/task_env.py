@@ -18,7 +18,11 @@ class TaskEnv:
 
     def __init__(self, task: Task, *, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.task, self.device, self.dtype = task, device, dtype
-        self.name, self.num_envs, self.max_episode_steps = task.gymnasium_id, task.num_envs, task.max_episode_steps
+        self.name, self.num_envs, self.max_episode_steps = (
+            task.gymnasium_id,
+            task.num_envs,
+            task.max_episode_steps,
+        )
         self.observation_space, self.action_space = task.observation_space, task.action_space
         how, closeness = task.describe()
         self.backend = how.split()[0].split(".")[0]

@@ -26,17 +26,13 @@ def reward_to_go(reward: Tensor, done: Tensor, *, gamma: float) -> Tensor:
     return reverse_scan(reward, gamma * (~done).to(reward.dtype))
 
 
-def monte_carlo(
-    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float
-) -> Tensor:
+def monte_carlo(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float) -> Tensor:
     """Returns [T, N] to the end of the episode, or bootstrapped where the clock or the rollout cut it short."""
     tail = next_value.where(_ends(done) & ~terminated, 0.0)
     return reward_to_go(reward + gamma * tail, done, gamma=gamma)
 
 
-def n_step(
-    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float, n: int
-) -> Tensor:
+def n_step(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float, n: int) -> Tensor:
     """Returns [T, N] of n rewards and a bootstrap, fewer where the episode or the rollout ends first
     (Mnih et al., 2016, algorithm S3)."""
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)

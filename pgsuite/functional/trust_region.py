@@ -42,9 +42,7 @@ def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Call
     return product
 
 
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, iters: int, tol: float = 1e-10
-) -> Tensor:
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iters: int, tol: float = 1e-10) -> Tensor:
     """An approximate solution x [P] of A x = b from x = 0 (Hestenes and Stiefel, 1952).
 
     Iterations after the squared residual has fallen to tol change nothing, so none is skipped and nothing is read back

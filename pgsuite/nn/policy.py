@@ -39,11 +39,11 @@ class Choice(NamedTuple):
 
 
 def mlp(sizes: Sequence[int], activation: str, last_gain: float, generator: Generator | None = None) -> nn.Sequential:
-    """Linear layers of these sizes with orthogonal weights (gain sqrt 2, and last_gain for the last) and zero biases."""
+    """Linear layers of these sizes; orthogonal weights of gain sqrt 2, and last_gain for the last; zero biases."""
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         last = i == len(sizes) - 2
-        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        linear = nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")  # drawn once, from our generator
         nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2), generator=generator)
         nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, ACTIVATIONS[activation]()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from pgsuite.envs.base import VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.rollout.buffer import RolloutBuffer
-from pgsuite.types import Obs, Rollout
+from pgsuite.types import Obs, Rollout, map_obs
 
 
 class Collector(ABC):
@@ -68,10 +68,16 @@ class Collector(ABC):
         return done
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        """Where every environment stands, with all that acting depends on but the policy."""
+        state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.begun}
+        return state | ({name: getattr(self, name) for name in ("obs", "memory", "start")} if self.begun else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"])
+        self.begun = state["begun"]
+        for name in ("obs", "memory", "start") if self.begun else ():
+            setattr(self, name, map_obs(lambda x: x.to(self.env.device), state[name]))
 
 
 class StepCollector(Collector):

@@ -65,7 +65,7 @@ class Run:
     env: Any = None
 
     def __post_init__(self) -> None:
-        settings.check(self)
+        settings.check(self, label="")
 
 
 def locate(path: str) -> type:
@@ -90,14 +90,14 @@ def schema(cls: type) -> type:
     """
     options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
     hints = get_type_hints(cls, include_extras=True)
-    for f in fields(cls):
+    for f in filter(lambda f: f.init, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
         if hint is Any or inspect.isabstract(hint):
             options.append((f.name, Any, field(default=None)))
         elif is_dataclass(hint) and isinstance(hint, type):
             nested = schema(hint)
             options.append((f.name, nested, field(default_factory=nested)))
-        elif f.init and simple is not Any and Any not in get_args(simple):
+        elif simple is not Any and Any not in get_args(simple):
             options.append((f.name, simple, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
     return make_dataclass(cls.__name__, options)
 

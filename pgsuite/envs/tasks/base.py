@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,11 +27,11 @@ class Task(ABC):
 
     max_episode_steps: Count = 1000
 
-    num_envs: ClassVar[int]
-    device: ClassVar[torch.device]
-    dtype: ClassVar[torch.dtype]
-    observation_space: ClassVar[spaces.Space[Any]]
-    action_space: ClassVar[spaces.Space[Any]]
+    num_envs: int = field(init=False)
+    device: torch.device = field(init=False)
+    dtype: torch.dtype = field(init=False)  # of the physics
+    observation_space: spaces.Space[Any] = field(init=False)
+    action_space: spaces.Space[Any] = field(init=False)
 
     def __post_init__(self) -> None:
         settings.check(self)

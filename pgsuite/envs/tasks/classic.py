@@ -36,7 +36,10 @@ class ClassicTask(Task):
 
     def describe(self) -> tuple[str, str]:
         exact = self.dtype == torch.float64
-        return f"torch {str(self.dtype).removeprefix('torch.')}", "equals gymnasium" if exact else "rounds gymnasium"
+        return (
+            f"torch {str(self.dtype).removeprefix('torch.')}",
+            "equals gymnasium" if exact else "rounds gymnasium",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state.clone()}

@@ -1,0 +1,88 @@
+"""Command lines: Hydra composes, and whatever the user got wrong is said in one message without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pgsuite.runtime import schema
+from pgsuite.runtime.schema import UserError
+from pgsuite.settings import closest
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def main(task: Callable[[DictConfig], None], config: str) -> None:
+    """Run task with the configuration named, overridden from the command line.
+
+    Exits with 1 and one message for what the user can mend, with 130 when interrupted.  HYDRA_FULL_ERROR=1 shows
+    tracebacks instead.
+    """
+    verbose = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
+    schema.register()
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+            if verbose:
+                raise
+            sys.exit(f"error: {explain(error)}")
+
+    # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> None:
+        guarded(lambda: task(cfg))
+
+    guarded(hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job))
+
+
+def explain(error: BaseException) -> str:
+    """One message: what was wrong, where, and what would be right."""
+    if isinstance(error, UserError):
+        return str(error)
+    chain = [error]
+    while (following := chain[-1].__cause__) is not None:
+        chain.append(following)
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, MissingConfigException):
+            return _missing(link)
+        if isinstance(link, OmegaConfBaseException):
+            return _value(link)
+    if isinstance(error, OSError):
+        return f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}"
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _missing(error: MissingConfigException) -> str:
+    """An unknown choice of a group, such as env=HalfCheeta."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return " ".join(str(error).split())
+    return f"no {group} {name!r}; {closest(name, error.options or [])}"
+
+
+def _value(error: OmegaConfBaseException) -> str:
+    """An unknown key or a value of the wrong type."""
+    key = str(error.full_key or error.key)
+    parent, _, name = key.rpartition(".")
+    node = error.parent_node
+    if isinstance(node, DictConfig) and name not in node:
+        options = [str(option) for option in node if not str(option).startswith("_")]
+        where = f" in {parent}" if parent else ""
+        return f"no setting {name!r}{where}; {closest(name, options)}"
+    first = str(error.msg or error).splitlines()[0]
+    return f"{key}: {first}" if key else first

@@ -1,0 +1,103 @@
+"""How good a policy is: whole episodes, a fixed number per environment, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from pgsuite import settings
+from pgsuite.envs.base import VectorEnv
+from pgsuite.nn.policy import Policy
+from pgsuite.runtime import checkpoint
+from pgsuite.runtime.build import Seeds, build_env, build_networks, settings_of, user_error, versions
+from pgsuite.runtime.callbacks import console
+from pgsuite.runtime.schema import UserError
+from pgsuite.settings import Count, Natural
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """The settings of an evaluation."""
+
+    run: str = ""  # a run directory, or one checkpoint of it
+    episodes: Count = 20
+    deterministic: bool = True
+    seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="")
+        if not self.run:
+            raise ValueError("run must be a run directory, such as run=runs/ppo-HalfCheetah/...")
+
+
+@torch.no_grad()
+def play(
+    policy: Policy, env: VectorEnv, generator: torch.Generator, *, deterministic: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return and length, each [N], of one whole episode in every environment.
+
+    One each, rather than the first that happen to finish, so that short episodes are not favoured.
+    """
+    obs, memory = env.reset(), policy.blank(env.num_envs)
+    start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
+    live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
+    lengths = torch.zeros_like(returns)
+    while bool(live.any()):
+        choice = policy.act(obs, memory, start, generator, deterministic=deterministic)
+        step = env.step(choice.action)
+        returns += step.reward.double().where(live, 0.0)
+        lengths += live
+        start = step.done
+        live = live & ~start
+        obs, memory = step.obs, choice.memory
+    return returns, lengths
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
+    try:
+        wanted = Evaluation(**{str(k): v for k, v in cfg.items() if k != "_target_"})
+    except ValueError as error:
+        raise user_error(error) from error
+    given = Path(wanted.run)
+    path = given if given.suffix == ".pt" else checkpoint.latest(given)
+    state = checkpoint.load(path)
+    trained, seeds = DictConfig(state["config"]), Seeds.of(wanted.seed)
+    settings_of_run = settings_of(trained)
+    torch.set_num_threads(settings_of_run.torch_threads)
+    env = build_env(trained, settings_of_run, wanted.episodes, torch.device("cpu"), seeds.env)
+    policy, _ = build_networks(env, settings_of_run, seeds.init)
+    try:
+        policy.load_state_dict(state["algorithm"]["policy"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not fit the networks of its own configuration: {error}") from error
+    generator = torch.Generator().manual_seed(seeds.acting)
+    returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic)
+    mean, std = float(returns.mean()), float(returns.std(correction=0))
+    result: dict[str, Any] = {
+        "checkpoint": path.name,
+        "steps": state["steps"],
+        "episodes": wanted.episodes,
+        "deterministic": wanted.deterministic,
+        "seed": wanted.seed,
+        "return_mean": mean,
+        "return_std": std,
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+        "backend": env.backend,
+        "versions": versions(),
+    }
+    folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    how = "deterministic" if wanted.deterministic else "stochastic"
+    console().print(
+        f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "
+        f"{float(lengths.mean()):,.1f} steps each | "
+        f"{env.description} | checkpoint at {state['steps']:,} steps",
+        highlight=False,
+    )
