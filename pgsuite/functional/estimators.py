@@ -2,7 +2,7 @@
 
 Everywhere ``next_value`` [T, N] is the value of the true successor, so a truncated step bootstraps like any other;
 ``terminated`` [T, N] silences that bootstrap, ``done`` [T, N] stops credit crossing into the next episode, and the
-last row of a rollout needs no special case.
+last row of a rollout needs no special case.  ``gamma`` is one discount, or one per step [T, N].
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pgsuite import parallel
+
+Discount = float | Tensor
 
 
 def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
@@ -21,18 +23,18 @@ def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
     return out
 
 
-def reward_to_go(reward: Tensor, done: Tensor, *, gamma: float) -> Tensor:
+def reward_to_go(reward: Tensor, done: Tensor, *, gamma: Discount) -> Tensor:
     """Discounted Monte Carlo returns [T, N], from each step to the end of its episode."""
     return reverse_scan(reward, gamma * (~done).to(reward.dtype))
 
 
-def monte_carlo(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float) -> Tensor:
+def monte_carlo(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount) -> Tensor:
     """Returns [T, N] to the end of the episode, or bootstrapped where the clock or the rollout cut it short."""
     tail = next_value.where(_ends(done) & ~terminated, 0.0)
     return reward_to_go(reward + gamma * tail, done, gamma=gamma)
 
 
-def n_step(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float, n: int) -> Tensor:
+def n_step(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount, n: int) -> Tensor:
     """Returns [T, N] of n rewards and a bootstrap, fewer where the episode or the rollout ends first
     (Mnih et al., 2016, algorithm S3)."""
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
@@ -49,7 +51,7 @@ def gae(
     terminated: Tensor,
     done: Tensor,
     *,
-    gamma: float,
+    gamma: Discount,
     lam: float,
 ) -> Tensor:
     """Generalized advantages [T, N] (Schulman et al., 2016, equation 16)."""
@@ -58,7 +60,7 @@ def gae(
 
 
 def td_lambda(
-    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: float, lam: float
+    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount, lam: float
 ) -> Tensor:
     """Lambda returns [T, N] (Sutton and Barto, 2018, equation 12.20):
     G[t] = r[t] + gamma ((1 - lam) V'[t] + lam G[t + 1]), with V' for G where the episode or the rollout ends."""
@@ -75,7 +77,7 @@ def vtrace(
     done: Tensor,
     ratio: Tensor,
     *,
-    gamma: float,
+    gamma: Discount,
     lam: float = 1.0,
     rho_clip: float = 1.0,
     c_clip: float = 1.0,

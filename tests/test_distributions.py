@@ -1,0 +1,132 @@
+"""Distributions, against torch's own, published values, finite differences and sampling."""
+
+import pytest
+import torch
+from torch import distributions as td
+from torch.autograd import gradcheck
+
+from pgsuite.functional import objectives
+from pgsuite.nn.distributions import Categorical, Gaussian
+
+SAMPLES = 200_000
+
+
+def random_gaussians(shape: tuple[int, ...] = (7, 3)) -> tuple[Gaussian, Gaussian]:
+    mean, other = torch.randn(2, *shape, dtype=torch.float64)
+    sigma, wider = 0.5 * torch.randn(2, shape[-1], dtype=torch.float64)
+    return Gaussian(mean, sigma), Gaussian(other, wider)
+
+
+def random_categoricals(shape: tuple[int, ...] = (7, 5)) -> tuple[Categorical, Categorical]:
+    p, q = torch.randn(2, *shape, dtype=torch.float64).log_softmax(-1)
+    return Categorical(p), Categorical(q)
+
+
+def test_gaussian_agrees_with_torch() -> None:
+    p, q = random_gaussians()
+    tp, tq = (td.Independent(td.Normal(d.mean, d.log_sigma.exp().expand_as(d.mean)), 1) for d in (p, q))
+    x = torch.randn_like(p.mean)
+    assert torch.allclose(p.log_prob(x), tp.log_prob(x))
+    assert torch.allclose(p.entropy(), tp.entropy())
+    assert torch.allclose(p.kl(q), td.kl_divergence(tp, tq))
+    assert torch.equal(p.mode(), p.mean)
+
+
+def test_categorical_agrees_with_torch() -> None:
+    p, q = random_categoricals()
+    tp, tq = (td.Categorical(logits=d.logits) for d in (p, q))
+    x = tp.sample()
+    assert torch.allclose(p.log_prob(x), tp.log_prob(x))
+    assert torch.allclose(p.entropy(), tp.entropy())
+    assert torch.allclose(p.kl(q), td.kl_divergence(tp, tq))
+    assert torch.equal(p.mode(), tp.probs.argmax(-1))
+
+
+def test_gaussian_kl_agrees_with_rlax() -> None:
+    mean, other = torch.tensor([[1.0, -1.0], [0.1, -0.1]]), torch.tensor([[1.0, -10.0], [0.3, -0.2]])
+    sigma, wider = torch.tensor([[0.1, 0.1], [0.2, 0.3]]), torch.tensor([[0.1, 0.1], [0.8, 0.3]])
+    got = Gaussian(mean, sigma.log()).kl(Gaussian(other, wider.log()))
+    assert torch.allclose(got, torch.tensor([4050.0, 1.00434992]), rtol=1e-5)
+    unit = Gaussian(torch.zeros(1), torch.zeros(1)).kl(Gaussian(torch.ones(1), torch.tensor([2.0]).log()))
+    assert float(unit) == pytest.approx(0.44314718, abs=1e-7)
+
+
+def test_entropy_of_the_bandit_and_its_gradient() -> None:
+    theta = torch.tensor([0.0, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    entropy = Categorical(theta.log_softmax(-1)).entropy()
+    (gradient,) = torch.autograd.grad(entropy, theta)
+    assert float(entropy.detach()) == pytest.approx(1.02019134, abs=1e-8)
+    expected = torch.tensor([0.04917541, -0.17216366, 0.12298825], dtype=torch.float64)
+    assert torch.allclose(gradient, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [random_gaussians, random_categoricals])
+def test_entropy_and_kl_are_what_sampling_says(make) -> None:
+    """Five standard errors of 200,000 samples, seeded."""
+    p, q = make((3,))
+    many, others = (type(d)(*[x.expand(SAMPLES, *x.shape) for x in vars(d).values()]) for d in (p, q))
+    x = many.sample(torch.Generator().manual_seed(1))
+    for samples, exact in ((-many.log_prob(x), p.entropy()), (many.log_prob(x) - others.log_prob(x), p.kl(q))):
+        error = 5 * float(samples.std()) / SAMPLES**0.5
+        assert float(samples.mean()) == pytest.approx(float(exact), abs=error)
+
+
+def test_categorical_samples_by_probability() -> None:
+    """Five binomial standard errors of 200,000 samples, seeded."""
+    p = torch.tensor([0.7, 0.2, 0.1])
+    x = Categorical(p.log().expand(SAMPLES, 3)).sample(torch.Generator().manual_seed(0))
+    frequency = x.bincount(minlength=3) / SAMPLES
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / SAMPLES).sqrt()).all()
+
+
+@pytest.mark.parametrize("make", [random_gaussians, random_categoricals])
+def test_a_generator_alone_decides_what_is_sampled(make) -> None:
+    p, _ = make()
+    first = p.sample(torch.Generator().manual_seed(3))
+    torch.manual_seed(99)
+    assert torch.equal(first, p.sample(torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, p.sample(torch.Generator().manual_seed(4)))
+
+
+def test_gradients_of_log_probabilities_are_finite_differences() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64)
+    mean, log_sigma = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    inputs = (mean.requires_grad_(), log_sigma.requires_grad_())
+    assert gradcheck(lambda m, s: Gaussian(m, s).log_prob(x), inputs)
+    assert gradcheck(lambda m, s: Gaussian(m, s).kl(Gaussian(x, torch.zeros(3, dtype=torch.float64))), inputs)
+
+
+@pytest.mark.parametrize("log_sigma", [-1e30, -1e3, -50.0])
+def test_sigma_cannot_reach_zero(log_sigma: float) -> None:
+    p = Gaussian(torch.zeros(4, 2), torch.full((2,), log_sigma))
+    x = p.sample(torch.Generator().manual_seed(0))
+    assert (p.log_sigma.exp() > 0).all()
+    assert all(y.isfinite().all() for y in (x, p.log_prob(x), p.entropy(), p.kl(p)))
+
+
+def test_clipped_surrogate_agrees_with_rsl_rl() -> None:
+    ratio, one = torch.tensor(0.5).exp(), torch.tensor(1.0)
+    assert float(objectives.clipped_surrogate(ratio, one, 0.2)) == pytest.approx(1.2)
+    new, old = torch.tensor([2.0, 1.1]), torch.tensor([1.0, 1.0])
+    loss = objectives.clipped_squared_error(new, old, torch.tensor(1.5), 0.2).mean()
+    assert float(loss) == pytest.approx(0.205)
+
+
+def test_clipping_never_hides_a_mistake() -> None:
+    """Outside the clip the objective pays nothing more, but a change for the worse is still felt in full."""
+    ratio = torch.tensor([0.5, 0.5, 1.5, 1.5], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    (slope,) = torch.autograd.grad(objectives.clipped_surrogate(ratio, advantage, 0.2).sum(), ratio)
+    assert slope.tolist() == [1.0, 0.0, 0.0, -1.0]
+
+
+def test_sampled_kl_is_k3_and_unbiased() -> None:
+    """Five standard errors of 200,000 samples, seeded."""
+    got = objectives.sampled_kl(torch.tensor([-0.1, 0.2], dtype=torch.float64))
+    assert torch.allclose(got, torch.tensor([0.00483742, 0.02140276], dtype=torch.float64), atol=1e-8)
+    old, new = Gaussian(torch.zeros(1), torch.zeros(1)), Gaussian(torch.full((1,), 0.3), torch.full((1,), 0.2))
+    wide = Gaussian(torch.zeros(SAMPLES, 1), torch.zeros(1))
+    x = wide.sample(torch.Generator().manual_seed(0))
+    k3 = objectives.sampled_kl(new.log_prob(x) - old.log_prob(x))
+    assert (k3 >= 0).all()
+    assert float(k3.mean()) == pytest.approx(float(old.kl(new)), abs=5 * float(k3.std()) / SAMPLES**0.5)

@@ -1,0 +1,149 @@
+"""Worlds small enough to know everything about, and algorithms built on them in one call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.nn.normalize import RewardScale, Standardize
+from pgsuite.nn.policy import Critic, Policy
+from pgsuite.rollout import Collector
+from pgsuite.types import Step
+
+ALL: list[type[Algorithm]] = [Reinforce, A2C, PPO, NPG, TRPO]
+
+
+class Toy:
+    """Clock, restarts and bookkeeping; a subclass says how states start, move and pay."""
+
+    name = "toy"
+    backend = "toy"
+    description = "toy"
+    device = torch.device("cpu")
+    action_space: spaces.Space[Any] = spaces.Discrete(2)
+    obs_size = 1
+
+    def __init__(self, num_envs: int, max_episode_steps: int = 50, seed: int = 0) -> None:
+        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        self.observation_space = spaces.Box(-math.inf, math.inf, (self.obs_size,))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.clock = torch.zeros(num_envs, dtype=torch.long)
+        self.state = self.fresh()
+
+    def fresh(self) -> Tensor:
+        return torch.ones(self.num_envs, self.obs_size)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Successor [N, O], reward [N], terminated [N]."""
+        raise NotImplementedError
+
+    def reset(self) -> Tensor:
+        self.state, self.clock = self.fresh(), torch.zeros_like(self.clock)
+        return self.state
+
+    def step(self, action: Tensor) -> Step:
+        next_obs, reward, terminated = self.move(action)
+        self.clock = self.clock + 1
+        truncated = (self.clock >= self.max_episode_steps) & ~terminated
+        done = terminated | truncated
+        self.state = torch.where(done.unsqueeze(-1), self.fresh(), next_obs)
+        self.clock = torch.where(done, 0, self.clock)
+        return Step(self.state, next_obs, reward, terminated, truncated)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state, "clock": self.clock, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state, self.clock = state["state"], state["clock"]
+        self.generator.set_state(state["generator"])
+
+
+class PointMass(Toy):
+    """Push a point to the origin of the plane; leaving the arena ends the episode."""
+
+    obs_size = 4
+    action_space = spaces.Box(-1.0, 1.0, (2,))
+
+    def fresh(self) -> Tensor:
+        place = torch.empty(self.num_envs, 2).uniform_(-1, 1, generator=self.generator)
+        return torch.cat([place, torch.zeros_like(place)], -1)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        position, velocity = self.state.chunk(2, -1)
+        force = action.clamp(-1, 1)
+        velocity = 0.9 * velocity + 0.2 * force
+        position = position + 0.2 * velocity
+        reward = 1 - position.square().sum(-1) - 0.05 * force.square().sum(-1)
+        return torch.cat([position, velocity], -1), reward, position.abs().amax(-1) > 2
+
+
+class Corridor(Toy):
+    """Each step pays one and survives with a probability that depends on the action taken."""
+
+    def __init__(self, num_envs: int, max_episode_steps: int, survive: tuple[float, float], seed: int = 0) -> None:
+        super().__init__(num_envs, max_episode_steps, seed)
+        self.survive = torch.tensor(survive)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        falls = torch.rand(self.num_envs, generator=self.generator) > self.survive[action]
+        return self.fresh(), torch.ones(self.num_envs), falls
+
+
+class Probe(Toy):
+    """One step; the reward is ``pays(obs, action)``; the observation is -1 or 1 at random, or 0 if ``blank``."""
+
+    def __init__(self, num_envs: int, pays: Any, *, blank: bool = False, seed: int = 0) -> None:
+        self.pays, self.blank = pays, blank
+        super().__init__(num_envs, 1, seed)
+
+    def fresh(self) -> Tensor:
+        if self.blank:
+            return torch.zeros(self.num_envs, 1)
+        return 2.0 * torch.randint(2, (self.num_envs, 1), generator=self.generator) - 1
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.state, self.pays(self.state.squeeze(-1), action), torch.ones(self.num_envs, dtype=torch.bool)
+
+
+class TwoSteps(Toy):
+    """Observation 0, then 1; reward one at the end."""
+
+    def fresh(self) -> Tensor:
+        return torch.zeros(self.num_envs, 1)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ends = self.state.squeeze(-1) == 1
+        return torch.ones(self.num_envs, 1), ends.float(), ends
+
+
+class Endless(Toy):
+    """Reward one for ever: every episode is cut by the clock (or ends there, if ``terminates``)."""
+
+    terminates = False
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        last = self.clock + 1 >= self.max_episode_steps
+        return self.fresh(), torch.ones(self.num_envs), last & self.terminates
+
+
+def build(
+    cls: type[Algorithm], env: Any, *, seed: int = 0, standardize: bool = True, scale: bool = True, **fields: Any
+) -> Any:
+    """An algorithm with small networks, its randomness its own."""
+    generator = torch.Generator().manual_seed(seed)
+    norm = Standardize(env.observation_space.shape, enabled=standardize)
+    policy = Policy(norm, env.action_space, hidden=(16,), generator=generator)
+    critic = Critic(norm, hidden=(16,), generator=generator)
+    if scale:
+        fields["reward_scale"] = RewardScale(env.num_envs, fields.get("gamma", 0.99))
+    return cls(policy=policy, critic=critic, generator=generator, **fields)  # pyright: ignore[reportCallIssue]
+
+
+def collector(algorithm: Any, env: Any, horizon: int = 20, seed: int = 0) -> Collector:
+    horizon = env.max_episode_steps if algorithm.collector.whole_episodes else horizon
+    return algorithm.collector(env, horizon, seed)
