@@ -1,0 +1,538 @@
+"""Each test is one claim about the methods, checked on worlds where the answer is known."""
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import ALL, Corridor, Endless, PointMass, Probe, TwoSteps, build, collector
+
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTrace
+from pgsuite.functional import estimators
+from pgsuite.functional import trust_region as tr
+from pgsuite.rollout import EpisodeCollector, StepCollector
+from pgsuite.types import Batch
+
+
+def first_batch(algorithm: Any, env: Any, horizon: int = 10) -> Batch:
+    with torch.no_grad():
+        return algorithm.estimate(collector(algorithm, env, horizon).collect(algorithm.policy))
+
+
+def flat(algorithm: Any) -> Tensor:
+    return tr.flatten(list(algorithm.policy.parameters())).detach().clone()
+
+
+# The seven traps
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_the_policy_that_learns_is_the_policy_that_acted(cls: type[Algorithm]) -> None:
+    """The ratio is one before the first step of every iteration, though statistics move between them."""
+    env = PointMass(8)
+    algorithm = build(cls, env)
+    rollouts = collector(algorithm, env)
+    for _ in range(4):
+        before = algorithm.policy.obs_norm.moments.mean.clone()
+        rollout = rollouts.collect(algorithm.policy)
+        with torch.no_grad():
+            ratio = (algorithm.policy.dist(rollout).log_prob(rollout.action) - rollout.logp).exp()
+        assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-5)
+        algorithm.iterate(rollouts)
+        assert not torch.equal(before, algorithm.policy.obs_norm.moments.mean)
+
+
+def test_a_search_that_fails_changes_no_bit() -> None:
+    env = PointMass(16)
+    algorithm = build(TRPO, env)
+    batch = first_batch(algorithm, env)
+    tried = []
+
+    def refuse(move):
+        for fraction in (1.0, 0.5):
+            move(fraction)
+            tried.append(flat(algorithm))
+        return 0.0, {}
+
+    algorithm.search = refuse
+    before = flat(algorithm)
+    assert float(algorithm.improve(batch)["step_fraction"]) == 0
+    assert torch.equal(before, flat(algorithm)) and not torch.equal(before, tried[0])
+
+
+@pytest.mark.parametrize("cls", [NPG, TRPO])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 0.0])
+def test_a_poisoned_batch_changes_no_bit(cls: type[NPG], poison: float) -> None:
+    env = PointMass(16)
+    algorithm = build(cls, env)
+    batch = first_batch(algorithm, env)
+    batch.advantage.fill_(poison)
+    before = flat(algorithm)
+    algorithm.improve(batch)
+    assert torch.equal(before, flat(algorithm))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_parameters_keep_their_addresses(cls: type[Algorithm]) -> None:
+    env = PointMass(8)
+    algorithm = build(cls, env)
+    parts = [algorithm.policy, algorithm.critic] if algorithm.critic else [algorithm.policy]
+    addresses = [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
+    rollouts = collector(algorithm, env)
+    for _ in range(2):
+        algorithm.iterate(rollouts)
+    assert addresses == [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
+
+
+class NothingRead(TorchDispatchMode):
+    """Reading a tensor back to Python is what stalls an accelerator; forbidden here, on any device."""
+
+    FORBIDDEN = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.masked_select.default,
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.FORBIDDEN, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optim", ["adam", "rmsprop"])
+@pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, NPG])
+def test_an_iteration_reads_nothing_back(cls: type[Algorithm], optim: str) -> None:
+    env = PointMass(8)
+    algorithm = build(cls, env, anneal=True, **({} if cls is NPG else {"optim": optim}))
+    rollouts = collector(algorithm, env)
+    if isinstance(rollouts, EpisodeCollector):
+        rollouts.poll = rollouts.horizon  # its one read, every so many steps
+    algorithm.iterate(rollouts)
+    with NothingRead():
+        algorithm.progress(0.5)
+        algorithm.iterate(rollouts)
+
+
+def test_trpo_reads_one_bit_per_try() -> None:
+    env, reads = PointMass(16), 0
+    algorithm = build(TRPO, env, tries=4)
+    batch = first_batch(algorithm, env)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal reads
+            reads += func in NothingRead.FORBIDDEN
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        metrics = algorithm.improve(batch)
+    assert reads == 1 + int(metrics["backtracks"])
+
+
+@pytest.mark.parametrize("cls", [A2C, PPO])
+def test_the_hot_path_is_one_graph(cls: type[A2C]) -> None:
+    env = PointMass(8)
+    algorithm = build(cls, env)
+    rollout = collector(algorithm, env).collect(algorithm.policy)
+    whole: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}
+    torch.compile(algorithm.policy.act, **whole)(rollout.obs[0], rollout.memory[0], rollout.start[0])
+    with torch.no_grad():
+        compiled, batch = torch.compile(algorithm.estimate, **whole)(rollout), algorithm.estimate(rollout)
+    assert torch.allclose(compiled.advantage, batch.advantage, atol=1e-5)
+    loss, _ = torch.compile(algorithm.loss, **whole)(batch)
+    loss.backward()
+
+
+def exact_gradient(survive: tuple[float, float], limit: int, logit: float) -> float:
+    """Of the expected return of the corridor, in the second action's logit, by enumeration."""
+    logits = torch.tensor([0.0, logit], dtype=torch.float64, requires_grad=True)
+    survival = (logits.softmax(0) * torch.tensor(survive, dtype=torch.float64)).sum()
+    value = torch.stack([survival**t for t in range(limit)]).sum()
+    return float(torch.autograd.grad(value, logits)[0][1])
+
+
+def test_whole_episodes_give_the_exact_gradient_and_torn_ones_do_not() -> None:
+    """Eight estimates of 5,000 episodes each, seeded; four standard errors."""
+    survive, limit, envs, horizon = (0.5, 0.95), 40, 5_000, 8
+    exact = exact_gradient(survive, limit, 1.0)
+
+    def estimate(kind: str, seed: int) -> float:
+        env = Corridor(envs, limit, survive, seed=seed)
+        algorithm = build(Reinforce, env, gamma=1.0, standardize=False, scale=False)
+        policy = algorithm.policy
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.zero_()
+            policy.net[-1].bias.copy_(torch.tensor([0.0, 1.0]))
+        if kind == "whole":
+            rollout = EpisodeCollector(env, limit, seed).collect(policy)
+            batch, count = algorithm.estimate(rollout), envs
+            mask, advantage = batch.mask, batch.advantage
+        else:
+            rollout = StepCollector(env, horizon, seed).collect(policy)
+            advantage = estimators.reward_to_go(rollout.reward, rollout.done, gamma=1.0)
+            finished = rollout.done.flip(0).int().cumsum(0).flip(0) > 0
+            mask = finished if kind == "finished" else torch.ones_like(rollout.mask)
+            count = int(rollout.done.sum()) + (int((~rollout.done[-1]).sum()) if kind == "cut" else 0)
+        gain = (policy.dist(rollout).log_prob(rollout.action) * advantage).where(mask, 0.0).sum() / count
+        return float(torch.autograd.grad(gain, policy.net[-1].bias)[0][1])
+
+    whole = torch.tensor([estimate("whole", seed) for seed in range(8)])
+    error = 4 * float(whole.std()) / math.sqrt(8)
+    assert error < 0.1 * exact
+    assert float(whole.mean()) == pytest.approx(exact, abs=error)
+    for kind in ("cut", "finished"):
+        torn = torch.tensor([estimate(kind, seed) for seed in range(4)])
+        assert abs(float(torn.mean()) - exact) > 0.3 * exact, kind
+
+
+@pytest.mark.parametrize("terminates", [False, True])
+def test_a_time_limit_is_not_the_end_of_the_task(terminates: bool) -> None:
+    """Reward one forever: V = 1 / (1 - gamma) if the clock ends the episode; a geometric sum if the task does."""
+    env = Endless(8, max_episode_steps=5)
+    env.terminates = terminates
+    options: dict[str, Any] = {"gamma": 0.98, "standardize": False, "scale": False, "normalize_advantage": "none"}
+    algorithm = build(A2C, env, lr=0.05, optim="adam", max_grad_norm=None, anneal=True, **options)
+    rollouts = StepCollector(env, 10)
+    for i in range(600):
+        algorithm.progress(i / 600)
+        algorithm.iterate(rollouts)
+    value = float(algorithm.critic.value(torch.ones(1, 1)).detach())
+    if terminates:
+        steps_left = sum(sum(0.98**i for i in range(n)) for n in range(1, 6)) / 5
+        assert value == pytest.approx(steps_left, abs=0.2)
+    else:
+        assert value == pytest.approx(50, abs=1)
+
+
+# One gradient under five names
+
+
+def policy_gradient(algorithm: Any, batch: Batch) -> Tensor:
+    params = list(algorithm.policy.parameters())
+    logp = algorithm.policy.dist(batch).log_prob(batch.action)
+    if isinstance(algorithm, Reinforce):
+        gain = (logp * batch.advantage).where(batch.mask, 0.0).sum() / batch.mask.sum()
+    else:
+        gain = algorithm.surrogate((logp - batch.logp).exp(), batch.advantage).mean()
+    return tr.flat_grad(gain, params)
+
+
+def test_at_the_acting_policy_all_methods_ascend_one_direction() -> None:
+    gradients = []
+    for cls in (A2C, PPO, NPG, TRPO, Reinforce):
+        env = PointMass(16, max_episode_steps=10)
+        options = {"baseline": "critic"} if cls is Reinforce else {"estimator": MonteCarlo()}
+        options |= {} if cls is Reinforce else {"normalize_advantage": "none"}
+        algorithm = build(cls, env, seed=1, **options)
+        rollout = StepCollector(env, 10, seed=2).collect(algorithm.policy)
+        rollout.terminated.copy_(rollout.done)  # so that no method bootstraps
+        rollout.truncated.fill_(False)
+        with torch.no_grad():
+            batch = algorithm.estimate(rollout)
+        gradients.append(policy_gradient(algorithm, batch))
+    assert gradients[0].norm() > 1e-3
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, atol=1e-6)
+
+
+def test_a2c_is_ppo_with_one_epoch_and_one_minibatch() -> None:
+    ends = []
+    for cls in (A2C, PPO):
+        env = PointMass(8)
+        same = {"optim": "rmsprop", "lr": 7e-4, "estimator": GAE(lam=1.0), "normalize_advantage": "none"}
+        algorithm = build(cls, env, **same, **({"epochs": 1, "minibatches": 1} if cls is PPO else {}))
+        rollouts = collector(algorithm, env, 5)
+        for _ in range(5):
+            algorithm.iterate(rollouts)
+        ends.append(flat(algorithm))
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_the_policy_gradient_of_a_bandit_is_the_closed_form() -> None:
+    """d J / d theta = pi (r - J); a million pulls, five standard errors."""
+    theta, reward, pulls = torch.tensor([0.0, 0.5, -0.5]), torch.tensor([1.0, 2.0, 3.0]), 1_000_000
+    pi = theta.softmax(0)
+    from pgsuite.nn.distributions import Categorical
+
+    logits = theta.expand(pulls, 3).clone().requires_grad_()
+    dist = Categorical(logits.log_softmax(-1))
+    action = dist.sample(torch.Generator().manual_seed(0))
+    baseline = estimators.leave_one_out(reward[action].unsqueeze(0), torch.ones(1, pulls, dtype=torch.bool))[0]
+    gain = dist.log_prob(action) * (reward[action] - baseline)
+    samples = torch.autograd.grad(gain.sum(), logits)[0]
+    error = 5 * samples.std(0) / math.sqrt(pulls)
+    expected = torch.tensor([-0.27006445, 0.06121938, 0.20884507])
+    assert torch.allclose(pi * (reward - (pi * reward).sum()), expected, atol=1e-6)
+    assert ((samples.mean(0) - expected).abs() < error).all()
+
+
+# Trust region
+
+
+def test_trpo_improves_within_its_budget() -> None:
+    env = PointMass(64)
+    algorithm = build(TRPO, env, max_kl=0.02)
+    rollouts = collector(algorithm, env, 25)
+    for _ in range(8):
+        metrics = algorithm.iterate(rollouts)
+        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["improvement"] > 0 and metrics["step_fraction"] > 0
+
+
+def test_trpo_backtracks_when_the_quadratic_model_lies() -> None:
+    """With no damping and a large budget the model is wrong far out, and some full step must be refused."""
+    env = PointMass(32)
+    algorithm = build(TRPO, env, max_kl=0.5, damping=1e-4)
+    rollouts, backtracks = collector(algorithm, env, 25), 0.0
+    for _ in range(8):
+        metrics = algorithm.iterate(rollouts)
+        backtracks += float(metrics["backtracks"])
+        assert float(metrics["step_fraction"]) == 0 or metrics["kl"] <= 0.5
+    assert backtracks > 0
+
+
+def test_the_natural_step_spends_its_budget_in_the_quadratic_model() -> None:
+    env = PointMass(64)
+    algorithm = build(NPG, env, max_kl=1e-4, damping=0.0)
+    batch = first_batch(algorithm, env, 25)
+    assert float(algorithm.improve(batch)["kl"]) == pytest.approx(1e-4, rel=0.05)
+
+
+def test_kl_is_from_old_to_new() -> None:
+    env = PointMass(32)
+    algorithm = build(NPG, env, max_kl=0.1)
+    batch = first_batch(algorithm, env)
+    old = copy.deepcopy(algorithm.policy)
+    kl = algorithm.improve(batch)["kl"]
+    before, after = old.dist(batch), algorithm.policy.dist(batch)
+    assert torch.allclose(kl, before.kl(after).mean(), rtol=1e-4)
+    assert not torch.allclose(kl, after.kl(before).mean(), rtol=1e-3)
+
+
+# PPO's switches
+
+
+def test_ppo_stops_early_when_it_strays() -> None:
+    env = PointMass(16)
+    wild = build(PPO, env, lr=0.05, target_kl=0.01)
+    assert float(wild.iterate(collector(wild, env))["epochs"]) < 10
+    calm = build(PPO, env, lr=1e-6, target_kl=0.01)
+    assert float(calm.iterate(collector(calm, env))["epochs"]) == 10
+
+
+def test_advantages_are_standardized_where_asked() -> None:
+    env = PointMass(16)
+    for where, expected in (("none", False), ("batch", True), ("minibatch", False)):
+        batch = first_batch(build(PPO, env, normalize_advantage=where), env)
+        assert (abs(float(batch.advantage.std(correction=0)) - 1) < 1e-4) == expected
+    seen = []
+    algorithm = build(PPO, env, normalize_advantage="minibatch", epochs=1, minibatches=4)
+    loss = algorithm.loss
+    algorithm.loss = lambda batch: (seen.append(batch.advantage.std(correction=0)), loss(batch))[1]
+    algorithm.iterate(collector(algorithm, env))
+    assert len(seen) == 4 and all(abs(float(s) - 1) < 1e-3 for s in seen)
+
+
+def test_the_gradient_norm_is_bounded_where_asked() -> None:
+    """RMSprop's first step from p with gradient g is lr g / (sqrt(0.01) |g| + eps), so look at the gradient."""
+    for bound in (None, 1e-3):
+        env = PointMass(8)
+        algorithm = build(A2C, env, max_grad_norm=bound)
+        norm = float(algorithm.iterate(collector(algorithm, env))["grad_norm"])
+        grads = torch.stack([p.grad.norm() for p in algorithm.optimizer.params]).norm()
+        assert float(grads) == pytest.approx(norm if bound is None else bound, rel=1e-3) and norm > 1e-3
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_the_learning_rate_falls_linearly_where_asked(cls: type[Algorithm]) -> None:
+    env = PointMass(8)
+    for anneal, expected in ((True, 0.25), (False, 1.0)):
+        algorithm = build(cls, env, anneal=anneal)
+        start = algorithm.optimizer.lr
+        algorithm.progress(0.75)
+        metrics = algorithm.iterate(collector(algorithm, env))
+        rate = algorithm.optimizer.inner.param_groups[0]["lr"]
+        assert float(rate) == pytest.approx(expected * start) == pytest.approx(float(metrics["learning_rate"]))
+
+
+def test_the_value_clip_is_off_unless_asked_for() -> None:
+    env = PointMass(16)
+    for clip in (None, 1e-3):
+        algorithm = build(PPO, env, value_clip=clip)
+        batch = first_batch(algorithm, env)
+        value = batch.value + 1.0
+        slope = torch.autograd.grad(algorithm.value_error(value.requires_grad_(), batch).sum(), value)[0]
+        plain = torch.equal(slope, 2 * (value - batch.target).detach())
+        assert plain == (clip is None)
+
+
+# REINFORCE's baselines
+
+
+@pytest.mark.parametrize("baseline", ["none", "leave-one-out", "critic"])
+def test_every_baseline_is_unbiased(baseline: str) -> None:
+    """Baselines change the variance of the gradient and not its mean; seeded, five standard errors."""
+    gradients = []
+    for seed in range(30):
+        env = Corridor(200, 10, (0.5, 0.9), seed=seed)
+        algorithm = build(Reinforce, env, gamma=1.0, baseline=baseline, standardize=False, scale=False)
+        with torch.no_grad():
+            for p in algorithm.policy.parameters():
+                p.zero_()
+        batch = first_batch(algorithm, env)
+        logp = algorithm.policy.dist(batch).log_prob(batch.action)
+        gain = (logp * batch.advantage).where(batch.mask, 0.0).sum() / env.num_envs
+        gradients.append(float(torch.autograd.grad(gain, algorithm.policy.net[-1].bias)[0][1]))
+    got, error = torch.tensor(gradients).mean(), 5 * torch.tensor(gradients).std() / math.sqrt(30)
+    assert abs(float(got) - exact_gradient((0.5, 0.9), 10, 0.0)) < float(error)
+
+
+def test_reinforce_refuses_torn_episodes() -> None:
+    env = PointMass(4)
+    with pytest.raises(ValueError, match="whole episodes"):
+        build(Reinforce, env).validate(StepCollector(env, 50))
+    with pytest.raises(ValueError, match="3 minibatches do not divide"):
+        build(PPO, env, minibatches=3).validate(StepCollector(env, 50))
+
+
+# Learning
+
+
+PROBES: list[tuple[str, Callable[[Tensor, Tensor], Tensor], bool]] = [
+    ("reward is one", lambda obs, action: torch.ones_like(obs), True),
+    ("reward is the observation", lambda obs, action: obs, False),
+    ("reward is the action", lambda obs, action: action.float(), True),
+    ("reward is the action times the observation", lambda obs, action: (2 * action - 1) * obs, False),
+]
+FAST: dict[type[Algorithm], dict[str, Any]] = {
+    Reinforce: {"lr": 0.02, "baseline": "critic", "critic_lr": 0.01},
+    A2C: {"lr": 0.02, "optim": "adam"},
+    PPO: {"lr": 0.01, "epochs": 4, "minibatches": 2},
+    NPG: {"critic_lr": 0.01, "max_kl": 0.05},
+    TRPO: {"critic_lr": 0.01, "max_kl": 0.05},
+}
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("probe", PROBES, ids=lambda p: p[0])
+def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -> None:
+    name, pays, blank = probe
+    env = Probe(32, pays, blank=blank)
+    algorithm = build(cls, env, standardize=False, scale=False, **FAST[cls])
+    rollouts = collector(algorithm, env, 8)
+    for _ in range(100):
+        algorithm.iterate(rollouts)
+    rollout = rollouts.collect(algorithm.policy)
+    value = algorithm.critic(rollout)[0].detach()
+    best = {"action": 0.9, "observation": 0.9}[name.split()[-1]] if "action" in name else None
+    if best is not None:
+        assert float(rollout.reward[0].mean()) > best
+    elif "observation" in name:
+        assert torch.allclose(value, rollout.obs[0, :, 0], atol=0.1)
+    else:
+        assert torch.allclose(value, torch.ones_like(value), atol=0.1)
+
+
+@pytest.mark.parametrize("estimator", [GAE(), TDLambda(), NStep(n=1), MonteCarlo(), VTrace()], ids=lambda e: type(e))
+def test_value_flows_back_one_step_at_the_discount(estimator: Any) -> None:
+    env = TwoSteps(16)
+    algorithm = build(
+        A2C, env, estimator=estimator, gamma=0.5, lr=0.02, optim="adam", standardize=False, scale=False, anneal=True
+    )
+    rollouts = StepCollector(env, 8)
+    for i in range(300):
+        algorithm.progress(i / 300)
+        algorithm.iterate(rollouts)
+    value = algorithm.critic.value(torch.tensor([[0.0], [1.0]])).detach()
+    assert torch.allclose(value, torch.tensor([0.5, 1.0]), atol=0.03)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_method_learns_to_push_the_point_home(cls: type[Algorithm]) -> None:
+    env = PointMass(32, max_episode_steps=25)
+    algorithm = build(cls, env, **FAST[cls])
+    rollouts = collector(algorithm, env, 25)
+    returns = []
+    for _ in range(60):
+        algorithm.iterate(rollouts)
+        rollout = rollouts.buffer.read()
+        returns.append(float(rollout.reward.where(rollout.mask, 0.0).sum(0).mean()))
+    assert sum(returns[-5:]) / 5 > sum(returns[:3]) / 3 + 3
+
+
+# State, seeds and processes
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_seed_fixes_a_run_bit_for_bit(cls: type[Algorithm]) -> None:
+    ends = []
+    for noise in range(2):
+        torch.manual_seed(noise)  # nobody's business: runs own their generators
+        env = PointMass(8)
+        algorithm = build(cls, env)
+        rollouts = collector(algorithm, env)
+        for _ in range(3):
+            algorithm.iterate(rollouts)
+        ends.append(flat(algorithm))
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], flat(build(cls, PointMass(8), seed=1)))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_restored_algorithm_goes_on_identically(cls: type[Algorithm]) -> None:
+    env, twin_env = PointMass(8), PointMass(8, seed=5)
+    algorithm, twin = build(cls, env), build(cls, twin_env, seed=7)
+    one, two = collector(algorithm, env), collector(twin, twin_env, seed=3)
+    algorithm.iterate(one)
+    twin.load_state_dict(copy.deepcopy(algorithm.state_dict()))
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for a, c in ((algorithm, one), (twin, two)):
+        for _ in range(2):
+            a.iterate(c)
+    assert torch.equal(flat(algorithm), flat(twin))
+
+
+def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str) -> None:
+    """Two updates from the same rollout, of which each process sees its own, unequal, environments."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{path}.meeting", rank=rank, world_size=world)
+    env = PointMass(8, max_episode_steps=20)
+    options = {"minibatches": 1, "epochs": 1} if cls is PPO else {}
+    options |= {"critic_minibatches": 1} if issubclass(cls, NPG | Reinforce) else {}
+    algorithm = build(cls, env, **options)
+    whole = collector(algorithm, env).collect(algorithm.policy)
+    whole.mask[10:, ::3] = False  # so that shares are unequal
+    share = whole[:, rank::world]
+    algorithm.reward_scale.carry = algorithm.reward_scale.carry[rank::world]
+
+    class Given:
+        def collect(self, policy: Any) -> Any:
+            return share
+
+    for _ in range(2):
+        algorithm.iterate(Given())
+    if rank == 0:
+        parts = [algorithm.policy, algorithm.critic] if algorithm.critic else [algorithm.policy]
+        scale = algorithm.reward_scale.moments
+        torch.save([x.detach() for p in (*parts, scale) for x in (*p.parameters(), *p.buffers())], path)
+    if world > 1:
+        dist.barrier()
+        os._exit(0)  # gloo's threads abort now and then on a polite exit
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_two_processes_equal_one(cls: type[Algorithm], tmp_path: Any) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    learn_from_a_share(0, 1, cls, one)
+    torch.multiprocessing.spawn(learn_from_a_share, (2, cls, two), nprocs=2)  # pyright: ignore
+    for a, b in zip(torch.load(one), torch.load(two), strict=True):
+        assert torch.allclose(a, b, atol=2e-5), float((a - b).abs().max())
