@@ -1,0 +1,222 @@
+"""Every environment is the one it claims to be: step by step against gymnasium, through resets."""
+
+import math
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+from pgsuite.envs import make, tasks
+from pgsuite.envs.tasks.mujoco import load_model
+
+MUJOCO = ["HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum"]
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in MUJOCO),
+    ("HalfCheetah", {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.5, "frame_skip": 3}),
+    ("Swimmer", {"exclude_current_positions_from_observation": False, "forward_reward_weight": 2.0}),
+    ("Hopper", {"healthy_z_range": (0.9, 2.0), "healthy_reward": 3.0, "healthy_state_range": (-5.0, 5.0)}),
+    ("Walker2d", {"terminate_when_unhealthy": False, "healthy_angle_range": (-0.2, 0.2)}),
+    ("InvertedPendulum", {"reset_noise_scale": 0.1}),
+]
+STEPS, ENVS = 1_000, 3
+
+
+def reference(name: str, options: dict[str, Any]) -> Any:
+    """gymnasium's own, without its clock, and with actions clipped as every wrapper stack does."""
+    env = gymnasium.make(f"{name}-v5", **options)
+    return gymnasium.wrappers.ClipAction(env.unwrapped)
+
+
+def put(env: Any, qpos: torch.Tensor, qvel: torch.Tensor) -> np.ndarray:
+    mujoco.mj_resetData(env.unwrapped.model, env.unwrapped.data)
+    env.unwrapped.set_state(qpos.numpy(), qvel.numpy())
+    return env.unwrapped._get_obs()
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else str(list(x)))
+def test_mujoco_tasks_equal_gymnasium_step_by_step(name: str, options: dict[str, Any]) -> None:
+    env = make(name, ENVS, dtype=torch.float64, seed=1, max_episode_steps=60, **options)
+    others = [reference(name, options) for _ in range(ENVS)]
+    physics, rng = env.task.physics, np.random.default_rng(0)  # pyright: ignore[reportAttributeAccessIssue]
+    obs, restarts, ended = env.reset(), 0, 0
+    for i, other in enumerate(others):
+        assert np.abs(put(other, physics.qpos[i], physics.qvel[i]) - obs[i].numpy()).max() <= 1e-12
+    bound = env.action_space.high[0]  # pyright: ignore[reportAttributeAccessIssue]
+    for _ in range(STEPS):
+        action = rng.uniform(-1.3 * bound, 1.3 * bound, (ENVS, *env.action_space.shape)).astype(np.float32)
+        step = env.step(torch.from_numpy(action))
+        for i, other in enumerate(others):
+            next_obs, reward, terminated, _, _ = other.step(action[i])
+            assert np.abs(next_obs - step.next_obs[i].numpy()).max() <= 1e-12
+            assert abs(reward - float(step.reward[i])) <= 1e-6
+            assert terminated == bool(step.terminated[i])
+            if step.done[i]:
+                restarts, ended = restarts + 1, ended + terminated
+                assert np.abs(put(other, physics.qpos[i], physics.qvel[i]) - step.obs[i].numpy()).max() <= 1e-12
+            else:
+                assert torch.equal(step.obs[i], step.next_obs[i])
+    assert restarts >= ENVS * (STEPS // 60)
+    if name in ("Hopper", "InvertedPendulum"):
+        assert ended > 0
+
+
+def test_the_models_are_those_that_gymnasium_loads() -> None:
+    """MuJoCo 4 deprecates the compiler option that gives HalfCheetah its mass of 14 kg."""
+    assert load_model("half_cheetah.xml").body_mass.sum() == pytest.approx(14)
+    for name in MUJOCO:
+        task = getattr(tasks, name)
+        ours, theirs = load_model(task.xml), gymnasium.make(task.gymnasium_id).unwrapped.model  # pyright: ignore
+        assert np.array_equal(ours.body_mass, theirs.body_mass)
+        assert np.array_equal(ours.geom_friction, theirs.geom_friction)
+
+
+def test_loading_a_model_leaves_no_log_behind(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("HalfCheetah", 2)
+    assert not list(tmp_path.iterdir()) and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", MUJOCO)
+def test_spaces_limits_and_options_are_gymnasiums(name: str) -> None:
+    ours, theirs = make(name, 1), gymnasium.make(f"{name}-v5")
+    assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
+    assert theirs.spec is not None and ours.max_episode_steps == theirs.spec.max_episode_steps
+    assert ours.task.dt == pytest.approx(theirs.unwrapped.dt)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", ["CartPole", "Pendulum"])
+def test_classic_spaces_and_limits_are_gymnasiums(name: str) -> None:
+    ours, theirs = make(name, 1), gymnasium.make(getattr(tasks, name).gymnasium_id)
+    assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
+    assert theirs.spec is not None and ours.max_episode_steps == theirs.spec.max_episode_steps
+
+
+@pytest.mark.parametrize("options", [{}, {"sutton_barto_reward": True}])
+def test_cartpole_equals_gymnasium_in_float64(options: dict[str, Any]) -> None:
+    env, restarts = make("CartPole", 4, dtype=torch.float64, seed=3, **options), 0
+    others: list[Any] = [gymnasium.make("CartPole-v1", **options).unwrapped for _ in range(4)]
+    obs = env.reset()
+    for i, other in enumerate(others):
+        other.reset()
+        other.state = obs[i].numpy()
+    for _ in range(300):
+        action = torch.randint(2, (4,))
+        step = env.step(action)
+        for i, other in enumerate(others):
+            _, reward, terminated, _, _ = other.step(int(action[i]))
+            assert np.array_equal(other.state, step.next_obs[i].numpy())
+            assert reward == float(step.reward[i]) and terminated == bool(step.terminated[i])
+            if terminated:
+                restarts += 1
+                other.reset()
+                other.state = step.obs[i].numpy()
+                assert (step.obs[i].abs() <= 0.05).all()
+    assert restarts > 10
+
+
+def test_pendulum_equals_gymnasium_in_float64() -> None:
+    env = make("Pendulum", 4, dtype=torch.float64, seed=3)
+    others: list[Any] = [gymnasium.make("Pendulum-v1").unwrapped for _ in range(4)]
+    env.reset()
+    state = env.task.state  # pyright: ignore[reportAttributeAccessIssue]
+    for i, other in enumerate(others):
+        other.reset()
+        other.state = state[i].numpy()
+    for t in range(199):
+        action = torch.empty(4, 1).uniform_(-2.5, 2.5)
+        step = env.step(action)
+        for i, other in enumerate(others):
+            _, reward, _, _, _ = other.step(action[i].double().numpy())
+            theta, spin = other.state
+            expected = torch.tensor([math.cos(theta), math.sin(theta), spin], dtype=torch.float64)
+            assert torch.allclose(step.next_obs[i], expected, rtol=0, atol=1e-12)
+            assert reward == pytest.approx(float(step.reward[i]), abs=1e-12)
+        assert not step.done.any(), t
+    assert env.step(action).truncated.all()
+
+
+def test_the_clock_truncates_reports_the_true_successor_and_starts_again() -> None:
+    env = make("HalfCheetah", 3, dtype=torch.float64, max_episode_steps=5)
+    env.reset()
+    for t in range(1, 12):
+        step = env.step(torch.zeros(3, 6))
+        assert step.truncated.all() == (t % 5 == 0) and not step.terminated.any()
+        assert torch.equal(step.obs, step.next_obs) == (t % 5 != 0)
+
+
+def test_what_terminates_is_not_truncated_as_well() -> None:
+    env = make("InvertedPendulum", 8, max_episode_steps=12)
+    env.reset()
+    both = done = 0
+    for _ in range(60):
+        step = env.step(torch.full((8, 1), 3.0))
+        both += int((step.terminated & step.truncated).sum())
+        done += int(step.terminated.sum())
+    assert done > 0 and both == 0
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah", "CartPole", "Pendulum"])
+def test_a_seed_fixes_the_world_and_a_state_restores_it(name: str) -> None:
+    envs = [make(name, 4, seed=seed) for seed in (5, 5, 6)]
+    assert torch.equal(envs[0].reset(), envs[1].reset())
+    space = envs[0].action_space
+    space.seed(0)
+    actions = [torch.stack([torch.as_tensor(space.sample()) for _ in range(4)]) for _ in range(40)]
+    for action in actions[:20]:
+        assert torch.equal(envs[0].step(action).obs, envs[1].step(action).obs)
+    envs[2].reset()
+    envs[2].load_state_dict(envs[0].state_dict())
+    for action in actions[20:]:
+        assert torch.equal(envs[0].step(action).obs, envs[2].step(action).obs)
+
+
+def test_physics_does_not_depend_on_the_number_of_threads() -> None:
+    envs = [make("Hopper", 16, threads=threads) for threads in (1, 2)]
+    for env in envs:
+        env.reset()
+    for _ in range(100):
+        action = torch.empty(16, 3).uniform_(-1, 1)
+        steps = [env.step(action) for env in envs]
+        assert torch.equal(steps[0].obs, steps[1].obs) and torch.equal(steps[0].reward, steps[1].reward)
+
+
+def test_initial_states_are_spread_as_gymnasiums() -> None:
+    """Moments over 2,000 starts against gymnasium's, five standard errors, seeded."""
+    count = 2_000
+    for name in ("HalfCheetah", "Hopper"):
+        ours = make(name, count, dtype=torch.float64, seed=0).reset().numpy()
+        env = gymnasium.make(f"{name}-v5")
+        theirs = np.stack([env.reset(seed=seed)[0] for seed in range(count)])
+        error = 5 * theirs.std(0) * math.sqrt(2 / count)
+        assert (np.abs(ours.mean(0) - theirs.mean(0)) < error).all()
+        assert np.allclose(ours.std(0), theirs.std(0), rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "HalfCheeta"}, "did you mean HalfCheetah"),
+        ({"task": "halfcheetah-v5"}, "did you mean HalfCheetah"),
+        ({"task": "HalfCheetah", "control_cost": 1.0}, "no option 'control_cost'; did you mean ctrl_cost_weight"),
+        ({"task": "HalfCheetah", "backend": "torch"}, "runs on backend mujoco"),
+        ({"task": "CartPole", "backend": "mujoco"}, "runs on backend torch"),
+        ({"task": "Hopper", "frame_skip": 0}, "Hopper.frame_skip must be a whole number at least 1"),
+        ({"task": "Hopper", "num_envs": 0}, "num_envs must be at least 1"),
+    ],
+)
+def test_a_wrong_environment_is_named_with_what_would_be_right(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**({"num_envs": 2} | arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["CartPole", "Pendulum", "HalfCheetah"])
+def test_environments_speak_cuda(name: str) -> None:
+    env = make(name, 8, device="cuda")
+    obs = env.reset()
+    action = torch.zeros(8, *env.action_space.shape, device="cuda", dtype=torch.long if name == "CartPole" else None)
+    step = env.step(action)
+    assert all(x.is_cuda for x in (obs, *step))
