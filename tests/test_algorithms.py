@@ -109,7 +109,8 @@ class NothingRead(TorchDispatchMode):
 @pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, NPG])
 def test_an_iteration_reads_nothing_back(cls: type[Algorithm], optim: str) -> None:
     env = PointMass(8)
-    algorithm = build(cls, env, anneal=True, **({} if cls is NPG else {"optim": optim}))
+    options: dict[str, Any] = {} if cls is NPG else {"optim": optim}
+    algorithm = build(cls, env, anneal=True, **options)
     rollouts = collector(algorithm, env)
     if isinstance(rollouts, EpisodeCollector):
         rollouts.poll = rollouts.horizon  # its one read, every so many steps
@@ -228,8 +229,8 @@ def test_at_the_acting_policy_all_methods_ascend_one_direction() -> None:
     gradients = []
     for cls in (A2C, PPO, NPG, TRPO, Reinforce):
         env = PointMass(16, max_episode_steps=10)
-        options = {"baseline": "critic"} if cls is Reinforce else {"estimator": MonteCarlo()}
-        options |= {} if cls is Reinforce else {"normalize_advantage": "none"}
+        options: dict[str, Any] = {"estimator": MonteCarlo(), "normalize_advantage": "none"}
+        options = {"baseline": "critic"} if cls is Reinforce else options
         algorithm = build(cls, env, seed=1, **options)
         rollout = StepCollector(env, 10, seed=2).collect(algorithm.policy)
         rollout.terminated.copy_(rollout.done)  # so that no method bootstraps
@@ -246,8 +247,14 @@ def test_a2c_is_ppo_with_one_epoch_and_one_minibatch() -> None:
     ends = []
     for cls in (A2C, PPO):
         env = PointMass(8)
-        same = {"optim": "rmsprop", "lr": 7e-4, "estimator": GAE(lam=1.0), "normalize_advantage": "none"}
-        algorithm = build(cls, env, **same, **({"epochs": 1, "minibatches": 1} if cls is PPO else {}))
+        same: dict[str, Any] = {
+            "optim": "rmsprop",
+            "lr": 7e-4,
+            "estimator": GAE(lam=1.0),
+            "normalize_advantage": "none",
+        }
+        same |= {"epochs": 1, "minibatches": 1} if cls is PPO else {}
+        algorithm = build(cls, env, **same)
         rollouts = collector(algorithm, env, 5)
         for _ in range(5):
             algorithm.iterate(rollouts)
@@ -506,7 +513,7 @@ def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str) -
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{path}.meeting", rank=rank, world_size=world)
     env = PointMass(8, max_episode_steps=20)
-    options = {"minibatches": 1, "epochs": 1} if cls is PPO else {}
+    options: dict[str, Any] = {"minibatches": 1, "epochs": 1} if cls is PPO else {}
     options |= {"critic_minibatches": 1} if issubclass(cls, NPG | Reinforce) else {}
     algorithm = build(cls, env, **options)
     whole = collector(algorithm, env).collect(algorithm.policy)

@@ -46,7 +46,7 @@ def test_mujoco_tasks_equal_gymnasium_step_by_step(name: str, options: dict[str,
         assert np.abs(put(other, physics.qpos[i], physics.qvel[i]) - obs[i].numpy()).max() <= 1e-12
     bound = env.action_space.high[0]  # pyright: ignore[reportAttributeAccessIssue]
     for _ in range(STEPS):
-        action = rng.uniform(-1.3 * bound, 1.3 * bound, (ENVS, *env.action_space.shape)).astype(np.float32)
+        action = rng.uniform(-1.3 * bound, 1.3 * bound, (ENVS, physics.model.nu)).astype(np.float32)
         step = env.step(torch.from_numpy(action))
         for i, other in enumerate(others):
             next_obs, reward, terminated, _, _ = other.step(action[i])
@@ -125,8 +125,9 @@ def test_pendulum_equals_gymnasium_in_float64() -> None:
     for i, other in enumerate(others):
         other.reset()
         other.state = state[i].numpy()
+    action = torch.zeros(4, 1)
     for t in range(199):
-        action = torch.empty(4, 1).uniform_(-2.5, 2.5)
+        action.uniform_(-2.5, 2.5)
         step = env.step(action)
         for i, other in enumerate(others):
             _, reward, _, _, _ = other.step(action[i].double().numpy())
@@ -208,8 +209,9 @@ def test_initial_states_are_spread_as_gymnasiums() -> None:
     ],
 )
 def test_a_wrong_environment_is_named_with_what_would_be_right(arguments: dict[str, Any], message: str) -> None:
+    arguments = {"num_envs": 2} | arguments
     with pytest.raises(ValueError, match=message):
-        make(**({"num_envs": 2} | arguments))
+        make(**arguments)
 
 
 @pytest.mark.gpu
@@ -217,6 +219,6 @@ def test_a_wrong_environment_is_named_with_what_would_be_right(arguments: dict[s
 def test_environments_speak_cuda(name: str) -> None:
     env = make(name, 8, device="cuda")
     obs = env.reset()
-    action = torch.zeros(8, *env.action_space.shape, device="cuda", dtype=torch.long if name == "CartPole" else None)
+    action = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(8)]).cuda()
     step = env.step(action)
     assert all(x.is_cuda for x in (obs, *step))

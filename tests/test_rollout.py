@@ -1,6 +1,7 @@
 """Collecting, storing, counting and splitting experience."""
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,9 @@ def test_the_tracker_counts_one_episode_per_environment_of_whole_episodes() -> N
 def example(steps: int = 4, envs: int = 6) -> Batch:
     """A batch in which every field of cell (t, n) holds t * N + n."""
     cell = torch.arange(steps * envs).view(steps, envs)
-    values = {f.name: cell.unsqueeze(-1) if f.name in ("obs", "memory", "action") else cell for f in fields(Batch)}
+    values: dict[str, Any] = {
+        f.name: cell.unsqueeze(-1) if f.name in ("obs", "memory", "action") else cell for f in fields(Batch)
+    }
     return Batch(**values | {"obs": {"a": cell.unsqueeze(-1), "b": cell}})
 
 
@@ -123,7 +126,8 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused(count: int, column
 
 def test_the_buffer_reuses_its_storage_and_holds_dictionaries() -> None:
     buffer, cell = RolloutBuffer(3), torch.ones(2)
-    row = Rollout(**{f.name: cell for f in fields(Rollout)} | {"obs": {"a": cell, "b": cell}, "next_obs": {"a": cell}})
+    values: dict[str, Any] = {f.name: cell for f in fields(Rollout)}
+    row = Rollout(**values | {"obs": {"a": cell, "b": cell}, "next_obs": {"a": cell}})
     with pytest.raises(RuntimeError, match="nothing was collected"):
         buffer.read()
     for t in range(3):

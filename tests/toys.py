@@ -26,6 +26,7 @@ class Toy:
     description = "toy"
     device = torch.device("cpu")
     action_space: spaces.Space[Any] = spaces.Discrete(2)
+    observation_space: spaces.Space[Any]
     obs_size = 1
 
     def __init__(self, num_envs: int, max_episode_steps: int = 50, seed: int = 0) -> None:
@@ -67,7 +68,7 @@ class PointMass(Toy):
     """Push a point to the origin of the plane; leaving the arena ends the episode."""
 
     obs_size = 4
-    action_space = spaces.Box(-1.0, 1.0, (2,))
+    action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (2,))
 
     def fresh(self) -> Tensor:
         place = torch.empty(self.num_envs, 2).uniform_(-1, 1, generator=self.generator)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -37,29 +36,41 @@ class Seeds:
         return cls(*torch.randint(2**62, (4,), generator=generator).tolist())
 
 
-def settings_of(cfg: DictConfig) -> Run:
-    """The settings outside method and environment, checked.  Raises UserError."""
-    try:
-        nodes = {key: instantiate(cfg[key], _convert_="all") for key in ("policy", "critic")}
-        plain = {str(key): value for key, value in container(cfg).items() if key != "_target_"}
-        for key in plain.keys() - Run.__dataclass_fields__.keys():
-            raise UserError(f"no setting {key!r}; {closest(key, Run.__dataclass_fields__)}")
-        return Run(**plain | nodes)
-    except Exception as error:
-        raise user_error(error) from error
-
-
-def container(cfg: DictConfig) -> dict[Any, Any]:
+def container(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as plain dictionaries, lists, words and numbers."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    return plain
+    return {str(key): value for key, value in plain.items()}
 
 
-def user_error(error: Exception) -> Exception:
-    """What Hydra wraps around a complaint of ours about a value, taken off; anything else as it is."""
-    cause = error.__cause__ if error.__cause__ is not None else error
-    return UserError(str(cause)) if isinstance(cause, ValueError) else error
+def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
+    """The dataclass that settings name in ``_target_``, made from them and from the parts that it has fields for.
+
+    Null where the class makes its own default, such as an estimator that no group has filled, stands for that default.
+    Raises UserError for unknown settings and for whatever ValueError the class raises.
+    """
+    if "_target_" not in settings:
+        raise UserError(f"{where} names no class: its configuration needs /schema/<package.Class> in its defaults list")
+    cls = locate(settings["_target_"])
+    known, arguments = {f.name: f for f in fields(cls) if f.init}, {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and "_target_" in value:
+            arguments[key] = construct(value, f"{where}.{key}")
+        elif key in known and not (value is None and known[key].default_factory is not MISSING):
+            arguments[key] = value
+        elif key not in known and key != "_target_":
+            raise UserError(f"no setting {key!r} in {where}; {closest(key, known.keys() - parts.keys())}")
+    try:
+        return cls(**arguments, **{name: part for name, part in parts.items() if name in known})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def settings_of(cfg: DictConfig) -> Run:
+    """The settings outside method and environment, checked.  Raises UserError."""
+    plain = container(cfg)
+    nodes = {key: construct(plain.pop(key), key) for key in ("policy", "critic")}
+    return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 
 def pick_device(name: str) -> torch.device:
@@ -81,11 +92,11 @@ def pick_device(name: str) -> torch.device:
 
 def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device, seed: int) -> VectorEnv:
     """The environments of a configuration.  Raises UserError for options that make no sense."""
+    task = construct(container(cfg.env), "env")
     try:
-        task = instantiate(cfg.env, _convert_="all")
         return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
-    except Exception as error:
-        raise user_error(error) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def build_networks(env: VectorEnv, run: Run, seed: int) -> tuple[Policy, Critic]:
@@ -114,22 +125,19 @@ def build(cfg: DictConfig) -> Trainer:
     seeds, device = Seeds.of(run.seed), pick_device(run.device)
     env = build_env(cfg, run, run.num_envs, device, seeds.env)
     policy, critic = build_networks(env, run, seeds.init)
+    algorithm: Algorithm = construct(
+        container(cfg.algo),
+        "algo",
+        policy=policy,
+        critic=critic,
+        generator=torch.Generator(device).manual_seed(seeds.minibatches),
+        reward_scale=RewardScale(run.num_envs, cfg.algo.gamma).to(device) if run.scale_reward else None,
+    )
+    horizon = env.max_episode_steps if run.horizon is None else run.horizon
     try:
-        make_algorithm = instantiate(cfg.algo, _partial_=True, _convert_="all")
-        parts: dict[str, Any] = {
-            "policy": policy,
-            "critic": critic,
-            "generator": torch.Generator(device).manual_seed(seeds.minibatches),
-        }
-        if run.scale_reward:
-            parts["reward_scale"] = RewardScale(run.num_envs, cfg.algo.gamma).to(device)
-        wanted = locate(cfg.algo._target_).__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
-        algorithm: Algorithm = make_algorithm(**{name: part for name, part in parts.items() if name in wanted})
-        horizon = env.max_episode_steps if run.horizon is None else run.horizon
-        collector = algorithm.collector(env, horizon, seeds.acting)
-        return Trainer(algorithm, collector, run.total_steps)
-    except Exception as error:
-        raise user_error(error) from error
+        return Trainer(algorithm, algorithm.collector(env, horizon, seeds.acting), run.total_steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
@@ -140,28 +148,17 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     def chain(network: Network, out: int) -> str:
         return "-".join(map(str, (size, *network.hidden, out))) + f" {network.activation}"
 
-    out = next(m for m in reversed(list(policy.net)) if isinstance(m, nn.Linear)).out_features
+    outputs = next(m for m in reversed(list(policy.net)) if isinstance(m, nn.Linear)).out_features
     head = type(policy.head).__name__.removesuffix("Head").lower()
-    modules = {
-        id(p): p.numel()
-        for part in vars(trainer.algorithm).values()
-        if isinstance(part, nn.Module)
-        for p in part.parameters()
-    }
-    extras = [
-        name
-        for name, on in (
-            ("observations standardized", run.standardize_obs),
-            ("rewards scaled", run.scale_reward),
-        )
-        if on
-    ]
-    networks = f"policy {chain(run.policy, out)}, {head}"
+    parts = nn.ModuleList([part for part in vars(trainer.algorithm).values() if isinstance(part, nn.Module)])
+    count = sum(p.numel() for p in parts.parameters())
+    words = [f"policy {chain(run.policy, outputs)}, {head}"]
     if getattr(trainer.algorithm, "critic", None) is not None:
-        networks += f" | critic {chain(run.critic, 1)}"
-    return f"env {env.description}", " | ".join(
-        [networks, f"{sum(modules.values()):,} parameters on {env.device}", *extras]
-    )
+        words.append(f"critic {chain(run.critic, 1)}")
+    words.append(f"{count:,} parameters on {env.device}")
+    words += ["observations standardized"] if run.standardize_obs else []
+    words += ["rewards scaled"] if run.scale_reward else []
+    return f"env {env.description}", " | ".join(words)
 
 
 def versions() -> dict[str, str]:

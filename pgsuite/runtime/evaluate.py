@@ -14,7 +14,7 @@ from pgsuite import settings
 from pgsuite.envs.base import VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
-from pgsuite.runtime.build import Seeds, build_env, build_networks, settings_of, user_error, versions
+from pgsuite.runtime.build import Seeds, build_env, build_networks, construct, container, settings_of, versions
 from pgsuite.runtime.callbacks import console
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import Count, Natural
@@ -60,10 +60,7 @@ def play(
 
 def evaluate(cfg: DictConfig) -> None:
     """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
-    try:
-        wanted = Evaluation(**{str(k): v for k, v in cfg.items() if k != "_target_"})
-    except ValueError as error:
-        raise user_error(error) from error
+    wanted: Evaluation = construct(container(cfg), "the evaluation")
     given = Path(wanted.run)
     path = given if given.suffix == ".pt" else checkpoint.latest(given)
     state = checkpoint.load(path)

@@ -86,7 +86,8 @@ def schema(cls: type) -> type:
     """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
 
     Fields that hold parts, such as a policy, are left out, for the runtime supplies them.  A field whose type is an
-    abstract dataclass, such as an estimator, is open: a configuration group fills it.
+    abstract dataclass, such as an estimator, is open: a configuration group fills it, and null stands for the default
+    of the class.
     """
     options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
     hints = get_type_hints(cls, include_extras=True)
