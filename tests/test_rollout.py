@@ -97,7 +97,8 @@ def example(steps: int = 4, envs: int = 6) -> Batch:
     values: dict[str, Any] = {
         f.name: cell.unsqueeze(-1) if f.name in ("obs", "memory", "action") else cell for f in fields(Batch)
     }
-    return Batch(**values | {"obs": {"a": cell.unsqueeze(-1), "b": cell}})
+    values["obs"] = {"a": cell.unsqueeze(-1), "b": cell}
+    return Batch(**values)
 
 
 @pytest.mark.parametrize("columns", [False, True])
@@ -127,7 +128,8 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused(count: int, column
 def test_the_buffer_reuses_its_storage_and_holds_dictionaries() -> None:
     buffer, cell = RolloutBuffer(3), torch.ones(2)
     values: dict[str, Any] = {f.name: cell for f in fields(Rollout)}
-    row = Rollout(**values | {"obs": {"a": cell, "b": cell}, "next_obs": {"a": cell}})
+    values |= {"obs": {"a": cell, "b": cell}, "next_obs": {"a": cell}}
+    row = Rollout(**values)
     with pytest.raises(RuntimeError, match="nothing was collected"):
         buffer.read()
     for t in range(3):
