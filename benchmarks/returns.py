@@ -37,7 +37,11 @@ def machine() -> str:
 def commit() -> str:
     """The commit, with a plus where the working tree differs from it."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return described.stdout.strip()
 

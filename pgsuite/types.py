@@ -92,11 +92,13 @@ class Batch(Experience):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean over real cells, whatever the others hold.
+    """The mean over real cells [...] of x [..., or K, ...], whatever the others hold: a number, or K of them.
 
     Averaged over processes it is the global mean, however unequal their shares of real cells are.
     """
-    return x.where(mask, 0.0).sum() / parallel.mean(mask.sum().to(x.dtype)).clamp(min=1.0)
+    count = parallel.mean(mask.sum(dtype=torch.float32)).clamp(min=1.0)
+    cells = tuple(range(x.ndim - mask.ndim, x.ndim))
+    return x.where(mask, 0.0).sum(cells) / count
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +116,11 @@ def standardize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(target - value) / Var(target): one for a perfect critic, zero for a constant one."""
     return 1 - moments(target - value, mask)[1] / moments(target, mask)[1].clamp(min=1e-8)
+
+
+def masked_means(cells: Metrics, mask: Tensor) -> Metrics:
+    """The mean over real cells of each of several quantities [...], together."""
+    return dict(zip(cells, masked_mean(torch.stack(list(cells.values())), mask).unbind(), strict=True))
 
 
 def average(steps: Sequence[Metrics]) -> Metrics:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pgsuite.algorithms.base import ActorCritic
 from pgsuite.functional import objectives
 from pgsuite.nn.optim import Kind, Optimizer
 from pgsuite.settings import NonNegative, Positive
-from pgsuite.types import Batch, Metrics, masked_mean
+from pgsuite.types import Batch, Metrics, masked_mean, masked_means
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,27 +34,23 @@ class A2C(ActorCritic):
         return metrics | {"grad_norm": self.optimizer.step(loss)}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """-gain + value_coef error - entropy_coef entropy, each a mean over real cells."""
+        """The mean over real cells of -gain + value_coef error - entropy_coef entropy, and what it is made of."""
         dist = self.policy.dist(batch)
         log_ratio = dist.log_prob(batch.action) - batch.logp
         ratio = log_ratio.exp()
-        gain = masked_mean(self.surrogate(ratio, batch.advantage), batch.mask)
-        error = masked_mean(self.value_error(self.critic(batch), batch), batch.mask)
-        entropy = masked_mean(dist.entropy(), batch.mask)
-        loss = -gain + self.value_coef * error - self.entropy_coef * entropy
-        metrics = {
-            "loss": loss.detach(),
-            "policy_loss": -gain.detach(),
-            "value_loss": error.detach(),
-            "entropy": entropy.detach(),
-            "kl": masked_mean(objectives.sampled_kl(log_ratio.detach()), batch.mask),
-        }
-        return loss, metrics | self.watch_ratio(ratio.detach(), batch)
+        gain = self.surrogate(ratio, batch.advantage)
+        error = self.value_error(self.critic(batch), batch)
+        entropy = dist.entropy()
+        loss = masked_mean(-gain + self.value_coef * error - self.entropy_coef * entropy, batch.mask)
+        with torch.no_grad():
+            cells = {"policy_loss": -gain, "value_loss": error, "entropy": entropy}
+            cells |= {"kl": objectives.sampled_kl(log_ratio)} | self.watch_ratio(ratio)
+            return loss, {"loss": loss.detach()} | masked_means(cells, batch.mask)
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
         """What the critic descends [...], cell by cell."""
         return objectives.squared_error(value, batch.target)
 
-    def watch_ratio(self, ratio: Tensor, batch: Batch) -> Metrics:
-        """What is worth knowing about how far the policy has moved."""
+    def watch_ratio(self, ratio: Tensor) -> Metrics:
+        """What is worth knowing about how far the policy has moved [...], cell by cell."""
         return {}

@@ -12,7 +12,7 @@ from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split, minibatches
 from pgsuite.settings import Count, Positive
-from pgsuite.types import Batch, Metrics, average, masked_mean, standardize
+from pgsuite.types import Batch, Metrics, average, standardize
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,6 +56,5 @@ class PPO(A2C):
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
         return super().step(batch)
 
-    def watch_ratio(self, ratio: Tensor, batch: Batch) -> Metrics:
-        clipped = ((ratio - 1).abs() > self.clip).to(ratio.dtype)
-        return {"clip_fraction": masked_mean(clipped, batch.mask)}
+    def watch_ratio(self, ratio: Tensor) -> Metrics:
+        return {"clip_fraction": ((ratio - 1).abs() > self.clip).to(ratio.dtype)}

@@ -62,7 +62,7 @@ class Gaussian:
 
     def log_prob(self, action: Tensor) -> Tensor:
         z = (action - self.mean) * (-self.log_sigma).exp()
-        return -(0.5 * z**2 + self.log_sigma + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return -0.5 * z.square().sum(-1) - (self.log_sigma + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
         return (self.log_sigma + 0.5 * math.log(2 * math.pi * math.e)).expand_as(self.mean).sum(-1)

@@ -16,7 +16,15 @@ from pgsuite.nn.distributions import Categorical, Distribution, Gaussian
 from pgsuite.nn.normalize import Standardize
 from pgsuite.types import Metrics, Obs, Rollout
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
+
+class Tanh(nn.Module):
+    """tanh x = 2 sigmoid(2 x) - 1: on a CPU, torch's own tanh takes several times as long as its sigmoid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(2 * x).mul(2).sub_(1)
+
+
+ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 
 class Seen(Protocol):

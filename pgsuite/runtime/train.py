@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,7 +42,7 @@ def train(cfg: DictConfig) -> None:
         checkpoints,
         callbacks.Summary(folder / "summary.json", names | {"seed": run.seed}, versions),
     )
-    for line in describe(trainer, run):
+    for line in (*describe(trainer, run), *_recipe(hydra)):
         console.print(line, highlight=False)
     try:
         trainer.fit()
@@ -55,6 +56,13 @@ def train(cfg: DictConfig) -> None:
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {_short(folder)}",
         highlight=False,
     )
+
+
+def _recipe(hydra: HydraConf) -> list[str]:
+    """A line on the measured recipe that was picked up, if one was."""
+    name = hydra.runtime.choices.get("tuned")
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    return [f"recipe {name}"] if any((folder / "tuned" / f"{name}.yaml").is_file() for folder in folders) else []
 
 
 def _short(folder: Path) -> Path:

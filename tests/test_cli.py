@@ -1,0 +1,391 @@
+"""Using it as a person would: commands, what they leave behind, and what they say when asked for the impossible."""
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from pgsuite.runtime import checkpoint, cli
+from pgsuite.runtime.evaluate import evaluate
+from pgsuite.runtime.train import train
+
+ROOT = Path(__file__).parents[1]
+TINY = ["num_envs=4", "horizon=16", "total_steps=1000"]
+
+
+class Cli:
+    """Runs a command in this process, in a directory of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+
+    def __call__(self, command: str, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        task = {"train": train, "evaluate": evaluate}[command]
+        self.monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        self.monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
+        GlobalHydra.instance().clear()
+        code: Any = 0
+        try:
+            cli.main(task, command)
+        except SystemExit as stop:
+            code = stop.code
+        out = self.capsys.readouterr()
+        return (code, out.out, out.err) if isinstance(code, int) else (1, out.out, f"{code}\n{out.err}")
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    monkeypatch.chdir(tmp_path)
+    return Cli(tmp_path, monkeypatch, capsys)
+
+
+def events(run: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    return accumulator
+
+
+ALGORITHM_SCALARS = {
+    "reinforce": {"policy_loss", "entropy", "grad_norm", "explained_variance", "learning_rate"},
+    "a2c": {"policy_loss", "value_loss", "entropy", "kl", "grad_norm", "explained_variance", "learning_rate"},
+    "ppo": {"policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm", "explained_variance"},
+    "npg": {"improvement", "kl", "step_fraction", "cg_residual", "value_loss", "entropy", "explained_variance"},
+    "trpo": {"improvement", "kl", "step_fraction", "cg_residual", "backtracks", "value_loss", "entropy"},
+}
+
+
+@pytest.mark.parametrize("algo", ALGORITHM_SCALARS)
+def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> None:
+    size = [] if algo == "reinforce" else ["horizon=16"]
+    task = ["env=Pendulum", "env.max_episode_steps=20", "num_envs=4", *size]
+    code, out, err = command("train", f"algo={algo}", *task, "total_steps=2000", "seed=3")
+    assert code == 0, err
+    (run,) = (command.folder / "runs" / f"{algo}-Pendulum").iterdir()
+    assert run.name.endswith("-s3")
+    lines = out.strip().splitlines()
+    assert "env Pendulum-v1 | torch float64 | 4 environments | equals gymnasium" in lines[0]
+    assert lines[1].startswith("policy 3-64-64-1 tanh, gaussian")
+    assert "steps/s | return" in lines[3] and "s left" in lines[3]
+    assert str(run.relative_to(command.folder)) in lines[-1] and "return -" in lines[-1]
+
+    summary = json.loads((run / "summary.json").read_text())
+    keys = "algo env seed steps seconds steps_per_second return_mean return_std episodes backend device versions"
+    assert list(summary) == keys.split()
+    assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
+    assert summary["steps"] >= 2000 and summary["episodes"] > 0
+    assert f"max_episode_steps: 20\n" in (run / "config.yaml").read_text()  # noqa: F541
+    assert "${" not in (run / "config.yaml").read_text()
+
+    tags = set(events(run).Tags()["scalars"])
+    assert {f"algorithm/{name}" for name in ALGORITHM_SCALARS[algo]} <= tags
+    assert {"episode/return", "episode/length", "algorithm/sigma", "time/environment", "time/acting"} <= tags
+    assert {"time/learning", "time/steps_per_second", "result/return_mean"} <= tags
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[-1]) >= {"steps", "episode/return", *(f"algorithm/{n}" for n in ALGORITHM_SCALARS[algo])}
+    assert int(rows[-1]["steps"]) == summary["steps"]
+    shares = [float(rows[-1][f"time/{name}"]) for name in ("environment", "acting", "learning")]
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+
+    state = torch.load(checkpoint.latest(run), weights_only=True)
+    assert state["steps"] == summary["steps"] and state["config"]["env"]["max_episode_steps"] == 20
+    assert {"policy", "reward_scale", "optimizer", "generator"} <= set(state["algorithm"])
+    assert "obs_norm.moments.mean" in state["algorithm"]["policy"]
+
+
+def test_hyperparameters_and_results_reach_the_hparams_tab(command: Cli) -> None:
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    assert command("train", "env=CartPole", "algo.clip=0.15", *TINY)[0] == 0
+    (run,) = command.folder.glob("runs/*/*")
+    content = events(run).summary_metadata
+    found = {}
+    for tag in ("_hparams_/session_start_info", "_hparams_/experiment"):
+        message: Any = plugin_data_pb2
+        data = message.HParamsPluginData.FromString(content[tag].plugin_data.content)
+        found[tag] = data
+    started = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert started["algo.clip"].number_value == 0.15 and started["env"].string_value == "CartPole"
+    metrics = [info.name.tag for info in found["_hparams_/experiment"].experiment.metric_infos]
+    assert metrics == ["result/return_mean"]
+
+
+def test_return_mean_is_over_the_last_tenth(command: Cli) -> None:
+    """Episodes of one fixed length whose return is the number of steps: CartPole cut after five."""
+    code, _, err = command("train", "env=CartPole", "env.max_episode_steps=5", *TINY)
+    assert code == 0, err
+    (path,) = command.folder.glob("runs/*/*/summary.json")
+    summary = json.loads(path.read_text())
+    assert summary["return_mean"] == 5 and summary["return_std"] == 0
+    assert summary["steps"] == 1024 and summary["episodes"] in range(20, 33)  # 4 environments, about 124 steps
+
+
+def test_a_seed_fixes_a_run_bit_for_bit(command: Cli) -> None:
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(ord(folder))
+        assert command("train", "env=Hopper", f"seed={seed}", f"hydra.run.dir={folder}", *TINY)[0] == 0
+    states = {f: checkpoint.load(checkpoint.latest(command.folder / f))["algorithm"]["policy"] for f in "abc"}
+    assert all(torch.equal(states["a"][k], states["b"][k]) for k in states["a"])
+    assert not torch.equal(states["a"]["net.0.weight"], states["c"]["net.0.weight"])
+    tables = [(command.folder / f / "metrics.csv").read_text() for f in "ab"]
+
+    def untimed(table: str) -> list[list[str]]:
+        rows = list(csv.DictReader(table.splitlines()))
+        return [[v for k, v in row.items() if not k.startswith("time/")] for row in rows]
+
+    assert untimed(tables[0]) == untimed(tables[1])
+
+
+def test_recipes_are_picked_up_and_overridden(command: Cli) -> None:
+    code, out, _ = command("train", "algo=ppo", "env=HalfCheetah", "--cfg", "job")
+    recipe = (ROOT / "configs/tuned/ppo-HalfCheetah.yaml").read_text()
+    assert code == 0 and "lr: 1e-3" in recipe and "lr: 0.001" in out
+    assert "lr: 0.5" in command("train", "algo=ppo", "env=HalfCheetah", "algo.lr=0.5", "--cfg", "job")[1]
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs" / "tuned").glob("*.yaml")))
+def test_every_recipe_begins_a_run(command: Cli, recipe: str) -> None:
+    algo, env = recipe.split("-")
+    code, out, err = command("train", f"algo={algo}", f"env={env}", "total_steps=1")
+    assert code == 0 and f"recipe {recipe}" in out, err
+
+
+def test_without_a_recipe_none_is_claimed(command: Cli) -> None:
+    code, out, _ = command("train", "env=Swimmer", *TINY)
+    assert code == 0 and "recipe" not in out
+
+
+@pytest.mark.parametrize("estimator", ["gae", "n_step", "td_lambda", "monte_carlo", "vtrace"])
+def test_the_estimator_is_a_choice(command: Cli, estimator: str) -> None:
+    assert command("train", "env=CartPole", f"algo/estimator={estimator}", *TINY)[0] == 0
+    (path,) = command.folder.glob("runs/*/*/config.yaml")
+    assert estimator.replace("_", "") in path.read_text().lower()
+
+
+def test_sweeps_give_every_job_a_directory(command: Cli) -> None:
+    code, _, err = command("train", "-m", "algo=ppo,trpo", "seed=0,1", "env=CartPole", *TINY, "algo.gamma=0.9,0.99")
+    assert code == 0, err
+    found = [json.loads(p.read_text()) for p in command.folder.glob("runs/*/*/summary.json")]
+    jobs = sorted((s["algo"], s["seed"]) for s in found)
+    assert jobs == sorted((a, s) for a in ("ppo", "trpo") for s in (0, 1) for _ in range(2))
+
+
+def test_evaluation_plays_whole_episodes_and_writes_them_down(command: Cli) -> None:
+    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+    code, out, err = command("evaluate", "run=run", "episodes=7")
+    result = json.loads((command.folder / "run" / "evaluation.json").read_text())
+    assert code == 0 and len(result["returns"]) == 7 and result["returns"] == result["lengths"], err
+    assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 7) and result["deterministic"]
+    assert "over 7 deterministic episodes" in out
+    again = command("evaluate", "run=run", "episodes=7")
+    assert again[1] == out
+    code, out, _ = command("evaluate", "run=run", "episodes=7", "deterministic=false")
+    assert code == 0 and "over 7 stochastic episodes" in out
+    (ckpt,) = command.folder.glob("run/checkpoints/*.pt")
+    assert command("evaluate", f"run={ckpt}", "episodes=2")[0] == 0
+
+
+# Bad input
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["algo=pp"], "no algo 'pp'; did you mean ppo"),
+    (["env=HalfCheeta"], "no env 'HalfCheeta'; did you mean HalfCheetah"),
+    (["env=halfcheetah"], "no env 'halfcheetah'; did you mean HalfCheetah"),
+    (["algo/estimator=gea"], "no algo/estimator 'gea'; did you mean gae"),
+    (["sed=1"], "no setting 'sed'; did you mean seed"),
+    (["+sed=1"], "no setting 'sed' in the configuration; did you mean seed"),
+    (["algo.clpi=1"], "no setting 'clpi' in algo; did you mean clip"),
+    (["+algo.clpi=1"], "no setting 'clpi' in algo; did you mean clip"),
+    (["algo=trpo", "algo.clip=0.1"], "no setting 'clip' in algo; one of: anneal, cg_iters"),
+    (["algo.estimator.lambda=1"], "no setting 'lambda' in algo.estimator; did you mean lam"),
+    (["env.frameskip=2"], "no setting 'frameskip' in env; did you mean frame_skip"),
+    (["+env.frameskip=2"], "no setting 'frameskip' in env; did you mean frame_skip"),
+    (["policy.hiden=[8]"], "no setting 'hiden' in policy; did you mean hidden"),
+    (["algo.clip=abc"], "algo.clip: Value 'abc' of type 'str' could not be converted to Float"),
+    (["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
+    (["num_envs=1.5"], "num_envs: Value '1.5' of type 'float' could not be converted to Integer"),
+    (["algo.clip=0"], "PPO.clip must be a number greater than 0, got 0.0"),
+    (["algo.clip=-1"], "PPO.clip must be a number greater than 0, got -1.0"),
+    (["algo.gamma=1.5"], "PPO.gamma must be a number from 0 to 1, got 1.5"),
+    (["algo.gamma=nan"], "PPO.gamma must be a number from 0 to 1, got nan"),
+    (["algo.estimator.lam=-0.1"], "GAE.lam must be a number from 0 to 1, got -0.1"),
+    (["algo.optim=sgd"], "PPO.optim must be one of adam, rmsprop, got 'sgd'"),
+    (["seed=-1"], "seed must be a whole number at least 0, got -1"),
+    (["horizon=0"], "horizon must be a whole number at least 1 or null, got 0"),
+    (["num_envs=0"], "num_envs must be a whole number at least 1, got 0"),
+    (["total_steps=0"], "total_steps must be a whole number at least 1, got 0"),
+    (["algo.minibatches=7"], "7 minibatches do not divide a batch of 1024 (64 x 16 steps); near ones that do: 2, 4, 8"),
+    (["algo.minibatches=4096"], "4096 minibatches do not divide a batch of 1024"),
+    (["algo=npg", "algo.critic_minibatches=3"], "3 minibatches do not divide a batch of 1024 (16 x 64 steps)"),
+    (["policy.hidden=[0]"], "hidden must be a list, each a whole number at least 1, got [0]"),
+    (["policy.activation=gelu"], "activation must be one of tanh, relu, elu, silu, got 'gelu'"),
+    (["algo=reinforce", "horizon=100"], "whole episodes of HalfCheetah-v5 take up to 1000 steps, so horizon must be"),
+    (["env=CartPole", "policy.log_sigma=-1"], "policy.log_sigma is for continuous actions, and these are Discrete(2)"),
+    (["device=gpu"], "no device 'gpu': auto, cpu, cuda or cuda:<number>"),
+    (["backend=warp"], "HalfCheetah runs on backend mujoco (or auto), not 'warp'"),
+    (["hydra.run.dir=/dev/null/run"], "cannot write /dev/null/run"),
+    (["nonsense"], "missing EQUAL"),
+    (["algo=ppo,trpo"], "--multirun"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_gets_one_message_and_leaves_nothing(command: Cli, arguments: list[str], message: str) -> None:
+    code, out, err = command("train", *arguments)
+    assert code == 1 and message in err and err.startswith("error: ")
+    assert err.strip().count("\n") == 0 and "Traceback" not in err + out
+    assert not [p for p in command.folder.rglob("*") if p.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(command: Cli) -> None:
+    code, _, err = command("train", "device=cuda")
+    assert code == 1 and "sees no CUDA device: use device=cpu or auto" in err
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(command: Cli) -> None:
+    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+    before = {p: p.read_bytes() for p in command.folder.rglob("*") if p.is_file()}
+    code, _, err = command("train", "env=CartPole", "hydra.run.dir=run", *TINY)
+    assert code == 1 and "already holds a run" in err
+    assert before == {p: p.read_bytes() for p in command.folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "hostile", "foreign", "missing", "nowhere", "nothing"])
+def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, how: str) -> None:
+    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+    path = checkpoint.latest(command.folder / "run")
+    data, run = path.read_bytes(), "run=run"
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "altered":
+        path.write_bytes(b"not a checkpoint")
+    elif how == "hostile":
+
+        class Hostile:
+            def __reduce__(self):
+                return os.system, (f"touch {command.folder}/broken_into",)
+
+        torch.save({"format": 1, "algorithm": Hostile()}, path)
+    elif how == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif how == "missing":
+        path.unlink()
+    elif how == "nowhere":
+        run = "run=elsewhere"
+    else:
+        run = "episodes=3"
+    code, _, err = command("evaluate", run)
+    expected = {"nowhere": "no run directory elsewhere", "missing": "no checkpoint in", "nothing": "run must be a run"}
+    assert code == 1 and expected.get(how, str(path.relative_to(command.folder))) in err
+    assert "Traceback" not in err and not (command.folder / "broken_into").exists()
+    assert not (command.folder / "run" / "evaluation.json").exists()
+
+
+def test_a_pickle_is_hostile_when_it_is_allowed_to_be(tmp_path: Path) -> None:
+    """The test above proves nothing unless such a file does harm when loaded carelessly."""
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/broken_into",)
+
+    pickle.loads(pickle.dumps(Hostile()))
+    assert (tmp_path / "broken_into").exists()
+
+
+def test_a_run_that_diverges_stops_says_where_and_keeps_the_last_good_state(command: Cli) -> None:
+    code, _, err = command(
+        "train", "env=Pendulum", "algo.lr=1e30", "algo.max_grad_norm=null", "hydra.run.dir=run", *TINY
+    )
+    assert code == 1 and "training diverged" in err and "not finite at" in err and "checkpoints" in err
+    state = checkpoint.load(checkpoint.latest(command.folder / "run"))
+    tensors = [x for x in state["algorithm"]["policy"].values() if isinstance(x, torch.Tensor)]
+    assert all(bool(x.isfinite().all()) for x in tensors)
+    assert len(list((command.folder / "run" / "checkpoints").iterdir())) == 1
+    assert (command.folder / "run" / "summary.json").exists() and (command.folder / "run" / "metrics.csv").exists()
+
+
+def test_an_interrupted_run_is_saved(command: Cli) -> None:
+    from pgsuite.runtime.trainer import Trainer
+
+    iterate, calls = Trainer.iterate, 0
+
+    def interrupted(self: Trainer) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return iterate(self)
+
+    command.monkeypatch.setattr(Trainer, "iterate", interrupted)
+    code, out, err = command("train", "env=CartPole", "hydra.run.dir=run", *TINY)
+    assert code == 130 and "interrupted at 192 steps" in out and "Traceback" not in err
+    assert checkpoint.load(checkpoint.latest(command.folder / "run"))["steps"] == 192
+    assert json.loads((command.folder / "run" / "summary.json").read_text())["steps"] == 192
+    assert command("evaluate", "run=run", "episodes=2")[0] == 0
+
+
+# Other people's methods
+
+
+PACKAGE = '''
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pgsuite.algorithms import PPO
+from pgsuite.functional.objectives import sampled_kl
+from pgsuite.settings import NonNegative
+
+
+@dataclass(kw_only=True, eq=False)
+class KLPPO(PPO):
+    """PPO that pays for straying instead of clipping (Schulman et al., 2017, equation 8)."""
+
+    beta: NonNegative = 1.0
+
+    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return ratio * advantage - self.beta * sampled_kl(ratio.log())
+'''
+CONFIG = """# @package _global_
+defaults: [/schema/my_methods.KLPPO@algo, /algo/estimator@algo.estimator: gae]
+horizon: 16
+"""
+
+
+def test_a_method_from_elsewhere_trains_with_no_edit_here(tmp_path: Path) -> None:
+    (tmp_path / "my_methods.py").write_text(PACKAGE)
+    (tmp_path / "configs" / "algo").mkdir(parents=True)
+    (tmp_path / "configs" / "algo" / "klppo.yaml").write_text(CONFIG)
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config-dir", "configs", "algo=klppo"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("HYDRA_FULL_ERROR", None)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*script, "env=CartPole", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = run("algo.beta=0.5", "algo/estimator=n_step", "algo.estimator.n=7", "num_envs=8", "total_steps=2000")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/klppo-CartPole/*/config.yaml")
+    assert "beta: 0.5" in path.read_text() and "my_methods.KLPPO" in path.read_text() and "'n': 7" in path.read_text()
+    wrong = run("algo.beat=0.5")
+    assert wrong.returncode == 1 and "no setting 'beat' in algo; did you mean beta" in wrong.stderr
+    negative = run("algo.beta=-1")
+    assert negative.returncode == 1 and "KLPPO.beta must be a number at least 0" in negative.stderr
+    (tmp_path / "my_methods.py").write_text("import not_there\n")
+    broken = run()
+    assert broken.returncode == 1 and "cannot import 'my_methods'" in broken.stderr and "not_there" in broken.stderr
