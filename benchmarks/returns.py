@@ -1,6 +1,7 @@
 """Train with the committed recipes over several seeds and keep what came of it.
 
     python benchmarks/returns.py run ppo-HalfCheetah trpo-HalfCheetah --seeds 0 1 2 3 4 --jobs 2
+    python benchmarks/returns.py run all --jobs 2
     python benchmarks/returns.py table
 
 ``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the command, the
@@ -112,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("run", help="train and keep the results")
-    train_parser.add_argument("names", nargs="+", help="<algo>-<env>, as the recipes in configs/tuned are named")
+    train_parser.add_argument("names", nargs="+", help="<algo>-<env>, as recipes are named, or all that there are")
     train_parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     train_parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     train_parser.add_argument("--set", nargs="*", default=[], help="further overrides")
@@ -121,7 +122,8 @@ def main() -> None:
     if args.command == "table":
         table()
     else:
-        run(args.names, args.seeds, args.jobs, args.set)
+        recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*.yaml"))
+        run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 from pgsuite.functional import objectives
 from pgsuite.nn.distributions import Categorical, Gaussian
+from pgsuite.nn.policy import Tanh
 
 SAMPLES = 200_000
 
@@ -130,3 +131,14 @@ def test_sampled_kl_is_k3_and_unbiased() -> None:
     k3 = objectives.sampled_kl(new.log_prob(x) - old.log_prob(x))
     assert (k3 >= 0).all()
     assert float(k3.mean()) == pytest.approx(float(old.kl(new)), abs=5 * float(k3.std()) / SAMPLES**0.5)
+
+
+def test_tanh_through_sigmoid_is_tanh_with_its_derivatives() -> None:
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float64, requires_grad=True)
+    ours, theirs = Tanh()(x), x.tanh()
+    assert torch.allclose(ours, theirs, atol=1e-15, rtol=0)
+    first = [torch.autograd.grad(y.sum(), x, create_graph=True)[0] for y in (ours, theirs)]
+    assert torch.allclose(first[0], first[1], atol=1e-14, rtol=0)
+    second = [torch.autograd.grad(y.sum(), x)[0] for y in first]
+    assert torch.allclose(second[0], second[1], atol=1e-13, rtol=0)
+    assert torch.allclose(Tanh()(x.float()), theirs.float(), atol=2e-7, rtol=0)

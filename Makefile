@@ -1,0 +1,42 @@
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test check bench returns plots clean
+
+train: $(VENV)/.train
+	$(RUN) scripts/train.py algo=ppo env=HalfCheetah $(ARGS)
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+bench: $(VENV)/.train
+	$(RUN) benchmarks/throughput.py $(ARGS)
+
+# The learning results of the README, from nothing; hours on two cores.
+returns: $(VENV)/.train
+	$(RUN) benchmarks/returns.py run all $(ARGS)
+
+plots: $(VENV)/.dev
+	$(RUN) benchmarks/plot.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+	touch $@ $(VENV)/.train

@@ -1,0 +1,57 @@
+"""Draw the README's learning curves from the committed results: python benchmarks/plot.py [--out docs/returns.png]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from returns import METHODS, ROOT, load
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+COLORS = dict(zip(METHODS, ("#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f"), strict=True))
+POINTS = 60
+
+
+def draw(out: Path) -> None:
+    """One panel an environment: mean over seeds, with a band of one standard deviation."""
+    results = load()
+    envs = sorted({key.split("/")[0] for key in results}, key=lambda env: (env != "HalfCheetah", env))
+    figure, panels = plt.subplots(1, len(envs), figsize=(5.2 * len(envs), 4), squeeze=False)
+    for panel, env in zip(panels[0], envs, strict=True):
+        for method in METHODS:
+            runs = results.get(f"{env}/{method}", [])
+            if not runs:
+                continue
+            curves = [(np.array(r["curve"]["steps"]), np.array(r["curve"]["return"])) for r in runs]
+            grid = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), POINTS)
+            values = np.stack([np.interp(grid, s, _smooth(v)) for s, v in curves])
+            mean, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
+            final = np.mean([r["summary"]["return_mean"] for r in runs])
+            panel.plot(grid, mean, color=COLORS[method], label=f"{method}: {final:,.0f}")
+            panel.fill_between(grid, mean - spread, mean + spread, color=COLORS[method], alpha=0.15, linewidth=0)
+        seeds = max(len(results[key]) for key in results if key.startswith(f"{env}/"))
+        panel.set(title=f"{env}, {seeds} seeds", xlabel="environment steps", ylabel="return of training episodes")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
+        panel.legend(frameon=False)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    print(out)
+
+
+def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """A centred moving mean, shorter at the ends."""
+    weights = np.ones(min(width, len(values)))
+    return np.convolve(values, weights, "same") / np.convolve(np.ones_like(values), weights, "same")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "returns.png")
+    draw(parser.parse_args().out)
