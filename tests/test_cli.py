@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite.runtime import checkpoint, cli
 from pgsuite.runtime.evaluate import evaluate
+from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,7 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     (run,) = (command.folder / "runs" / f"{algo}-Pendulum").iterdir()
     assert run.name.endswith("-s3")
     lines = out.strip().splitlines()
-    assert "env Pendulum-v1 | torch float64 | 4 environments | equals gymnasium" in lines[0]
+    assert "env Pendulum-v1 | torch float64 | 4 environments | equals gymnasium 1." in lines[0]
     assert lines[1].startswith("policy 3-64-64-1 tanh, gaussian")
     assert "steps/s | return" in lines[3] and "s left" in lines[3]
     assert str(run.relative_to(command.folder)) in lines[-1] and "return -" in lines[-1]
@@ -229,6 +231,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["algo.minibatches=7"], "7 minibatches do not divide a batch of 1024 (64 x 16 steps); near ones that do: 2, 4, 8"),
     (["algo.minibatches=4096"], "4096 minibatches do not divide a batch of 1024"),
     (["algo=npg", "algo.critic_minibatches=3"], "3 minibatches do not divide a batch of 1024 (16 x 64 steps)"),
+    (["algo=reinforce", "algo.baseline=critic", "algo.critic_minibatches=7"], "7 minibatches do not divide a batch of"),
     (["policy.hidden=[0]"], "hidden must be a list, each a whole number at least 1, got [0]"),
     (["policy.activation=gelu"], "activation must be one of tanh, relu, elu, silu, got 'gelu'"),
     (["algo=reinforce", "horizon=100"], "whole episodes of HalfCheetah-v5 take up to 1000 steps, so horizon must be"),
@@ -303,6 +306,19 @@ def test_a_pickle_is_hostile_when_it_is_allowed_to_be(tmp_path: Path) -> None:
 
     pickle.loads(pickle.dumps(Hostile()))
     assert (tmp_path / "broken_into").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "1.pt"
+    checkpoint.save({"x": torch.ones(3)}, path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))  # as good as a full disk
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*1\.pt .*saved before are intact"):
+            checkpoint.save({"x": torch.ones(3_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_a_run_that_diverges_stops_says_where_and_keeps_the_last_good_state(command: Cli) -> None:

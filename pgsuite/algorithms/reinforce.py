@@ -10,6 +10,7 @@ from pgsuite.functional import estimators
 from pgsuite.nn.optim import Kind, Optimizer
 from pgsuite.nn.policy import Critic
 from pgsuite.rollout import Collector, EpisodeCollector
+from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, Positive
 from pgsuite.types import Batch, Metrics, Rollout, explained_variance, masked_mean, standardize
 
@@ -48,6 +49,9 @@ class Reinforce(Algorithm):
         super().validate(collector)
         if not collector.whole_episodes:
             raise ValueError("REINFORCE needs whole episodes: collect them with EpisodeCollector")
+        if self.critic is not None:
+            split = self.critic_minibatches
+            check_split(collector.horizon, collector.env.num_envs, split, columns=self.policy.sequential)
 
     def estimate(self, rollout: Rollout) -> Batch:
         returns = estimators.reward_to_go(rollout.reward, rollout.done, gamma=self.gamma)

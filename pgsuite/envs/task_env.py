@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
 import torch
 from gymnasium import spaces
 from torch import Tensor
@@ -26,7 +25,7 @@ class TaskEnv:
         self.observation_space, self.action_space = task.observation_space, task.action_space
         how, closeness = task.describe()
         self.backend = how.split()[0].split(".")[0]
-        self.description = f"{self.name} | {how} | {self.num_envs} environments | {closeness} {gymnasium.__version__}"
+        self.description = f"{self.name} | {how} | {self.num_envs} environments | {closeness}"
         self.generator = torch.Generator(task.device).manual_seed(seed)
         self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)
         self.bounds: tuple[Tensor, Tensor] | None = None

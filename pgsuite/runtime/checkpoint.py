@@ -16,14 +16,22 @@ FOLDER = "checkpoints"
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write state to path; whatever stood there stays until the new file is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write state to path; whatever stood there stays until the new file is whole and on disk.
+
+    Raises UserError if it cannot be written.
+    """
     temporary = path.with_suffix(".writing")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT} | state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}); checkpoints saved before are intact") from error
 
 
 def load(path: Path) -> dict[str, Any]:

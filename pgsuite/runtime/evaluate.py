@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def evaluate(cfg: DictConfig) -> None:
     path = given if given.suffix == ".pt" else checkpoint.latest(given)
     state = checkpoint.load(path)
     trained, seeds = DictConfig(state["config"]), Seeds.of(wanted.seed)
-    settings_of_run = settings_of(trained)
+    settings_of_run = replace(settings_of(trained), backend="auto")  # which on a CPU is the float64 one
     torch.set_num_threads(settings_of_run.torch_threads)
     env = build_env(trained, settings_of_run, wanted.episodes, torch.device("cpu"), seeds.env)
     policy, _ = build_networks(env, settings_of_run, seeds.init)

@@ -17,7 +17,7 @@ class Physics(Protocol):
 
     name: str  # of the back end
     description: str  # back end, precision, threads
-    closeness: str  # to gymnasium
+    closeness: str  # what it does to gymnasium's physics: equals, or approximates
     model: mujoco.MjModel
     num_envs: int
     device: torch.device

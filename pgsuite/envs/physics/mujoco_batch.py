@@ -28,7 +28,7 @@ class BatchPhysics:
         threads = threads or usable_cores()
         self.batch = batch.Batch(model, nsim=num_envs, nthread=threads)
         self.description = f"mujoco.batch float64, {threads} thread{'s' if threads > 1 else ''}"
-        self.closeness = "equals gymnasium step by step"
+        self.closeness = "equals"
         self.qpos, self.qvel, self.ctrl, self.warmstart, self.time = (
             torch.from_numpy(self.batch.bind(field)) for field in ("qpos", "qvel", "ctrl", "qacc_warmstart", "time")
         )

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -35,11 +36,8 @@ class ClassicTask(Task):
         """Fresh states [N, S]."""
 
     def describe(self) -> tuple[str, str]:
-        exact = self.dtype == torch.float64
-        return (
-            f"torch {str(self.dtype).removeprefix('torch.')}",
-            "equals gymnasium" if exact else "rounds gymnasium",
-        )
+        verb = "equals" if self.dtype == torch.float64 else "rounds"
+        return f"torch {str(self.dtype).removeprefix('torch.')}", f"{verb} gymnasium {gymnasium.__version__}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state.clone()}

@@ -84,7 +84,8 @@ class MujocoTask(Task):
         """Reward [N] and terminated [N] of the step just made, given the mean forward velocity [N] in m/s."""
 
     def describe(self) -> tuple[str, str]:
-        return self.physics.description, f"{self.physics.closeness} (mujoco {mujoco.__version__})"
+        versions = f"gymnasium {gymnasium.__version__} step by step (mujoco {mujoco.__version__})"
+        return self.physics.description, f"{self.physics.closeness} {versions}"
 
     def state_dict(self) -> dict[str, Any]:
         return self.physics.state_dict()
