@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from returns import commit, machine
 
+from pgsuite import seeding
 from pgsuite.algorithms import PPO
 from pgsuite.envs import TaskEnv, make
 from pgsuite.nn.normalize import RewardScale, Standardize
@@ -42,7 +43,7 @@ def stepper(env: TaskEnv, seconds: float) -> float:
 
 
 def ppo(env: TaskEnv) -> tuple[PPO, StepCollector]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeding.generator(0, "networks")
     norm = Standardize(env.observation_space.shape or ())
     algorithm = PPO(
         policy=Policy(norm, env.action_space, generator=generator),

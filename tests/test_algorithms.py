@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import ALL, Corridor, Endless, PointMass, Probe, TwoSteps, build, collector
+from toys import ALL, LQR, Corridor, Endless, FrozenLake, PointMass, Probe, TwoSteps, build, collector
 
+from pgsuite import seeding
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.functional import estimators
 from pgsuite.functional import trust_region as tr
+from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeCollector, StepCollector
 from pgsuite.types import Batch
 
@@ -473,6 +476,79 @@ def test_every_method_learns_to_push_the_point_home(cls: type[Algorithm]) -> Non
     assert sum(returns[-5:]) / 5 > sum(returns[:3]) / 3 + 3
 
 
+class QuadraticCritic(Critic):
+    """V = w x^2 + b, which holds the regulator's value exactly."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__(Standardize((1,), enabled=False), hidden=(), generator=generator)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.net(obs.square()).squeeze(-1)
+
+
+@pytest.mark.parametrize("cls", [A2C, PPO, NPG, TRPO])
+def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
+    """At discount .9, u = -K x with K = .58840335, whatever noise is added; K once it has settled."""
+    env = LQR(256, max_episode_steps=10)
+    options: dict[type[Algorithm], dict[str, Any]] = {A2C: {"lr": 0.05, "optim": "adam"}, PPO: {"lr": 0.01}}
+    natural = {"max_kl": 3e-3, "critic_lr": 0.02}
+    generator = torch.Generator().manual_seed(0)
+    policy = Policy(Standardize((1,), enabled=False), env.action_space, hidden=(), generator=generator)
+    algorithm: Any = cls(
+        policy=policy,
+        critic=QuadraticCritic(generator),  # pyright: ignore[reportCallIssue]
+        generator=generator,
+        gamma=0.9,
+        anneal=True,
+        **options.get(cls, natural),
+    )
+    rollouts, gains = StepCollector(env, 10), []
+    for i in range(150):
+        algorithm.progress(i / 150)
+        algorithm.iterate(rollouts)
+        gains.append(-float(next(policy.net.parameters()).detach()))
+    assert sum(gains[75:]) / 75 == pytest.approx(0.58840335, abs=0.06)
+
+
+@pytest.mark.parametrize("gain", [0.4, 0.58840335, 0.75])
+def test_the_gradient_on_the_regulator_is_the_closed_form(gain: float) -> None:
+    """With V = -P x^2 - c exact, dJ/dw for u = w x is E[x^2] (2 K - 2 gamma P (1 - K)), w = -K; zero at the optimum.
+    Five standard errors over environments, seeded."""
+    env, gamma = LQR(100_000, max_episode_steps=100), 0.9
+    cost = (1 + gain**2) / (1 - gamma * (1 - gain) ** 2)
+    generator = torch.Generator().manual_seed(1)
+    policy = Policy(Standardize((1,), enabled=False), env.action_space, hidden=(), log_sigma=-1.5, generator=generator)
+    critic = QuadraticCritic(generator)
+    noise = math.exp(-3.0) * (1 + gamma * cost) / (1 - gamma)
+    (weight, bias), (curvature, constant) = policy.net.parameters(), critic.net.parameters()
+    with torch.no_grad():
+        for p, value in ((weight, -gain), (bias, 0.0), (curvature, -cost), (constant, -noise)):
+            p.fill_(value)
+    algorithm = A2C(policy=policy, critic=critic, gamma=gamma, normalize_advantage="none")
+    batch = first_batch(algorithm, env, 4)
+    x, sigma = batch.obs.squeeze(-1), math.exp(-1.5)
+    score = (batch.action.squeeze(-1) + gain * x) / sigma**2 * x
+    samples = (score * batch.advantage).mean(0)
+    exact = float((x**2).mean()) * (2 * gain - 2 * gamma * cost * (1 - gain))
+    loss = algorithm.loss(batch)[0]
+    assert float(-torch.autograd.grad(loss, weight)[0]) == pytest.approx(float(samples.mean()), rel=1e-3)
+    assert float(samples.mean()) == pytest.approx(exact, abs=5 * float(samples.std()) / env.num_envs**0.5)
+
+
+def test_the_frozen_lake_is_crossed_nearly_as_well_as_can_be() -> None:
+    env = FrozenLake(128)
+    assert env.best() == pytest.approx(0.74419029, abs=1e-8)
+    algorithm = build(PPO, env, hidden=(), standardize=False, lr=0.03, epochs=4, entropy_coef=0.003, anneal=True)
+    rollouts, ended = StepCollector(env, 32), []
+    for i in range(150):
+        algorithm.progress(i / 150)
+        algorithm.iterate(rollouts)
+        rollout = rollouts.buffer.read()
+        ended.append((rollout.reward[rollout.done].sum(), rollout.done.sum()))
+    wins, ends = (sum(float(x[k]) for x in ended[-40:]) for k in (0, 1))
+    assert 0.68 < wins / ends < 0.78
+
+
 # State, seeds and processes
 
 
@@ -489,6 +565,18 @@ def test_a_seed_fixes_a_run_bit_for_bit(cls: type[Algorithm]) -> None:
         ends.append(flat(algorithm))
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], flat(build(cls, PointMass(8), seed=1)))
+
+
+def test_streams_of_one_seed_owe_nothing_to_one_another() -> None:
+    """The same number in two bare generators draws the same bits; correlations to five standard errors."""
+    count = 100_000
+    draws = [
+        torch.empty(count).normal_(generator=seeding.generator(0, stream))
+        for stream in ("environment", "acting", "minibatches", "acting")
+    ]
+    assert torch.equal(draws[1], draws[3])
+    correlation = torch.corrcoef(torch.stack(draws[:3])).triu(diagonal=1)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(count)
 
 
 @pytest.mark.parametrize("cls", ALL)

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 FLOORS = [
-    {"parallel", "settings"},
+    {"parallel", "settings", "seeding"},
     {"types"},
     {"functional"},
     {"nn", "envs"},

@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from pgsuite import seeding
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
@@ -32,7 +33,7 @@ class Toy:
     def __init__(self, num_envs: int, max_episode_steps: int = 50, seed: int = 0) -> None:
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.observation_space = spaces.Box(-math.inf, math.inf, (self.obs_size,))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeding.generator(seed, "environment")
         self.clock = torch.zeros(num_envs, dtype=torch.long)
         self.state = self.fresh()
 
@@ -133,13 +134,20 @@ class Endless(Toy):
 
 
 def build(
-    cls: type[Algorithm], env: Any, *, seed: int = 0, standardize: bool = True, scale: bool = True, **fields: Any
+    cls: type[Algorithm],
+    env: Any,
+    *,
+    seed: int = 0,
+    hidden: tuple[int, ...] = (16,),
+    standardize: bool = True,
+    scale: bool = True,
+    **fields: Any,
 ) -> Any:
     """An algorithm with small networks, its randomness its own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeding.generator(seed, "algorithm")
     norm = Standardize(env.observation_space.shape, enabled=standardize)
-    policy = Policy(norm, env.action_space, hidden=(16,), generator=generator)
-    critic = Critic(norm, hidden=(16,), generator=generator)
+    policy = Policy(norm, env.action_space, hidden=hidden, generator=generator)
+    critic = Critic(norm, hidden=(16,), activation="elu", generator=generator)  # tanh begins as an odd function
     if scale:
         fields["reward_scale"] = RewardScale(env.num_envs, fields.get("gamma", 0.99))
     return cls(policy=policy, critic=critic, generator=generator, **fields)  # pyright: ignore[reportCallIssue]
@@ -148,3 +156,53 @@ def build(
 def collector(algorithm: Any, env: Any, horizon: int = 20, seed: int = 0) -> Collector:
     horizon = env.max_episode_steps if algorithm.collector.whole_episodes else horizon
     return algorithm.collector(env, horizon, seed)
+
+
+class LQR(Toy):
+    """x' = x + u, reward -(x^2 + u^2): the linear quadratic regulator with A = B = Q = R = 1."""
+
+    action_space: spaces.Space[Any] = spaces.Box(-math.inf, math.inf, (1,))
+
+    def fresh(self) -> Tensor:
+        return torch.empty(self.num_envs, 1).uniform_(-1, 1, generator=self.generator)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cost = self.state.square().sum(-1) + action.square().sum(-1)
+        return self.state + action, -cost, torch.zeros(self.num_envs, dtype=torch.bool)
+
+
+class FrozenLake(Toy):
+    """gymnasium's slippery FrozenLake from its own transition table; one-hot observations."""
+
+    obs_size = 16
+    action_space: spaces.Space[Any] = spaces.Discrete(4)
+
+    def __init__(self, num_envs: int, max_episode_steps: int = 100, seed: int = 0) -> None:
+        import gymnasium
+
+        table: Any = gymnasium.make("FrozenLake-v1", is_slippery=True).unwrapped
+        self.chance, self.reward = torch.zeros(2, 16, 4, 16, dtype=torch.float64)
+        self.ends = torch.zeros(16, dtype=torch.bool)
+        for s, actions in table.P.items():
+            for a, outcomes in actions.items():
+                for p, successor, reward, terminated in outcomes:
+                    self.chance[s, a, successor] += p
+                    self.reward[s, a, successor] = reward
+                    self.ends[successor] |= terminated
+        super().__init__(num_envs, max_episode_steps, seed)
+
+    def fresh(self) -> Tensor:
+        return torch.eye(16)[torch.zeros(self.num_envs, dtype=torch.long)]
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        here = self.state.argmax(-1)
+        there = torch.multinomial(self.chance[here, action], 1, generator=self.generator).squeeze(-1)
+        return torch.eye(16)[there], self.reward[here, action, there].float(), self.ends[there]
+
+    def best(self) -> float:
+        """The optimal chance of reaching the goal within the limit, by dynamic programming."""
+        value = torch.zeros(16, dtype=torch.float64)
+        for _ in range(self.max_episode_steps):
+            following = self.reward + value * ~self.ends
+            value = (self.chance * following).sum(-1).amax(-1)
+        return float(value[0])

@@ -8,6 +8,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from pgsuite import seeding
 from pgsuite.envs.tasks.base import Task
 from pgsuite.types import Step
 
@@ -26,7 +27,7 @@ class TaskEnv:
         how, closeness = task.describe()
         self.backend = how.split()[0].split(".")[0]
         self.description = f"{self.name} | {how} | {self.num_envs} environments | {closeness}"
-        self.generator = torch.Generator(task.device).manual_seed(seed)
+        self.generator = seeding.generator(seed, "environment", task.device)
         self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)
         self.bounds: tuple[Tensor, Tensor] | None = None
         if isinstance(self.action_space, spaces.Box):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgsuite import seeding
 from pgsuite.envs.base import VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.rollout.buffer import RolloutBuffer
@@ -24,7 +25,7 @@ class Collector(ABC):
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1 step, got {horizon}")
         self.env, self.horizon = env, horizon
-        self.generator = torch.Generator(env.device).manual_seed(seed)
+        self.generator = seeding.generator(seed, "acting", env.device)
         self.buffer = RolloutBuffer(horizon)
         self.begun = False
         self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import pgsuite
+from pgsuite import seeding
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import VectorEnv, make
 from pgsuite.nn.normalize import RewardScale, Standardize
@@ -19,21 +20,6 @@ from pgsuite.nn.policy import Critic, Policy
 from pgsuite.runtime.schema import Network, Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
 from pgsuite.settings import closest
-
-
-@dataclass
-class Seeds:
-    """Independent streams for a run's sources of randomness, from its one seed."""
-
-    init: int
-    minibatches: int
-    acting: int
-    env: int
-
-    @classmethod
-    def of(cls, seed: int) -> Seeds:
-        generator = torch.Generator().manual_seed(seed)
-        return cls(*torch.randint(2**62, (4,), generator=generator).tolist())
 
 
 def container(cfg: DictConfig) -> dict[str, Any]:
@@ -90,18 +76,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device, seed: int) -> VectorEnv:
+def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) -> VectorEnv:
     """The environments of a configuration.  Raises UserError for options that make no sense."""
     task = construct(container(cfg.env), "env")
     try:
-        return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
+        return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=run.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def build_networks(env: VectorEnv, run: Run, seed: int) -> tuple[Policy, Critic]:
+def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     """Policy and critic, on the environments' device, sharing their observation statistics."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
+    generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
     norm = Standardize(env.observation_space.shape or (), enabled=run.standardize_obs)
     try:
         policy = Policy(
@@ -122,20 +108,20 @@ def build(cfg: DictConfig) -> Trainer:
     """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
     run = settings_of(cfg)
     torch.set_num_threads(run.torch_threads)
-    seeds, device = Seeds.of(run.seed), pick_device(run.device)
-    env = build_env(cfg, run, run.num_envs, device, seeds.env)
-    policy, critic = build_networks(env, run, seeds.init)
+    device = pick_device(run.device)
+    env = build_env(cfg, run, run.num_envs, device)
+    policy, critic = build_networks(env, run)
     algorithm: Algorithm = construct(
         container(cfg.algo),
         "algo",
         policy=policy,
         critic=critic,
-        generator=torch.Generator(device).manual_seed(seeds.minibatches),
+        generator=seeding.generator(run.seed, "minibatches", device),
         reward_scale=RewardScale(run.num_envs, cfg.algo.gamma).to(device) if run.scale_reward else None,
     )
     horizon = env.max_episode_steps if run.horizon is None else run.horizon
     try:
-        return Trainer(algorithm, algorithm.collector(env, horizon, seeds.acting), run.total_steps)
+        return Trainer(algorithm, algorithm.collector(env, horizon, run.seed), run.total_steps)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from pgsuite import settings
+from pgsuite import seeding, settings
 from pgsuite.envs.base import VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
-from pgsuite.runtime.build import Seeds, build_env, build_networks, construct, container, settings_of, versions
+from pgsuite.runtime.build import build_env, build_networks, construct, container, settings_of, versions
 from pgsuite.runtime.callbacks import console
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import Count, Natural
@@ -64,16 +64,17 @@ def evaluate(cfg: DictConfig) -> None:
     given = Path(wanted.run)
     path = given if given.suffix == ".pt" else checkpoint.latest(given)
     state = checkpoint.load(path)
-    trained, seeds = DictConfig(state["config"]), Seeds.of(wanted.seed)
-    settings_of_run = replace(settings_of(trained), backend="auto")  # which on a CPU is the float64 one
-    torch.set_num_threads(settings_of_run.torch_threads)
-    env = build_env(trained, settings_of_run, wanted.episodes, torch.device("cpu"), seeds.env)
-    policy, _ = build_networks(env, settings_of_run, seeds.init)
+    trained = DictConfig(state["config"])
+    # On a CPU, auto is the float64 back end; the seed is the evaluation's own.
+    run = replace(settings_of(trained), backend="auto", seed=wanted.seed)
+    torch.set_num_threads(run.torch_threads)
+    env = build_env(trained, run, wanted.episodes, torch.device("cpu"))
+    policy, _ = build_networks(env, run)
     try:
         policy.load_state_dict(state["algorithm"]["policy"])
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path} does not fit the networks of its own configuration: {error}") from error
-    generator = torch.Generator().manual_seed(seeds.acting)
+    generator = seeding.generator(wanted.seed, "acting")
     returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic)
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {

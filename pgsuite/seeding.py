@@ -1,0 +1,17 @@
+"""Random streams: one seed, and a generator for each user of it that owes nothing to the others."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the seed and on the name of the stream.
+
+    Two generators seeded with the same number draw the same bits, so that, say, initial states and action noise would
+    be correlated; the name keeps them apart.
+    """
+    digest = hashlib.blake2b(f"{stream} {seed}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
