@@ -490,11 +490,8 @@ class QuadraticCritic(Critic):
 def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
     """At discount .9, u = -K x with K = .58840335, whatever noise is added; K once it has settled."""
     env = LQR(256, max_episode_steps=10)
-    options: dict[type[Algorithm], dict[str, Any]] = {
-        A2C: {"lr": 0.05, "optim": "adam"},
-        PPO: {"lr": 0.01, "epochs": 4},
-    }
-    natural = {"max_kl": 3e-3, "critic_lr": 0.02}
+    natural: dict[str, Any] = {"max_kl": 3e-3, "critic_lr": 0.02}
+    options = {A2C: {"lr": 0.05, "optim": "adam"}, PPO: {"lr": 0.01, "epochs": 4}}.get(cls, natural)
     generator = torch.Generator().manual_seed(0)
     policy = Policy(Standardize((1,), enabled=False), env.action_space, hidden=(), generator=generator)
     algorithm: Any = cls(
