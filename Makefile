@@ -25,6 +25,7 @@ returns: $(VENV)/.train
 
 plots: $(VENV)/.dev
 	$(RUN) benchmarks/plot.py
+	$(RUN) benchmarks/returns.py table --readme
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -93,9 +93,9 @@ def load() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def table() -> None:
-    print("| environment | method | steps | return, mean +- deviation over seeds | of each seed | steps/s |")
-    print("|---|---|---|---|---|---|")
+def table() -> str:
+    """A Markdown table of what is kept."""
+    lines = ["| environment | method | steps | return | each seed | steps/s |", "|---|---|---|---|---|---|"]
     results = load()
     for key in sorted(results, key=lambda key: (key.split("/")[0], METHODS.index(key.split("/")[1]))):
         summaries = [result["summary"] for result in results[key]]
@@ -103,10 +103,21 @@ def table() -> None:
         spread = statistics.stdev(means) if len(means) > 1 else 0.0
         speed = statistics.median(summary["steps_per_second"] for summary in summaries)
         env, algo = key.split("/")
-        print(
-            f"| {env} | {algo} | {summaries[0]['steps']:,} | {statistics.mean(means):,.0f} +- {spread:,.0f} | "
-            f"{', '.join(f'{mean:,.0f}' for mean in means)} | {speed:,.0f} |"
+        seeds = ", ".join(f"{mean:,.0f}" for mean in means)
+        steps = f"{round(summaries[0]['steps'], -4):,}"
+        lines.append(
+            f"| {env} | {algo} | {steps} | {statistics.mean(means):,.0f} ± {spread:,.0f} | {seeds} | {speed:,.0f} |"
         )
+    return "\n".join(lines)
+
+
+def write_readme(readme: Path = ROOT / "README.md") -> None:
+    """Put the table between its markers in the README."""
+    before, begin, rest = readme.read_text().partition("<!-- python benchmarks/returns.py table -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (begin and end):
+        raise SystemExit(f"{readme} has no markers for the table")
+    readme.write_text(f"{before}{begin}{table()}\n{end}{after}")
 
 
 def main() -> None:
@@ -117,10 +128,13 @@ def main() -> None:
     train_parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     train_parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     train_parser.add_argument("--set", nargs="*", default=[], help="further overrides")
-    commands.add_parser("table", help="print what is kept")
+    table_parser = commands.add_parser("table", help="print what is kept")
+    table_parser.add_argument("--readme", action="store_true", help="put it into the README as well")
     args = parser.parse_args()
     if args.command == "table":
-        table()
+        print(table())
+        if args.readme:
+            write_readme()
     else:
         recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*.yaml"))
         run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)
