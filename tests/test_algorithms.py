@@ -18,6 +18,7 @@ from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTra
 from pgsuite.functional import estimators
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeCollector, StepCollector
 from pgsuite.types import Batch
@@ -363,12 +364,16 @@ def test_the_gradient_norm_is_bounded_where_asked() -> None:
 def test_the_learning_rate_falls_linearly_where_asked(cls: type[Algorithm]) -> None:
     env = PointMass(8)
     for anneal, expected in ((True, 0.25), (False, 1.0)):
-        algorithm = build(cls, env, anneal=anneal)
-        start = algorithm.optimizer.lr
+        options = {"baseline": "critic"} if cls is Reinforce else {}
+        algorithm = build(cls, env, anneal=anneal, **options)
+        optimizers = [part for part in vars(algorithm).values() if isinstance(part, Optimizer)]
+        assert len(optimizers) == 1 + (cls is Reinforce)
+        before = [optimizer.lr for optimizer in optimizers]
         algorithm.progress(0.75)
         metrics = algorithm.iterate(collector(algorithm, env))
-        rate = algorithm.optimizer.inner.param_groups[0]["lr"]
-        assert float(rate) == pytest.approx(expected * start) == pytest.approx(float(metrics["learning_rate"]))
+        after = [float(optimizer.inner.param_groups[0]["lr"]) for optimizer in optimizers]
+        assert after == pytest.approx([expected * rate for rate in before])
+        assert float(metrics["learning_rate"]) == pytest.approx(expected * before[0])
 
 
 def test_the_value_clip_is_off_unless_asked_for() -> None:

@@ -78,7 +78,9 @@ class Algorithm(ABC):
     def progress(self, fraction: float) -> None:
         """Told before each iteration what fraction of the run is behind."""
         if self.anneal:
-            self.optimizer.scale_lr(max(0.0, 1.0 - fraction))
+            for part in vars(self).values():
+                if isinstance(part, Optimizer):
+                    part.scale_lr(max(0.0, 1.0 - fraction))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every part that has any; a subclass adds parts by holding them."""
