@@ -77,8 +77,8 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     assert run.name.endswith("-s3")
     lines = out.strip().splitlines()
     assert "env Pendulum-v1 | torch float64 | 4 environments | equals gymnasium 1." in lines[0]
-    assert lines[1].startswith("policy 3-64-64-1 tanh, gaussian")
-    assert "steps/s | return" in lines[3] and "s left" in lines[3]
+    assert lines[1].startswith("policy 3-64-64-1 ") and ", gaussian" in lines[1]
+    assert "steps/s | return" in lines[4] and "s left" in lines[4]
     assert str(run.relative_to(command.folder)) in lines[-1] and "return -" in lines[-1]
 
     summary = json.loads((run / "summary.json").read_text())
