@@ -70,7 +70,11 @@ class Algorithm(ABC):
 
     def watch(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
-        return {"learning_rate": torch.tensor(self.optimizer.lr)} | self.policy.watch()
+        metrics = {
+            "learning_rate": torch.tensor(self.optimizer.lr),
+            "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
+        }
+        return metrics | self.policy.watch()
 
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if rollouts of this collector cannot be learned from."""
@@ -114,9 +118,6 @@ class ActorCritic(Algorithm):
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         """The objective [...] to ascend, cell by cell."""
         return objectives.surrogate(ratio, advantage)
-
-    def watch(self, batch: Batch) -> Metrics:
-        return super().watch(batch) | {"explained_variance": explained_variance(batch.value, batch.target, batch.mask)}
 
 
 def fit_critic(

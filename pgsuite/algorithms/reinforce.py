@@ -12,7 +12,7 @@ from pgsuite.nn.policy import Critic
 from pgsuite.rollout import Collector, EpisodeCollector
 from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, Positive
-from pgsuite.types import Batch, Metrics, Rollout, explained_variance, masked_mean, standardize
+from pgsuite.types import Batch, Metrics, Rollout, masked_mean, standardize
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,6 +86,3 @@ class Reinforce(Algorithm):
                 generator=self.generator,
             )
         return metrics
-
-    def watch(self, batch: Batch) -> Metrics:
-        return super().watch(batch) | {"explained_variance": explained_variance(batch.value, batch.target, batch.mask)}
