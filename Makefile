@@ -26,6 +26,7 @@ returns: $(VENV)/.train
 plots: $(VENV)/.dev
 	$(RUN) benchmarks/plot.py
 	$(RUN) benchmarks/returns.py table --readme
+	$(RUN) benchmarks/throughput.py --readme
 
 clean:
 	rm -rf $(VENV) build *.egg-info

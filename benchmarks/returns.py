@@ -111,13 +111,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write_readme(readme: Path = ROOT / "README.md") -> None:
-    """Put the table between its markers in the README."""
-    before, begin, rest = readme.read_text().partition("<!-- python benchmarks/returns.py table -->\n")
+def write_readme(script: str, text: str, readme: Path = ROOT / "README.md") -> None:
+    """Put what a script of this directory found between its markers in the README."""
+    before, begin, rest = readme.read_text().partition(f"<!-- python benchmarks/{script} --readme -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not (begin and end):
-        raise SystemExit(f"{readme} has no markers for the table")
-    readme.write_text(f"{before}{begin}{table()}\n{end}{after}")
+        raise SystemExit(f"{readme} has no markers for {script}")
+    readme.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ def main() -> None:
     if args.command == "table":
         print(table())
         if args.readme:
-            write_readme()
+            write_readme("returns.py table", table())
     else:
         recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*.yaml"))
         run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)

@@ -1,10 +1,11 @@
 """How much of the physics' own speed is left when PPO trains on it.
 
-    python benchmarks/throughput.py
+    python benchmarks/throughput.py [--readme]
 
 In one process, in turn: the batch stepper alone with random actions, and whole iterations of PPO (64 environments x 32
-steps, 5 epochs x 4 minibatches, two networks of 64-64 tanh) on HalfCheetah.  Prints steps/s of each, the ratio round by
-round, and medians; writes benchmarks/results/throughput.json.
+steps, 5 epochs x 4 minibatches, two networks of 64-64 tanh) on HalfCheetah, as written and with the loss compiled.
+Prints steps/s of each and the ratios round by round, then medians; writes benchmarks/results/throughput.json.
+``--readme`` measures nothing, and puts what is in that file into the README.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from returns import commit, machine
+from returns import commit, machine, write_readme
 
 from pgsuite import seeding
 from pgsuite.algorithms import PPO
@@ -27,7 +28,10 @@ from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import StepCollector
 from pgsuite.runtime.build import versions
+from pgsuite.runtime.execution import Execution, execute
 
+RESULT = Path(__file__).parent / "results" / "throughput.json"
+WAYS: tuple[Execution, ...] = ("eager", "compile")
 ENVS, HORIZON, EPOCHS, MINIBATCHES = 64, 32, 5, 4
 
 
@@ -42,7 +46,7 @@ def stepper(env: TaskEnv, seconds: float) -> float:
     return steps / (now - began)
 
 
-def ppo(env: TaskEnv) -> tuple[PPO, StepCollector]:
+def ppo(env: TaskEnv, execution: Execution) -> tuple[PPO, StepCollector]:
     generator = seeding.generator(0, "networks")
     norm = Standardize(env.observation_space.shape or ())
     algorithm = PPO(
@@ -53,6 +57,7 @@ def ppo(env: TaskEnv) -> tuple[PPO, StepCollector]:
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
     )
+    execute(algorithm, execution, env.device)
     return algorithm, StepCollector(env, HORIZON)
 
 
@@ -65,39 +70,59 @@ def training(algorithm: PPO, collector: StepCollector, seconds: float) -> float:
     return steps / (now - began)
 
 
+def measure(count: int, seconds: float, torch_threads: int) -> dict[str, Any]:
+    """Rates in steps/s of ``count`` rounds, and their medians."""
+    torch.set_num_threads(torch_threads)
+    alone = make("HalfCheetah", ENVS, seed=1)
+    alone.reset()
+    stepper(alone, 0.5)
+    learners = {way: ppo(make("HalfCheetah", ENVS, seed=2), way) for way in WAYS}
+    for learner in learners.values():
+        training(*learner, 1.0)
+    rounds: list[dict[str, float]] = []
+    for i in range(count):
+        row = {"physics": stepper(alone, seconds)}
+        row |= {way: training(*learner, seconds) for way, learner in learners.items()}
+        rounds.append(row | {f"{way} ratio": row[way] / row["physics"] for way in WAYS})
+        print(f"round {i}: {line(rounds[-1])}")
+    median = {key: statistics.median(row[key] for row in rounds) for key in rounds[0]}
+    print(f"median:  {line(median)}")
+    threads = {"torch": torch_threads, "physics": alone.description.split("|")[1].strip()}
+    return {"threads": threads, "median": median, "rounds": rounds}
+
+
+def line(row: dict[str, float]) -> str:
+    """Rates and ratios in words."""
+    words = [f"PPO {way} {row[way]:,.0f} steps/s, ratio {row[f'{way} ratio']:.3f}" for way in WAYS]
+    return " | ".join([f"physics alone {row['physics']:,.0f} steps/s", *words])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The medians and spreads as a table for the README."""
+    rows = ["| HalfCheetah, 64 environments | steps/s | share of the physics alone |", "|---|---|---|"]
+    rows.append(f"| batch stepper alone, random actions | {result['median']['physics']:,.0f} | |")
+    for way, words in zip(WAYS, ("PPO, as written", "PPO, `execution=compile`"), strict=True):
+        ratios = [row[f"{way} ratio"] for row in result["rounds"]]
+        share = f"{result['median'][f'{way} ratio']:.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"
+        rows.append(f"| {words} | {result['median'][way]:,.0f} | {share} |")
+    caption = f"Medians of {len(result['rounds'])} interleaved rounds; {result['machine']}; commit {result['commit']}."
+    return "\n".join([*rows, "", caption])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--torch-threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--readme", action="store_true", help="put the kept result into the README")
     args = parser.parse_args()
-    torch.set_num_threads(args.torch_threads)
-    alone, env = (make("HalfCheetah", ENVS, seed=seed) for seed in (1, 2))
-    alone.reset()
-    algorithm, collector = ppo(env)
-    stepper(alone, 0.5)
-    training(algorithm, collector, 1.0)
-    rounds: list[dict[str, float]] = []
-    for i in range(args.rounds):
-        physics, trained = stepper(alone, args.seconds), training(algorithm, collector, args.seconds)
-        rounds.append({"physics": physics, "training": trained, "ratio": trained / physics})
-        print(f"round {i}: physics {physics:,.0f} steps/s, PPO {trained:,.0f} steps/s, ratio {trained / physics:.3f}")
-    medians = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-    ratios = [r["ratio"] for r in rounds]
-    print(
-        f"median: physics {medians['physics']:,.0f} steps/s, PPO {medians['training']:,.0f} steps/s, "
-        f"ratio {medians['ratio']:.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
-    )
-    result = {
-        "command": f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}".strip(),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": {"torch": args.torch_threads, "physics": env.description.split("|")[1].strip()},
-        "median": medians,
-        "rounds": rounds,
-    }
+    if args.readme:
+        write_readme("throughput.py", table(json.loads(RESULT.read_text())))
+        return
+    command = f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}".strip()
+    result = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+    result |= measure(args.rounds, args.seconds, args.torch_threads)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -356,15 +356,45 @@ def test_the_gradient_norm_is_bounded_where_asked() -> None:
         env = PointMass(8)
         algorithm = build(A2C, env, max_grad_norm=bound)
         norm = float(algorithm.iterate(collector(algorithm, env))["grad_norm"])
-        grads = torch.stack([p.grad.norm() for p in algorithm.optimizer.params]).norm()
-        assert float(grads) == pytest.approx(norm if bound is None else bound, rel=1e-3) and norm > 1e-3
+        clipped = float(algorithm.optimizer.flat.grad.norm())
+        assert clipped == pytest.approx(norm if bound is None else bound, rel=1e-3) and norm > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["adam", "rmsprop"])
+def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
+    """Against torch's own optimizers and clipping, on layers that share the loss unevenly and one that it misses."""
+    layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(2, 2)]
+    twins = copy.deepcopy(layers)
+    params = [p for twin in twins for p in twin.parameters()]
+    ours = Optimizer(layers, 0.05, kind, max_grad_norm=0.5)
+    if kind == "adam":
+        theirs: torch.optim.Optimizer = torch.optim.Adam(params, 0.05, eps=1e-5)
+    else:
+        theirs = torch.optim.RMSprop(params, 0.05, alpha=0.99, eps=1e-5)
+    for _ in range(5):
+        x = torch.randn(16, 3)
+        norm = ours.step(layers[1](layers[0](x).tanh()).square().mean())
+        theirs.zero_grad()
+        twins[1](twins[0](x).tanh()).square().mean().backward()
+        assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(params, 0.5)), rel=1e-5)
+        theirs.step()
+    for layer, twin in zip(layers, twins, strict=True):
+        assert torch.allclose(layer.weight, twin.weight, atol=1e-6) and torch.allclose(layer.bias, twin.bias, atol=1e-6)
+
+
+def test_a_parameter_has_one_optimizer() -> None:
+    layer = torch.nn.Linear(1, 1)
+    first, second = Optimizer([layer], 0.1), Optimizer([layer], 0.1)
+    second.step(layer.weight.sum())
+    with pytest.raises(RuntimeError, match="left its optimizer"):
+        first.step(layer.weight.sum())
 
 
 @pytest.mark.parametrize("cls", ALL)
 def test_the_learning_rate_falls_linearly_where_asked(cls: type[Algorithm]) -> None:
     env = PointMass(8)
     for anneal, expected in ((True, 0.25), (False, 1.0)):
-        options = {"baseline": "critic"} if cls is Reinforce else {}
+        options: dict[str, Any] = {"baseline": "critic"} if cls is Reinforce else {}
         algorithm = build(cls, env, anneal=anneal, **options)
         optimizers = [part for part in vars(algorithm).values() if isinstance(part, Optimizer)]
         assert len(optimizers) == 1 + (cls is Reinforce)

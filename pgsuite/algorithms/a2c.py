@@ -9,7 +9,7 @@ from pgsuite.algorithms.base import ActorCritic
 from pgsuite.functional import objectives
 from pgsuite.nn.optim import Kind, Optimizer
 from pgsuite.settings import NonNegative, Positive
-from pgsuite.types import Batch, Metrics, masked_mean, masked_means
+from pgsuite.types import Batch, Metrics, masked_means
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,18 +34,20 @@ class A2C(ActorCritic):
         return metrics | {"grad_norm": self.optimizer.step(loss)}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The mean over real cells of -gain + value_coef error - entropy_coef entropy, and what it is made of."""
+        """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and what to watch."""
         dist = self.policy.dist(batch)
         log_ratio = dist.log_prob(batch.action) - batch.logp
         ratio = log_ratio.exp()
-        gain = self.surrogate(ratio, batch.advantage)
-        error = self.value_error(self.critic(batch), batch)
-        entropy = dist.entropy()
-        loss = masked_mean(-gain + self.value_coef * error - self.entropy_coef * entropy, batch.mask)
+        cells = {
+            "policy_loss": -self.surrogate(ratio, batch.advantage),
+            "value_loss": self.value_error(self.critic(batch), batch),
+            "entropy": dist.entropy(),
+        }
         with torch.no_grad():
-            cells = {"policy_loss": -gain, "value_loss": error, "entropy": entropy}
             cells |= {"kl": objectives.sampled_kl(log_ratio)} | self.watch_ratio(ratio)
-            return loss, {"loss": loss.detach()} | masked_means(cells, batch.mask)
+        means = masked_means(cells, batch.mask)
+        loss = means["policy_loss"] + self.value_coef * means["value_loss"] - self.entropy_coef * means["entropy"]
+        return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
         """What the critic descends [...], cell by cell."""

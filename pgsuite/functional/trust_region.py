@@ -27,8 +27,8 @@ def assign(params: Sequence[Tensor], vector: Tensor) -> None:
 
 
 def flat_grad(y: Tensor, params: Sequence[Tensor], *, retain_graph: bool = False) -> Tensor:
-    """[P], the gradient of y averaged over processes."""
-    return parallel.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph)))
+    """[P], the gradient of y averaged over processes; zero for parameters that y does not depend on."""
+    return parallel.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph, materialize_grads=True)))
 
 
 def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Callable[[Tensor], Tensor]:

@@ -65,7 +65,7 @@ class Gaussian:
         return -0.5 * z.square().sum(-1) - (self.log_sigma + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
-        return (self.log_sigma + 0.5 * math.log(2 * math.pi * math.e)).expand_as(self.mean).sum(-1)
+        return (self.log_sigma + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).expand(self.mean.shape[:-1])
 
     def kl(self, other: Gaussian) -> Tensor:
         precision = (-2 * other.log_sigma).exp()

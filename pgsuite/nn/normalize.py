@@ -13,12 +13,14 @@ class RunningMoments(nn.Module):
 
     mean: Tensor
     var: Tensor
+    scale: Tensor  # one over the deviation
     count: Tensor
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     @torch.no_grad()
@@ -31,6 +33,7 @@ class RunningMoments(nn.Module):
         var = parallel.total(((x - mean) ** 2).where(weight, 0.0).sum(0)) / n.clamp(min=1.0)
         total, delta = self.count + n, mean - self.mean
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
         self.mean.add_(delta * n / total)
         self.count.copy_(total)
 
@@ -46,8 +49,7 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.moments is None:
             return x
-        scale = (self.moments.var + 1e-8).rsqrt()
-        return ((x - self.moments.mean) * scale).clamp(-self.clip, self.clip)
+        return ((x - self.moments.mean) * self.moments.scale).clamp(-self.clip, self.clip)
 
     def update(self, x: Tensor, mask: Tensor) -> None:
         if self.moments is not None:
@@ -70,7 +72,7 @@ class RewardScale(nn.Module):
         self.register_buffer("carry", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor) -> Tensor:
-        return (reward * (self.moments.var + 1e-8).rsqrt()).clamp(-self.clip, self.clip)
+        return (reward * self.moments.scale).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pgsuite import parallel
+from pgsuite.functional import trust_region
 
 Kind = Literal["adam", "rmsprop"]
 
@@ -16,8 +16,10 @@ Kind = Literal["adam", "rmsprop"]
 class Optimizer:
     """One optimizer over the parameters of several modules.
 
-    Adam is fused with its learning rate in a tensor, so that nothing is read back to the host; eps 1e-5 follows
-    baselines.  ``max_grad_norm`` bounds the global norm of the averaged gradient; None leaves it alone.
+    It moves them into one vector, ``flat`` [P], of which they become views: the collective, the norm, the clipping and
+    the step are then one operation each, however many layers there are.  Adam is fused with its learning rate in a
+    tensor, so that nothing is read back to the host; eps 1e-5 follows baselines.  ``max_grad_norm`` bounds the global
+    norm of the averaged gradient; None leaves it alone.
     """
 
     def __init__(
@@ -25,13 +27,16 @@ class Optimizer:
     ) -> None:
         self.params = list(dict.fromkeys(p for module in modules for p in module.parameters()))
         self.base_lr, self.max_grad_norm = lr, max_grad_norm
+        self.flat = nn.Parameter(trust_region.flatten(self.params).detach())
+        for p, chunk in zip(self.params, self.flat.detach().split([p.numel() for p in self.params]), strict=True):
+            p.data = chunk.view_as(p)
         self.inner: torch.optim.Optimizer
         if kind == "adam":
-            rate = torch.tensor(lr, device=self.params[0].device)
-            self.inner = torch.optim.Adam(self.params, lr=rate, eps=1e-5, fused=True)
+            rate = torch.tensor(lr, device=self.flat.device)
+            self.inner = torch.optim.Adam([self.flat], lr=rate, eps=1e-5, fused=True)
         else:
             # RMSprop reads a tensor learning rate back to the host, so it gets a number.
-            self.inner = torch.optim.RMSprop(self.params, lr=lr, alpha=0.99, eps=1e-5)
+            self.inner = torch.optim.RMSprop([self.flat], lr=lr, alpha=0.99, eps=1e-5)
         self.factor = 1.0
 
     @property
@@ -49,14 +54,17 @@ class Optimizer:
                 group["lr"] = self.lr
 
     def step(self, loss: Tensor) -> Tensor:
-        """Descend loss; returns the gradient's global norm before clipping."""
-        self.inner.zero_grad()
-        loss.backward()
-        parallel.average_gradients(self.params)
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        """Descend loss; returns the gradient's global norm before clipping.
+
+        Raises RuntimeError if another optimizer has since taken parameters of this one.
+        """
+        storage = self.flat.untyped_storage().data_ptr()
+        if any(p.untyped_storage().data_ptr() != storage for p in self.params):
+            raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
+        self.flat.grad = gradient = trust_region.flat_grad(loss, self.params)
+        norm = gradient.norm()
         if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
+            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         self.inner.step()
         return norm
 

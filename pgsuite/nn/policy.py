@@ -18,10 +18,10 @@ from pgsuite.types import Metrics, Obs, Rollout
 
 
 class Tanh(nn.Module):
-    """tanh x = 2 sigmoid(2 x) - 1: on a CPU, torch's own tanh takes several times as long as its sigmoid."""
+    """tanh x = 1 - 2 sigmoid(-2 x): on a CPU, torch's own tanh takes several times as long as its sigmoid."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(2 * x).mul(2).sub_(1)
+        return torch.rsub((-2 * x).sigmoid_(), 1, alpha=2)
 
 
 ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}

@@ -17,6 +17,7 @@ from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import VectorEnv, make
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.runtime.execution import execute
 from pgsuite.runtime.schema import Network, Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
 from pgsuite.settings import closest
@@ -121,6 +122,7 @@ def build(cfg: DictConfig) -> Trainer:
     )
     horizon = env.max_episode_steps if run.horizon is None else run.horizon
     try:
+        execute(algorithm, run.execution, device)
         return Trainer(algorithm, algorithm.collector(env, horizon, run.seed), run.total_steps)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -144,6 +146,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
+    words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
     return f"env {env.description}", " | ".join(words)
 
 

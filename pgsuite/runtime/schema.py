@@ -19,6 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from pgsuite import settings
+from pgsuite.runtime.execution import Execution
 from pgsuite.settings import Count, Natural, closest, plain
 
 GROUP = "schema/"
@@ -56,6 +57,7 @@ class Run:
     backend: str = "auto"  # of the environment
     env_threads: Natural = 0  # for physics on the CPU; 0 takes every core
     torch_threads: Count = 1  # more only slow small networks and the physics beside them
+    execution: Execution = "eager"
     standardize_obs: bool = True
     scale_reward: bool = True
     checkpoint_every: Count = 250_000  # steps
