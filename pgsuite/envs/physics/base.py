@@ -26,6 +26,7 @@ class Physics(Protocol):
     qpos: Tensor
     qvel: Tensor
     ctrl: Tensor
+    outputs: dict[str, Tensor]  # derived fields [N, ...] by MjData's name, as of the last call; those asked for
 
     def step(self, substeps: int) -> None:
         """Advance every world by substeps of the model's time step under ``ctrl``."""

@@ -1,7 +1,37 @@
 """Tasks written once, in torch: observation, reward, termination, reset."""
 
 from pgsuite.envs.tasks.base import Task
-from pgsuite.envs.tasks.classic import CartPole, Pendulum
-from pgsuite.envs.tasks.mujoco import HalfCheetah, Hopper, InvertedPendulum, Swimmer, Walker2d
+from pgsuite.envs.tasks.classic import Acrobot, CartPole, MountainCar, MountainCarContinuous, Pendulum
+from pgsuite.envs.tasks.mujoco import (
+    Ant,
+    HalfCheetah,
+    Hopper,
+    Humanoid,
+    HumanoidStandup,
+    InvertedDoublePendulum,
+    InvertedPendulum,
+    Pusher,
+    Reacher,
+    Swimmer,
+    Walker2d,
+)
 
-__all__ = ["CartPole", "HalfCheetah", "Hopper", "InvertedPendulum", "Pendulum", "Swimmer", "Task", "Walker2d"]
+__all__ = [
+    "Acrobot",
+    "Ant",
+    "CartPole",
+    "HalfCheetah",
+    "Hopper",
+    "Humanoid",
+    "HumanoidStandup",
+    "InvertedDoublePendulum",
+    "InvertedPendulum",
+    "MountainCar",
+    "MountainCarContinuous",
+    "Pendulum",
+    "Pusher",
+    "Reacher",
+    "Swimmer",
+    "Task",
+    "Walker2d",
+]

@@ -131,3 +131,136 @@ class Pendulum(ClassicTask):
     def observe(self) -> Tensor:
         angle, spin = self.state.unbind(-1)
         return torch.stack([angle.cos(), angle.sin(), spin], -1)
+
+
+@dataclass(kw_only=True, eq=False)
+class Acrobot(ClassicTask):
+    """Swing the tip of two links above a line by a torque between them (Sutton, 1996).
+
+    State: angle of the first link from hanging and of the second from the first, in rad; their velocities.
+    """
+
+    gymnasium_id = "Acrobot-v1"
+    state_size = 4
+    max_episode_steps: int = 500
+
+    GRAVITY: ClassVar = 9.8
+    DT: ClassVar = 0.2
+    MAX_SPEEDS: ClassVar = (4 * math.pi, 9 * math.pi)
+    CENTRE: ClassVar = 0.5  # of mass along a link of 1 m, 1 kg and moment of inertia 1
+
+    def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
+        super().place(num_envs, device, backend, threads)
+        high = np.array([1.0, 1.0, 1.0, 1.0, *self.MAX_SPEEDS], np.float32)
+        self.observation_space, self.action_space = spaces.Box(-high, high), spaces.Discrete(3)
+
+    def initial_state(self, generator: Generator) -> Tensor:
+        return torch.empty_like(self.state).uniform_(-0.1, 0.1, generator=generator)
+
+    def slope(self, state: Tensor, torque: Tensor) -> Tensor:
+        """The time derivative of states [N, 4], by the book rather than the paper."""
+        angle, bend, spin, bend_spin = state.unbind(-1)
+        c, g, cos, sin = self.CENTRE, self.GRAVITY, bend.cos(), bend.sin()
+        d1 = c**2 + (1 + c**2 + 2 * c * cos) + 2
+        d2 = c**2 + c * cos + 1
+        phi2 = c * g * (angle + bend - math.pi / 2).cos()
+        phi1 = -c * bend_spin**2 * sin - 2 * c * bend_spin * spin * sin
+        phi1 = phi1 + (c + 1) * g * (angle - math.pi / 2).cos() + phi2
+        bend_pull = (torque + d2 / d1 * phi1 - c * spin**2 * sin - phi2) / (c**2 + 1 - d2**2 / d1)
+        return torch.stack([spin, bend_spin, -(d2 * bend_pull + phi1) / d1, bend_pull], -1)
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        torque, s, half = action.to(self.dtype) - 1, self.state, self.DT / 2
+        k1 = self.slope(s, torque)
+        k2 = self.slope(s + half * k1, torque)
+        k3 = self.slope(s + half * k2, torque)
+        k4 = self.slope(s + self.DT * k3, torque)
+        angle, bend, spin, bend_spin = (s + self.DT / 6 * (k1 + 2 * k2 + 2 * k3 + k4)).unbind(-1)
+        angle, bend = wrap(angle), wrap(bend)
+        spin, bend_spin = (v.clamp(-m, m) for v, m in zip((spin, bend_spin), self.MAX_SPEEDS, strict=True))
+        self.state = torch.stack([angle, bend, spin, bend_spin], -1)
+        above = -angle.cos() - (bend + angle).cos() > 1
+        return -(~above).to(self.dtype), above
+
+    def observe(self) -> Tensor:
+        angle, bend, spin, bend_spin = self.state.unbind(-1)
+        return torch.stack([angle.cos(), angle.sin(), bend.cos(), bend.sin(), spin, bend_spin], -1)
+
+
+def wrap(angle: Tensor) -> Tensor:
+    """An angle in rad, at most two turns off, brought to [-pi, pi]."""
+    for _ in range(2):
+        angle = torch.where(angle > math.pi, angle - 2 * math.pi, angle)
+        angle = torch.where(angle < -math.pi, angle + 2 * math.pi, angle)
+    return angle
+
+
+@dataclass(kw_only=True, eq=False)
+class MountainCar(ClassicTask):
+    """Rock an underpowered car out of a valley (Moore, 1990).  State: position, and velocity per step."""
+
+    gymnasium_id = "MountainCar-v0"
+    state_size = 2
+    max_episode_steps: int = 200
+    goal_velocity: float = 0.0
+
+    GRAVITY: ClassVar = 0.0025
+    FORCE: ClassVar = 0.001
+    GOAL: ClassVar = 0.5
+    LOW: ClassVar = -1.2
+    HIGH: ClassVar = 0.6
+    MAX_SPEED: ClassVar = 0.07
+
+    def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
+        super().place(num_envs, device, backend, threads)
+        low, high = (np.array(x, np.float32) for x in ((self.LOW, -self.MAX_SPEED), (self.HIGH, self.MAX_SPEED)))
+        self.observation_space, self.action_space = spaces.Box(low, high), self.actions()
+
+    def actions(self) -> spaces.Space[Any]:
+        return spaces.Discrete(3)
+
+    def initial_state(self, generator: Generator) -> Tensor:
+        state = torch.empty_like(self.state).uniform_(-0.6, -0.4, generator=generator)
+        state[:, 1] = 0
+        return state
+
+    def push(self, action: Tensor) -> Tensor:
+        """What the engine adds to the velocity [N]."""
+        return (action.to(self.dtype) - 1) * self.FORCE
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        position, velocity = self.state.unbind(-1)
+        velocity = velocity + self.push(action) - self.GRAVITY * (3 * position).cos()
+        velocity = velocity.clamp(-self.MAX_SPEED, self.MAX_SPEED)
+        position = (position + velocity).clamp(self.LOW, self.HIGH)
+        velocity = torch.where((position == self.LOW) & (velocity < 0), 0.0, velocity)  # the wall on the left
+        self.state = torch.stack([position, velocity], -1)
+        arrived = (position >= self.GOAL) & (velocity >= self.goal_velocity)
+        return self.pay(action, arrived), arrived
+
+    def pay(self, action: Tensor, arrived: Tensor) -> Tensor:
+        """Reward [N]."""
+        return torch.full_like(self.state[:, 0], -1.0)
+
+    def observe(self) -> Tensor:
+        return self.state.clone()
+
+
+@dataclass(kw_only=True, eq=False)
+class MountainCarContinuous(MountainCar):
+    """With a throttle instead of three gears.  gymnasium rounds its state to float32 after every step."""
+
+    gymnasium_id = "MountainCarContinuous-v0"
+    max_episode_steps: int = 999
+
+    FORCE: ClassVar = 0.0015
+    GOAL: ClassVar = 0.45
+
+    def actions(self) -> spaces.Space[Any]:
+        return spaces.Box(-1.0, 1.0, (1,))
+
+    def push(self, action: Tensor) -> Tensor:
+        return action.squeeze(-1) * self.FORCE
+
+    def pay(self, action: Tensor, arrived: Tensor) -> Tensor:
+        return 100.0 * arrived - 0.1 * action.squeeze(-1) ** 2

@@ -26,62 +26,81 @@ ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
 
 def load_model(xml: str) -> mujoco.MjModel:
-    """One of gymnasium's models.  MuJoCo's deprecation notices about them, which nobody here can act on, are dropped
-    rather than printed and appended to MUJOCO_LOG.TXT in the working directory."""
+    """One of gymnasium's models by its file name, or one of the user's by its path.
+
+    MuJoCo's deprecation notices about gymnasium's, which nobody here can act on, are dropped rather than printed and
+    appended to MUJOCO_LOG.TXT in the working directory.  Raises ValueError for a file that is missing or unreadable.
+    """
+    path = ASSETS / xml if (ASSETS / xml).is_file() else Path(xml).expanduser()
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.name for p in ASSETS.glob("*.xml")))
+        raise ValueError(f"no MuJoCo model {xml!r}: a path, or one of gymnasium's: {shipped}")
     mujoco.set_mju_user_warning(lambda message: None)
     try:
-        return mujoco.MjModel.from_xml_path(str(ASSETS / xml))
+        return mujoco.MjModel.from_xml_path(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a MuJoCo model: {error}") from error
     finally:
         mujoco.set_mju_user_warning(None)
 
 
 @dataclass(kw_only=True, eq=False)
 class MujocoTask(Task):
-    """Where the worlds start and how they move; what is rewarded is the subclass's."""
+    """How the worlds move; where they start, what is seen and what is rewarded is the subclass's."""
 
-    xml: ClassVar[str]
     backends = ("mujoco",)
+    outputs: ClassVar[tuple[str, ...]] = ()  # derived fields of MjData that the task looks at
 
+    xml_file: str
     frame_skip: Count = 5
-    reset_noise_scale: NonNegative = 0.1
 
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
         from pgsuite.envs.physics.mujoco_batch import BatchPhysics
 
-        self.bind(BatchPhysics(load_model(self.xml), num_envs, threads))
+        self.bind(BatchPhysics(load_model(self.xml_file), num_envs, threads, self.outputs))
 
     def bind(self, physics: Physics) -> None:
         """Live in these worlds."""
-        self.physics, model = physics, physics.model
+        self.physics, self.model = physics, physics.model
         self.num_envs, self.device, self.dtype = physics.num_envs, physics.device, physics.dtype
-        self.dt = model.opt.timestep * self.frame_skip  # seconds per step
-        self.init_qpos = torch.as_tensor(model.qpos0.copy(), device=self.device, dtype=self.dtype)
-        low, high = model.actuator_ctrlrange.astype(np.float32).T
+        self.dt = self.model.opt.timestep * self.frame_skip  # seconds per step
+        self.init_qpos = torch.as_tensor(self.model.qpos0.copy(), device=self.device, dtype=self.dtype)
+        low, high = self.model.actuator_ctrlrange.astype(np.float32).T
         self.action_space = spaces.Box(low, high)
         self.observation_space = spaces.Box(-np.inf, np.inf, self.observe().shape[1:], np.float64)
 
     def reset(self, mask: Tensor, generator: Generator) -> None:
         if self.physics.on_host and not bool(mask.any()):
             return
-        qpos = self.init_qpos + self.uniform(self.physics.qpos, generator)
-        self.physics.set_state(mask, qpos, self.initial_qvel(generator))
-
-    def uniform(self, like: Tensor, generator: Generator) -> Tensor:
-        noise = torch.empty_like(like)
-        return noise.uniform_(-self.reset_noise_scale, self.reset_noise_scale, generator=generator)
-
-    def initial_qvel(self, generator: Generator) -> Tensor:
-        return self.uniform(self.physics.qvel, generator)
-
-    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        before = self.physics.qpos[:, 0].clone()
-        self.physics.ctrl.copy_(action)
-        self.physics.step(self.frame_skip)
-        return self.judge(action, (self.physics.qpos[:, 0] - before) / self.dt)
+        self.physics.set_state(mask, self.initial_qpos(generator), self.initial_qvel(generator))
 
     @abstractmethod
-    def judge(self, action: Tensor, x_velocity: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward [N] and terminated [N] of the step just made, given the mean forward velocity [N] in m/s."""
+    def initial_qpos(self, generator: Generator) -> Tensor:
+        """Fresh positions [N, nq]."""
+
+    @abstractmethod
+    def initial_qvel(self, generator: Generator) -> Tensor:
+        """Fresh velocities [N, nv]."""
+
+    def uniform(self, like: Tensor, bound: float, generator: Generator) -> Tensor:
+        return torch.empty_like(like).uniform_(-bound, bound, generator=generator)
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        self.physics.ctrl.copy_(action)
+        self.physics.step(self.frame_skip)
+        return self.judge(action)
+
+    @abstractmethod
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward [N] and terminated [N] of the step just made."""
+
+    def never(self) -> Tensor:
+        """Nothing [N] terminates."""
+        return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+
+    def body(self, name: str) -> Tensor:
+        """Where a body [N, 3] was one substep ago, which is what gymnasium looks at too."""
+        return self.physics.outputs["xpos"][:, self.model.body(name).id]
 
     def describe(self) -> tuple[str, str]:
         versions = f"gymnasium {gymnasium.__version__} step by step (mujoco {mujoco.__version__})"
@@ -95,43 +114,75 @@ class MujocoTask(Task):
 
 
 @dataclass(kw_only=True, eq=False)
-class Locomotion(MujocoTask):
-    """Go forward; effort costs."""
+class NoisyStart(MujocoTask):
+    """Starts near the model's own pose."""
+
+    normal_qvel: ClassVar[bool] = False  # noise on velocities is normal rather than uniform
+
+    reset_noise_scale: NonNegative = 0.1
+
+    def initial_qpos(self, generator: Generator) -> Tensor:
+        return self.init_qpos + self.uniform(self.physics.qpos, self.reset_noise_scale, generator)
+
+    def initial_qvel(self, generator: Generator) -> Tensor:
+        if self.normal_qvel:
+            return torch.empty_like(self.physics.qvel).normal_(generator=generator) * self.reset_noise_scale
+        return self.uniform(self.physics.qvel, self.reset_noise_scale, generator)
+
+
+@dataclass(kw_only=True, eq=False)
+class Robot(NoisyStart):
+    """Sees its positions, but for where along the track it is, and its velocities."""
 
     skipped: ClassVar[int] = 1  # leading positions that an observation leaves out
+    qvel_limit: ClassVar[float] = math.inf  # of what is observed
 
-    forward_reward_weight: float = 1.0
-    ctrl_cost_weight: float = 0.1
     exclude_current_positions_from_observation: bool = True
 
     def observe(self) -> Tensor:
         first = self.skipped if self.exclude_current_positions_from_observation else 0
-        return torch.cat([self.physics.qpos[:, first:], self.observed_qvel()], -1)
+        qvel = self.physics.qvel.clamp(-self.qvel_limit, self.qvel_limit)
+        return torch.cat([self.physics.qpos[:, first:], qvel, *(x.flatten(1) for x in self.more())], -1)
 
-    def observed_qvel(self) -> Tensor:
-        return self.physics.qvel
+    def more(self) -> list[Tensor]:
+        """What else [N, ...] is observed."""
+        return []
 
-    def judge(self, action: Tensor, x_velocity: Tensor) -> tuple[Tensor, Tensor]:
-        effort = action.square().sum(-1)
-        reward = self.forward_reward_weight * x_velocity - self.ctrl_cost_weight * effort
-        return reward, torch.zeros_like(reward, dtype=torch.bool)
+
+@dataclass(kw_only=True, eq=False)
+class Locomotion(Robot):
+    """Go forward; effort costs."""
+
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 0.1
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        self.before = self.x().clone()
+        return super().advance(action)
+
+    def x(self) -> Tensor:
+        """How far [N] along the track, in m."""
+        return self.physics.qpos[:, 0]
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        velocity, effort = (self.x() - self.before) / self.dt, action.square().sum(-1)
+        return self.forward_reward_weight * velocity - self.ctrl_cost_weight * effort, self.never()
 
 
 @dataclass(kw_only=True, eq=False)
 class HalfCheetah(Locomotion):
     gymnasium_id = "HalfCheetah-v5"
-    xml = "half_cheetah.xml"
+    normal_qvel = True
 
-    def initial_qvel(self, generator: Generator) -> Tensor:
-        return torch.empty_like(self.physics.qvel).normal_(generator=generator) * self.reset_noise_scale
+    xml_file: str = "half_cheetah.xml"
 
 
 @dataclass(kw_only=True, eq=False)
 class Swimmer(Locomotion):
     gymnasium_id = "Swimmer-v5"
-    xml = "swimmer.xml"
     skipped = 2
 
+    xml_file: str = "swimmer.xml"
     frame_skip: Count = 4
     ctrl_cost_weight: float = 1e-4
 
@@ -140,21 +191,15 @@ class Swimmer(Locomotion):
 class Legged(Locomotion):
     """Locomotion that ends with a fall."""
 
-    frame_skip: Count = 4
-    ctrl_cost_weight: float = 1e-3
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
-    reset_noise_scale: NonNegative = 5e-3
-
-    def observed_qvel(self) -> Tensor:
-        return self.physics.qvel.clamp(-10, 10)
 
     @abstractmethod
     def healthy(self) -> Tensor:
         """[N] bool."""
 
-    def judge(self, action: Tensor, x_velocity: Tensor) -> tuple[Tensor, Tensor]:
-        reward, _ = super().judge(action, x_velocity)
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        reward, _ = super().judge(action)
         healthy = self.healthy()
         return reward + self.healthy_reward * healthy, ~healthy & self.terminate_when_unhealthy
 
@@ -165,29 +210,14 @@ def between(x: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 
 @dataclass(kw_only=True, eq=False)
-class Hopper(Legged):
-    gymnasium_id = "Hopper-v5"
-    xml = "hopper.xml"
-
-    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
-    healthy_z_range: tuple[float, float] = (0.7, math.inf)
-    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
-
-    def healthy(self) -> Tensor:
-        qpos = self.physics.qpos
-        state = torch.cat([qpos[:, 2:], self.physics.qvel], -1)
-        return (
-            between(state, self.healthy_state_range).all(-1)
-            & between(qpos[:, 1], self.healthy_z_range)
-            & between(qpos[:, 2], self.healthy_angle_range)
-        )
-
-
-@dataclass(kw_only=True, eq=False)
 class Walker2d(Legged):
     gymnasium_id = "Walker2d-v5"
-    xml = "walker2d_v5.xml"
+    qvel_limit = 10.0
 
+    xml_file: str = "walker2d_v5.xml"
+    frame_skip: Count = 4
+    ctrl_cost_weight: float = 1e-3
+    reset_noise_scale: NonNegative = 5e-3
     healthy_z_range: tuple[float, float] = (0.8, 2.0)
     healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
 
@@ -197,19 +227,251 @@ class Walker2d(Legged):
 
 
 @dataclass(kw_only=True, eq=False)
-class InvertedPendulum(MujocoTask):
+class Hopper(Walker2d):
+    gymnasium_id = "Hopper-v5"
+
+    xml_file: str = "hopper.xml"
+    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
+    healthy_z_range: tuple[float, float] = (0.7, math.inf)
+    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
+
+    def healthy(self) -> Tensor:
+        state = torch.cat([self.physics.qpos[:, 2:], self.physics.qvel], -1)
+        return super().healthy() & between(state, self.healthy_state_range).all(-1)
+
+
+@dataclass(kw_only=True, eq=False)
+class Ant(Legged):
+    gymnasium_id = "Ant-v5"
+    outputs = ("xpos", "cfrc_ext")
+    skipped = 2
+    normal_qvel = True
+
+    xml_file: str = "ant.xml"
+    ctrl_cost_weight: float = 0.5
+    contact_cost_weight: float = 5e-4
+    main_body: int | str = 1  # whose velocity counts
+    healthy_z_range: tuple[float, float] = (0.2, 1.0)
+    contact_force_range: tuple[float, float] = (-1.0, 1.0)
+    include_cfrc_ext_in_observation: bool = True
+
+    def bind(self, physics: Physics) -> None:
+        try:
+            self.main = physics.model.body(self.main_body).id
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"Ant.main_body: {error.args[0]}") from error
+        super().bind(physics)
+
+    def contact_forces(self) -> Tensor:
+        """On each body [N, nbody, 6]: torque and force, in N m and N, clipped."""
+        return self.physics.outputs["cfrc_ext"].clamp(*self.contact_force_range)
+
+    def more(self) -> list[Tensor]:
+        return [self.contact_forces()[:, 1:]] if self.include_cfrc_ext_in_observation else []
+
+    def x(self) -> Tensor:
+        return self.physics.outputs["xpos"][:, self.main, 0]
+
+    def healthy(self) -> Tensor:
+        z, (low, high) = self.physics.qpos[:, 2], self.healthy_z_range
+        finite = self.physics.qpos.isfinite().all(-1) & self.physics.qvel.isfinite().all(-1)
+        return finite & (low <= z) & (z <= high)
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        reward, terminated = super().judge(action)
+        return reward - self.contact_cost_weight * self.contact_forces().square().sum((-1, -2)), terminated
+
+
+@dataclass(kw_only=True, eq=False)
+class HumanBody(Robot):
+    """What a humanoid sees of itself."""
+
+    outputs = ("xipos", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+    skipped = 2
+
+    reset_noise_scale: NonNegative = 1e-2
+    include_cinert_in_observation: bool = True
+    include_cvel_in_observation: bool = True
+    include_qfrc_actuator_in_observation: bool = True
+    include_cfrc_ext_in_observation: bool = True
+
+    def more(self) -> list[Tensor]:
+        skipped = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}  # what is the world's or the root's
+        return [
+            self.physics.outputs[name][:, first:]
+            for name, first in skipped.items()
+            if getattr(self, f"include_{name}_in_observation")
+        ]
+
+    def contact_cost(self, weight: float, bounds: tuple[float, float]) -> Tensor:
+        """For squared torques and forces [N] on all bodies."""
+        return (weight * self.physics.outputs["cfrc_ext"].square().sum((-1, -2))).clamp(*bounds)
+
+
+@dataclass(kw_only=True, eq=False)
+class Humanoid(HumanBody, Legged):
+    gymnasium_id = "Humanoid-v5"
+
+    xml_file: str = "humanoid.xml"
+    forward_reward_weight: float = 1.25
+    contact_cost_weight: float = 5e-7
+    contact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+    healthy_reward: float = 5.0
+    healthy_z_range: tuple[float, float] = (1.0, 2.0)
+
+    def bind(self, physics: Physics) -> None:
+        mass = torch.as_tensor(physics.model.body_mass, device=physics.device, dtype=physics.dtype)
+        self.mass_share = mass / mass.sum()
+        super().bind(physics)
+
+    def x(self) -> Tensor:
+        return self.physics.outputs["xipos"][:, :, 0] @ self.mass_share
+
+    def healthy(self) -> Tensor:
+        return between(self.physics.qpos[:, 2], self.healthy_z_range)
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        reward, terminated = super().judge(action)
+        return reward - self.contact_cost(self.contact_cost_weight, self.contact_cost_range), terminated
+
+
+@dataclass(kw_only=True, eq=False)
+class HumanoidStandup(HumanBody):
+    """Get up from lying.  gymnasium also takes uph_cost_weight, and makes no use of it."""
+
+    gymnasium_id = "HumanoidStandup-v5"
+
+    xml_file: str = "humanoidstandup.xml"
+    ctrl_cost_weight: float = 0.1
+    impact_cost_weight: float = 0.5e-6
+    impact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        height = self.physics.qpos[:, 2] / self.model.opt.timestep
+        impact = self.contact_cost(self.impact_cost_weight, self.impact_cost_range)
+        return height - self.ctrl_cost_weight * action.square().sum(-1) - impact + 1, self.never()
+
+
+@dataclass(kw_only=True, eq=False)
+class InvertedPendulum(NoisyStart):
     """Keep the pole up by moving the cart."""
 
     gymnasium_id = "InvertedPendulum-v5"
-    xml = "inverted_pendulum.xml"
 
+    xml_file: str = "inverted_pendulum.xml"
     frame_skip: Count = 2
     reset_noise_scale: NonNegative = 0.01
 
     def observe(self) -> Tensor:
         return torch.cat([self.physics.qpos, self.physics.qvel], -1)
 
-    def judge(self, action: Tensor, x_velocity: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
         obs = self.observe()
         upright = obs.isfinite().all(-1) & (obs[:, 1].abs() <= 0.2)
         return upright.to(obs.dtype), ~upright
+
+
+@dataclass(kw_only=True, eq=False)
+class InvertedDoublePendulum(NoisyStart):
+    """Keep two linked poles up by moving the cart."""
+
+    gymnasium_id = "InvertedDoublePendulum-v5"
+    outputs = ("site_xpos", "qfrc_constraint")
+    normal_qvel = True
+
+    xml_file: str = "inverted_double_pendulum.xml"
+    healthy_reward: float = 10.0
+
+    def observe(self) -> Tensor:
+        angles, force = self.physics.qpos[:, 1:], self.physics.outputs["qfrc_constraint"][:, :1]
+        qvel = self.physics.qvel.clamp(-10, 10)
+        return torch.cat([self.physics.qpos[:, :1], angles.sin(), angles.cos(), qvel, force.clamp(-10, 10)], -1)
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        x, _, y = self.physics.outputs["site_xpos"][:, 0].unbind(-1)
+        _, spin, second_spin = self.physics.qvel.unbind(-1)
+        fallen = y <= 1
+        distance = 0.01 * x**2 + (y - 2) ** 2
+        reward = self.healthy_reward * ~fallen - distance - (1e-3 * spin**2 + 5e-3 * second_spin**2)
+        return reward, fallen
+
+
+@dataclass(kw_only=True, eq=False)
+class Reacher(MujocoTask):
+    """Bring the tip of a two-link arm to a target."""
+
+    gymnasium_id = "Reacher-v5"
+    outputs = ("xpos",)
+
+    max_episode_steps: Count = 50
+    xml_file: str = "reacher.xml"
+    frame_skip: Count = 2
+    reward_dist_weight: float = 1.0
+    reward_control_weight: float = 1.0
+
+    def initial_qpos(self, generator: Generator) -> Tensor:
+        qpos = self.init_qpos + self.uniform(self.physics.qpos, 0.1, generator)
+        # Uniform in a disc of 0.2 m, which gymnasium draws by rejection.
+        draw = torch.empty_like(qpos[:, :2]).uniform_(generator=generator)
+        radius, angle = 0.2 * draw[:, 0].sqrt(), 2 * math.pi * draw[:, 1]
+        qpos[:, -2:] = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+        return qpos
+
+    def initial_qvel(self, generator: Generator) -> Tensor:
+        qvel = self.uniform(self.physics.qvel, 0.005, generator)
+        qvel[:, -2:] = 0
+        return qvel
+
+    def gap(self) -> Tensor:
+        """From target to fingertip [N, 3], in m."""
+        return self.body("fingertip") - self.body("target")
+
+    def observe(self) -> Tensor:
+        angles, goal = self.physics.qpos[:, :2], self.physics.qpos[:, 2:]
+        return torch.cat([angles.cos(), angles.sin(), goal, self.physics.qvel[:, :2], self.gap()[:, :2]], -1)
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        distance, effort = self.gap().norm(dim=-1), action.square().sum(-1)
+        return -self.reward_dist_weight * distance - self.reward_control_weight * effort, self.never()
+
+
+@dataclass(kw_only=True, eq=False)
+class Pusher(MujocoTask):
+    """Push a cylinder to a goal with an arm of seven joints."""
+
+    gymnasium_id = "Pusher-v5"
+    outputs = ("xpos",)
+
+    max_episode_steps: Count = 100
+    xml_file: str = "pusher_v5.xml"
+    reward_near_weight: float = 0.5
+    reward_dist_weight: float = 1.0
+    reward_control_weight: float = 0.1
+
+    TRIES: ClassVar = 40  # all fail once in 10^17 resets
+
+    def initial_qpos(self, generator: Generator) -> Tensor:
+        # The cylinder is uniform in a box, farther than 0.17 m from the goal at its edge: the first try that is.
+        tries = torch.empty(self.num_envs, self.TRIES, 2, device=self.device, dtype=self.dtype)
+        tries[..., 0].uniform_(-0.3, 0.0, generator=generator)
+        tries[..., 1].uniform_(-0.2, 0.2, generator=generator)
+        first = (tries.norm(dim=-1) > 0.17).to(torch.int8).argmax(-1)
+        qpos = self.init_qpos.repeat(self.num_envs, 1)
+        qpos[:, -4:-2] = tries.gather(1, first.view(-1, 1, 1).expand(-1, 1, 2)).squeeze(1)
+        qpos[:, -2:] = 0
+        return qpos
+
+    def initial_qvel(self, generator: Generator) -> Tensor:
+        qvel = self.uniform(self.physics.qvel, 0.005, generator)
+        qvel[:, -4:] = 0
+        return qvel
+
+    def observe(self) -> Tensor:
+        bodies = (self.body(name) for name in ("tips_arm", "object", "goal"))
+        return torch.cat([self.physics.qpos[:, :7], self.physics.qvel[:, :7], *bodies], -1)
+
+    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        cylinder = self.body("object")
+        near, far = (cylinder - self.body("tips_arm")).norm(dim=-1), (cylinder - self.body("goal")).norm(dim=-1)
+        cost = self.reward_near_weight * near + self.reward_dist_weight * far
+        return -cost - self.reward_control_weight * action.square().sum(-1), self.never()
