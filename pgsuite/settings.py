@@ -68,6 +68,8 @@ def plain(hint: Any) -> Any:
         return functools.reduce(operator.or_, (plain(arg) for arg in get_args(hint)))
     if get_origin(hint) in (list, tuple):
         return list[plain(get_args(hint)[0])]
+    if get_origin(hint) is dict:
+        return hint
     return hint if hint in (int, float, bool, str, type(None)) else Any
 
 

@@ -29,6 +29,7 @@ class Step(NamedTuple):
     reward: Tensor  # [N]
     terminated: Tensor  # [N] bool, the task ended: nothing follows, so its value is zero
     truncated: Tensor  # [N] bool, the clock ended and the task did not: bootstrap from next_obs
+    mask: Tensor | None = None  # [N] bool, false where this step was spent on restarting; None where none ever is
 
     @property
     def done(self) -> Tensor:

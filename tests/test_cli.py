@@ -237,6 +237,11 @@ WRONG: list[tuple[list[str], str]] = [
     (["env=CartPole", "policy.log_sigma=-1"], "policy.log_sigma is for continuous actions, and these are Discrete(2)"),
     (["device=gpu"], "no device 'gpu': auto, cpu, cuda or cuda:<number>"),
     (["backend=warp"], "HalfCheetah runs on backend mujoco (or auto), not 'warp'"),
+    (["env=gym"], "env.id must name an environment, such as env.id=LunarLander-v3"),
+    (["env=gym", "env.id=CartPol-v1"], "gymnasium has no environment 'CartPol-v1'; did you mean CartPole-v1"),
+    (["env=gym", "env.id=CartPole-v1", "env.improt=x"], "no setting 'improt' in env; did you mean import?"),
+    (["env=gym", "env.id=CartPole-v1", "env.import=x_y"], "env.import=x_y cannot be imported: No module named 'x_y'"),
+    (["env=gym", "env.id=CartPole-v1", "env.workers=99"], "env.workers must be at most num_envs=64, got 99"),
     (["hydra.run.dir=/dev/null/run"], "cannot write /dev/null/run"),
     (["nonsense"], "missing EQUAL"),
     (["algo=ppo,trpo"], "--multirun"),
@@ -249,6 +254,15 @@ def test_bad_input_gets_one_message_and_leaves_nothing(command: Cli, arguments: 
     assert code == 1 and message in err and err.startswith("error: ")
     assert err.strip().count("\n") == 0 and "Traceback" not in err + out
     assert not [p for p in command.folder.rglob("*") if p.is_file()]
+
+
+def test_a_broken_environment_stops_the_run_with_its_state_saved(command: Cli) -> None:
+    faulty = ["env=gym", "env.id=Faulty-v0", "env.import=test_gym_env", "env.options={fault: raise, at: 40}"]
+    code, _, err = command("train", *faulty, "num_envs=2", "horizon=16", "hydra.run.dir=run")
+    assert code == 1 and err.strip().count("\n") == 0
+    assert "error: Faulty-v0 (environment 0) at its step 40 raised KeyError: 'no such joint'" in err
+    (path,) = command.folder.glob("run/checkpoints/*.pt")
+    assert checkpoint.load(path)["steps"] == 64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -11,11 +11,15 @@ from torch import Tensor
 from pgsuite.types import Obs, Step
 
 
+class BrokenEnvError(RuntimeError):
+    """An environment broke; says which, when and how."""
+
+
 class VectorEnv(Protocol):
     """N synchronized environments whose tensors never leave the device.
 
     Actions outside a Box are clipped to it.  A finished environment restarts within the step that finished it, and
-    that step reports the true successor.
+    that step reports the true successor; one that needs a step of its own for restarting says so in that step's mask.
     """
 
     name: str
@@ -25,7 +29,11 @@ class VectorEnv(Protocol):
     device: torch.device
     observation_space: spaces.Space[Any]  # of one environment
     action_space: spaces.Space[Any]  # of one environment
-    max_episode_steps: int
+
+    @property
+    def max_episode_steps(self) -> int | None:
+        """None where episodes have no limit."""
+        ...
 
     def reset(self) -> Obs:
         """Restart every environment; obs [N, *O]."""

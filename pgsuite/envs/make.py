@@ -1,20 +1,23 @@
-"""From a task, or the name of one, to a running vector environment."""
+"""From a world, or the name of one, to a running vector environment."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+import gymnasium
 import torch
 
 from pgsuite.envs import tasks
+from pgsuite.envs.base import VectorEnv
+from pgsuite.envs.gym_env import Gym, GymEnv
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.base import Task
 from pgsuite.settings import closest
 
 
 def make(
-    task: Task | str,
+    world: Task | Gym | str,
     num_envs: int,
     *,
     device: str | torch.device = "cpu",
@@ -23,28 +26,35 @@ def make(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **options: Any,
-) -> TaskEnv:
-    """N environments of a task, with tensors of ``dtype`` on ``device``.
+) -> VectorEnv:
+    """N environments of a world, with tensors of ``dtype`` on ``device``.
 
-    ``task`` is a Task or its name, with or without gymnasium's version; then ``options`` are its fields.  ``threads``
-    is for physics on the CPU, 0 for every core.  Raises ValueError for an unknown task, option or back end.
+    ``world`` is a Task or its name, with or without gymnasium's version, or Gym or an id that gymnasium knows; with a
+    name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises ValueError for an unknown
+    world, option or back end.
     """
-    if isinstance(task, str):
-        task = _named(task, options)
+    if isinstance(world, str):
+        world = _named(world, options)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    if backend not in ("auto", *task.backends):
-        name = type(task).__name__
-        raise ValueError(f"{name} runs on backend {' or '.join(task.backends)} (or auto), not {backend!r}")
-    device = torch.device(device)
-    task.place(num_envs, device, task.backends[0] if backend == "auto" else backend, threads)
-    return TaskEnv(task, device=device, dtype=dtype, seed=seed)
+    device, backends = torch.device(device), world.backends
+    if backend not in ("auto", *backends):
+        name = type(world).__name__
+        raise ValueError(f"{name} runs on backend {' or '.join(backends)} (or auto), not {backend!r}")
+    if isinstance(world, Gym):
+        vec = world.make(num_envs)
+        limit = world.max_episode_steps or (vec.spec.max_episode_steps if vec.spec else None)
+        return GymEnv(vec, name=world.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
+    world.place(num_envs, device, backends[0] if backend == "auto" else backend, threads)
+    return TaskEnv(world, device=device, dtype=dtype, seed=seed)
 
 
-def _named(task: str, options: dict[str, Any]) -> Task:
-    name, names = task.split("-v")[0], set(tasks.__all__) - {"Task"}
+def _named(world: str, options: dict[str, Any]) -> Task | Gym:
+    name, names = world.split("-v")[0], set(tasks.__all__) - {"Task"}
     if name not in names:
-        raise ValueError(f"no environment {task!r}; {closest(name, names)}")
+        if world in gymnasium.registry:
+            return Gym(id=world, options=options)
+        raise ValueError(f"no environment {world!r}; {closest(name, names)}")
     cls = getattr(tasks, name)
     known = [field.name for field in fields(cls) if field.init]
     for option in options.keys() - set(known):

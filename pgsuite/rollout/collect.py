@@ -51,7 +51,9 @@ class Collector(ABC):
         step = self.env.step(choice.action)
         self.seconds["environment"] += perf_counter() - acted
         self.seconds["acting"] += acted - began
-        done = step.done
+        done, start = step.done, step.done
+        if step.mask is not None:
+            live, start = live & step.mask, done | (self.start & ~step.mask)
         row = Rollout(
             obs=self.obs,
             memory=self.memory,
@@ -65,7 +67,7 @@ class Collector(ABC):
             mask=live,
         )
         self.buffer.write(t, row)
-        self.obs, self.memory, self.start = step.obs, choice.memory, done
+        self.obs, self.memory, self.start = step.obs, choice.memory, start
         return done
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,6 +107,8 @@ class EpisodeCollector(Collector):
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0, poll: int = 10) -> None:
         super().__init__(env, horizon, seed)
+        if env.max_episode_steps is None:
+            raise ValueError(f"whole episodes need a time limit, and {env.name} has none: give env.max_episode_steps")
         if horizon < env.max_episode_steps:
             raise ValueError(
                 f"whole episodes of {env.name} take up to {env.max_episode_steps} steps, so horizon must be at least "

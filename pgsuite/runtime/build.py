@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import platform
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -41,11 +42,12 @@ def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
     cls = locate(settings["_target_"])
     known, arguments = {f.name: f for f in fields(cls) if f.init}, {}
     for key, value in settings.items():
+        name = f"{key}_" if keyword.iskeyword(key) else key
         if isinstance(value, dict) and "_target_" in value:
-            arguments[key] = construct(value, f"{where}.{key}")
-        elif key in known and not (value is None and known[key].default_factory is not MISSING):
-            arguments[key] = value
-        elif key not in known and key != "_target_":
+            arguments[name] = construct(value, f"{where}.{key}")
+        elif name in known and not (value is None and known[name].default_factory is not MISSING):
+            arguments[name] = value
+        elif name not in known and key != "_target_":
             raise UserError(f"no setting {key!r} in {where}; {closest(key, known.keys() - parts.keys())}")
     try:
         return cls(**arguments, **{name: part for name, part in parts.items() if name in known})
@@ -120,7 +122,11 @@ def build(cfg: DictConfig) -> Trainer:
         generator=seeding.generator(run.seed, "minibatches", device),
         reward_scale=RewardScale(run.num_envs, cfg.algo.gamma).to(device) if run.scale_reward else None,
     )
-    horizon = env.max_episode_steps if run.horizon is None else run.horizon
+    horizon = run.horizon or env.max_episode_steps
+    if horizon is None:
+        raise UserError(
+            f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
+        )
     try:
         execute(algorithm, run.execution, device)
         return Trainer(algorithm, algorithm.collector(env, horizon, run.seed), run.total_steps)

@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pgsuite.envs.base import BrokenEnvError
 from pgsuite.runtime import schema
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import closest
@@ -35,7 +36,7 @@ def main(task: Callable[[DictConfig], None], config: str) -> None:
             work()
         except KeyboardInterrupt:
             sys.exit(130)
-        except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        except (UserError, BrokenEnvError, HydraException, OmegaConfBaseException, OSError) as error:
             if verbose:
                 raise
             sys.exit(f"error: {explain(error)}")
@@ -50,7 +51,7 @@ def main(task: Callable[[DictConfig], None], config: str) -> None:
 
 def explain(error: BaseException) -> str:
     """One message: what was wrong, where, and what would be right."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | BrokenEnvError):
         return str(error)
     chain = [error]
     while (following := chain[-1].__cause__) is not None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.runtime.execution import Execution
@@ -87,20 +87,21 @@ def locate(path: str) -> type:
 def schema(cls: type) -> type:
     """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
 
-    Fields that hold parts, such as a policy, are left out, for the runtime supplies them.  A field whose type is an
+    Fields that hold parts, such as a policy, are left out, for the runtime supplies them, and those that end in an
+    underscore, which ``SchemaSource`` adds under the keyword that they stand for.  A field whose type is an
     abstract dataclass, such as an estimator, is open: a configuration group fills it, and null stands for the default
     of the class.
     """
     options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
     hints = get_type_hints(cls, include_extras=True)
-    for f in filter(lambda f: f.init, fields(cls)):
+    for f in filter(lambda f: f.init and not f.name.endswith("_"), fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
         if hint is Any or inspect.isabstract(hint):
             options.append((f.name, Any, field(default=None)))
         elif is_dataclass(hint) and isinstance(hint, type):
             nested = schema(hint)
             options.append((f.name, nested, field(default_factory=nested)))
-        elif simple is not Any and Any not in get_args(simple):
+        elif simple is not Any and (Any not in get_args(simple) or get_origin(simple) is dict):
             options.append((f.name, simple, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
     return make_dataclass(cls.__name__, options)
 
@@ -114,8 +115,16 @@ class SchemaSource(ConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = config_path.removeprefix(GROUP).removesuffix(".yaml")
+        cls = locate(path)
+        config = OmegaConf.structured(schema(cls))
+        for f in fields(cls):
+            if f.name.endswith("_"):
+                with open_dict(config):
+                    config[f.name.removesuffix("_")] = f.default
+            elif isinstance(config.get(f.name), DictConfig) and f.default_factory is dict:
+                OmegaConf.set_struct(config[f.name], False)  # takes any key
         return ConfigResult(
-            config=OmegaConf.structured(schema(locate(path))),
+            config=config,
             path=self.full_path(),
             provider=self.provider,
             header={"package": None},

@@ -1,0 +1,253 @@
+"""Any environment that gymnasium can make, as a VectorEnv."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor
+
+from pgsuite import seeding, settings
+from pgsuite.envs.base import BrokenEnvError
+from pgsuite.envs.workers import Workers
+from pgsuite.settings import Count, Natural, closest
+from pgsuite.types import Step
+
+
+@dataclass(kw_only=True, eq=False)
+class Gym:
+    """Which environment of gymnasium's registry, and how to make it."""
+
+    backends: ClassVar = ("gymnasium",)
+
+    id: str = ""  # such as LunarLander-v3, or my_package:MyEnv-v0
+    import_: str | None = None  # a package that registers it
+    workers: Natural = 0  # processes that share the environments, where steps are slow; 0 steps them in this one
+    native: bool = False  # the environment's own vectorization, where it registers one
+    max_episode_steps: Count | None = None  # null stands for what is registered
+    options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="env.")
+        if not self.id:
+            raise ValueError("env.id must name an environment, such as env.id=LunarLander-v3")
+
+    def make(self, num_envs: int) -> VectorEnv:
+        """N of them.  Raises ValueError for what gymnasium does not know or cannot make."""
+        if self.import_ is not None:
+            try:
+                importlib.import_module(self.import_)
+            except ImportError as error:
+                raise ValueError(f"env.import={self.import_} cannot be imported: {error}") from error
+        known = gymnasium.registry.keys()
+        if ":" not in self.id and self.id not in known:
+            raise ValueError(f"gymnasium has no environment {self.id!r}; {closest(self.id, known)}")
+        try:
+            if self.native:
+                limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
+                return gymnasium.make_vec(self.id, num_envs, "vector_entry_point", **limit, **self.options)
+            makers = [Maker(self, index) for index in range(num_envs)]
+            if self.workers:
+                return Workers(makers, self.workers)
+            return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        except (gymnasium.error.Error, ImportError, TypeError) as error:
+            raise ValueError(f"gymnasium cannot make {self.id}: {error}") from error
+
+
+@dataclass
+class Maker:
+    """Makes one watched environment; a class of its own, so that it travels to other processes."""
+
+    gym: Gym
+    index: int
+
+    def __call__(self) -> gymnasium.Env[Any, Any]:
+        if self.gym.import_ is not None:
+            importlib.import_module(self.gym.import_)
+        env = gymnasium.make(self.gym.id, max_episode_steps=self.gym.max_episode_steps, **self.gym.options)
+        return Watch(env, f"{self.gym.id} (environment {self.index})")
+
+
+class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Says which environment failed, when and how; what is not a number is a failure too."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], name: str) -> None:
+        super().__init__(env)
+        self.name, self.steps = name, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            return self.env.reset(**kwargs)
+        except Exception as error:
+            raise BrokenEnvError(f"{self.name} failed to reset: {type(error).__name__}: {error}") from error
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        where = f"{self.name} at its step {self.steps}"
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            raise BrokenEnvError(f"{where} raised {type(error).__name__}: {error}") from error
+        if not np.isfinite(float(reward)):
+            raise BrokenEnvError(f"{where} gave the reward {reward}")
+        if not finite(obs):
+            raise BrokenEnvError(f"{where} gave an observation that is not finite: {obs}")
+        return obs, reward, terminated, truncated, info
+
+
+def finite(obs: Any) -> bool:
+    """Whether every number of an observation is one."""
+    if isinstance(obs, Mapping):
+        return all(map(finite, obs.values()))
+    if isinstance(obs, tuple):
+        return all(map(finite, obs))
+    return bool(np.isfinite(obs).all())
+
+
+class GymEnv:
+    """A gymnasium vector environment in any of the three autoreset modes.
+
+    Observations are flattened to one vector each: boxes row by row, discrete numbers one-hot, the parts of dictionaries
+    and tuples in their order.
+    """
+
+    backend = "gymnasium"
+
+    def __init__(
+        self,
+        vec: VectorEnv,
+        *,
+        name: str,
+        max_episode_steps: int | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.vec, self.name, self.num_envs, self.device, self.dtype = vec, name, vec.num_envs, device, dtype
+        self.max_episode_steps = max_episode_steps
+        self.space, self.action_space = vec.single_observation_space, vec.single_action_space
+        self.observation_space: spaces.Space[Any] = flat_space(self.space)
+        mode = vec.metadata.get("autoreset_mode")
+        if mode is None:
+            raise ValueError(f"{name} does not say how it restarts: its metadata needs an autoreset_mode")
+        self.mode = AutoresetMode(mode)
+        how = f"{type(vec).__name__}, {'none' if self.mode is AutoresetMode.DISABLED else self.mode.value} autoreset"
+        self.description = f"{name} | {how} | {self.num_envs} environments | is gymnasium {gymnasium.__version__}'s"
+        # An integer is all that every vector environment takes; it gives its environments this and the ones after it.
+        self.seed: int | None = int(torch.randint(2**31 - 1, (), generator=seeding.generator(seed, "environment")))
+        self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments that spend their next step on that
+
+    def reset(self) -> Tensor:
+        seed, self.seed = self.seed, None  # the first time only; then their own generators run on
+        obs, _ = self.vec.reset(seed=seed)
+        self.restarting[:] = False
+        self.last = self._obs(obs)
+        return self.last
+
+    def step(self, action: Tensor) -> Step:
+        obs, reward, terminated, truncated, info = self.vec.step(self._action(action))
+        terminated, truncated = (np.array(x, dtype=bool) for x in (terminated, truncated))
+        truncated &= ~terminated
+        done, idle = terminated | truncated, self.restarting.copy()
+        if self.mode is AutoresetMode.NEXT_STEP:
+            # What an environment that restarts says of this step is about no action.
+            terminated, truncated = terminated & ~idle, truncated & ~idle
+            self.restarting = terminated | truncated
+            new = next_obs = self._obs(obs)
+        elif self.mode is AutoresetMode.DISABLED:
+            new = next_obs = self._obs(obs)
+            if done.any():
+                new = self._obs(self.vec.reset(options={"reset_mask": done})[0])
+        else:
+            new = next_obs = self._obs(obs)
+            if done.any():
+                next_obs = self._final(new, done, info)
+        self.last = new
+        return Step(
+            obs=new,
+            next_obs=next_obs,
+            reward=self._tensor(reward, self.dtype),
+            terminated=self._tensor(terminated),
+            truncated=self._tensor(truncated),
+            mask=self._tensor(~idle) if self.mode is AutoresetMode.NEXT_STEP else None,
+        )
+
+    def _final(self, obs: Tensor, done: np.ndarray, info: dict[str, Any]) -> Tensor:
+        """True successors: those of the environments that are done come separately."""
+        worlds = np.flatnonzero(done)
+        successors = obs.clone()
+        finals = info.get("final_obs")
+        if finals is None:
+            warnings.warn(
+                f"{self.name} restarts within a step and gives no final_obs: values after a time limit are taken from "
+                "the observation before it",
+                stacklevel=3,
+            )
+            successors[worlds] = self.last[worlds]
+        else:
+            batch = [finals[i] for i in worlds]
+            empty = gymnasium.vector.utils.create_empty_array(self.space, n=len(worlds))
+            successors[worlds] = self._obs(gymnasium.vector.utils.concatenate(self.space, batch, empty))
+        return successors
+
+    def _action(self, action: Tensor) -> np.ndarray:
+        x = action.cpu().numpy()
+        if isinstance(self.action_space, spaces.Box):
+            x = x.astype(self.action_space.dtype).clip(self.action_space.low, self.action_space.high)
+        elif isinstance(self.action_space, spaces.Discrete):
+            x = x.astype(self.action_space.dtype) + self.action_space.start
+        return x
+
+    def _obs(self, obs: Any) -> Tensor:
+        return flatten(self.space, obs).to(self.device, self.dtype)
+
+    def _tensor(self, x: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.tensor(x, dtype=dtype, device=self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: gymnasium's environments cannot be saved."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise RuntimeError(f"{self.name} cannot be put back to where it was: gymnasium's environments cannot be saved")
+
+
+def flat_space(space: spaces.Space[Any]) -> spaces.Box:
+    """The space of flattened observations.  Raises ValueError for what cannot be flattened sensibly."""
+    if isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8:
+        raise ValueError(
+            f"no policy for images, and observations are {space}: flat boxes, discrete spaces and their "
+            "dictionaries have one"
+        )
+    if not space.is_np_flattenable:
+        raise ValueError(f"observations {space} have no fixed size: boxes, discrete spaces and their dictionaries have")
+    flat = spaces.flatten_space(space)
+    assert isinstance(flat, spaces.Box)
+    return flat
+
+
+def flatten(space: spaces.Space[Any], obs: Any) -> Tensor:
+    """A batch of observations, as [N, size] in new memory."""
+    if isinstance(space, spaces.Dict):
+        return torch.cat([flatten(part, obs[key]) for key, part in space.items()], -1)
+    if isinstance(space, spaces.Tuple):
+        return torch.cat([flatten(part, x) for part, x in zip(space, obs, strict=True)], -1)
+    x = torch.tensor(obs)
+    if isinstance(space, spaces.Discrete):
+        return one_hot(x - int(space.start), int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        x = (x - torch.as_tensor(space.start)).flatten(1)
+        return torch.cat([one_hot(x[:, i], int(n)) for i, n in enumerate(space.nvec.flatten())], -1)
+    return x.flatten(1).float() if x.dtype in (torch.bool, torch.int8) else x.flatten(1)
+
+
+def one_hot(x: Tensor, n: int) -> Tensor:
+    return torch.nn.functional.one_hot(x.long(), n).float()

@@ -1,0 +1,141 @@
+"""gymnasium environments shared among worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+
+from pgsuite.envs.base import BrokenEnvError
+
+Maker = Callable[[], gymnasium.Env[Any, Any]]
+
+
+class Workers(VectorEnv[Any, Any, Any]):
+    """N environments in ``workers`` processes, each stepping its share one after the other.
+
+    Processes are spawned afresh, so they inherit no threads; makers must be picklable.  Raises ValueError for more
+    workers than environments, and BrokenEnvError with what an environment said, or for a process that died.
+    """
+
+    def __init__(self, makers: Sequence[Maker], workers: int) -> None:
+        if workers > len(makers):
+            raise ValueError(f"env.workers must be at most num_envs={len(makers)}, got {workers}")
+        self.num_envs, self.closed = len(makers), True
+        self.shares = [range(x[0], x[-1] + 1) for x in np.array_split(np.arange(len(makers)), workers)]
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for share in self.shares:
+            ours, theirs = context.Pipe()
+            mine = [makers[i] for i in share]
+            process = context.Process(target=work, args=(theirs, mine), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self.closed = False
+        self.single_observation_space, self.single_action_space, self.spec = self.ask([("describe",)] * workers)[0]
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        seeds = [None if seed is None else seed + share.start for share in self.shares]
+        answers = self.ask([("reset", x, options) for x in seeds])
+        return self.join(answers), {}
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        each = list(iterate(self.action_space, actions))
+        answers = self.ask([("step", each[share.start : share.stop]) for share in self.shares])
+        obs, *rest, finals = zip(*answers, strict=True)
+        reward, terminated, truncated = (np.concatenate(x) for x in rest)
+        final = np.full(self.num_envs, None, dtype=object)
+        for share, found in zip(self.shares, finals, strict=True):
+            for i, successor in found.items():
+                final[share.start + i] = successor
+        return self.join(obs), reward, terminated, truncated, {"final_obs": final}
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """The observations of all shares as one batch in new memory."""
+        rows = [row for part, share in zip(parts, self.shares, strict=True) for row in self.rows(part, len(share))]
+        return concatenate(self.single_observation_space, rows, self.empty())
+
+    def rows(self, part: Any, count: int) -> list[Any]:
+        return list(iterate(batch_space(self.single_observation_space, count), part))
+
+    def empty(self) -> Any:
+        return create_empty_array(self.single_observation_space, n=self.num_envs)
+
+    def ask(self, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """One request to each worker; their answers."""
+        answers = []
+        for i, request in enumerate(requests):
+            try:
+                self.pipes[i].send(request)
+            except OSError:
+                self.lost(i)
+        for i, pipe in enumerate(self.pipes):
+            try:
+                problem, answer = pipe.recv()
+            except (EOFError, OSError):
+                self.lost(i)
+            if problem is not None:
+                self.close()
+                raise BrokenEnvError(problem)
+            answers.append(answer)
+        return answers
+
+    def lost(self, index: int) -> NoReturn:
+        self.processes[index].join(5)
+        code, share = self.processes[index].exitcode, self.shares[index]
+        self.close()
+        raise BrokenEnvError(f"the worker of environments {share.start} to {share.stop - 1} died (exit code {code})")
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.terminate()
+            process.join(5)
+
+
+def work(pipe: Connection, makers: Sequence[Maker]) -> None:
+    """A worker's life: one answer for each request, as (what went wrong or None, answer)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when to stop
+    try:
+        env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    except Exception as error:
+        problem = str(error) if isinstance(error, BrokenEnvError) else f"{type(error).__name__}: {error}"
+        pipe.send((problem, None))
+        return
+    while True:
+        try:
+            request, *arguments = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            pipe.send((None, answer(env, request, *arguments)))
+        except BrokenEnvError as error:
+            pipe.send((str(error), None))
+
+
+def answer(env: SyncVectorEnv, request: str, *arguments: Any) -> Any:
+    if request == "describe":
+        return env.single_observation_space, env.single_action_space, env.envs[0].spec
+    if request == "reset":
+        return env.reset(seed=arguments[0], options=arguments[1])[0]
+    obs, reward, terminated, truncated, info = env.step(batch(env, arguments[0]))
+    final = info.get("final_obs", {})
+    return obs, reward, terminated, truncated, {i: final[i] for i in np.flatnonzero(terminated | truncated)}
+
+
+def batch(env: SyncVectorEnv, actions: Sequence[Any]) -> Any:
+    return concatenate(env.single_action_space, actions, create_empty_array(env.single_action_space, n=len(actions)))

@@ -1,0 +1,264 @@
+"""gymnasium's environments through the adapter are what a plain loop over each of them is."""
+
+import itertools
+import math
+import os
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import Tensor
+from toys import build
+
+from pgsuite.algorithms import PPO
+from pgsuite.algorithms.estimators import GAE
+from pgsuite.envs import BrokenEnvError, Gym, GymEnv, make
+from pgsuite.envs.gym_env import Maker, flat_space, flatten
+from pgsuite.rollout import EpisodeCollector, EpisodeTracker, StepCollector
+
+LIMIT, ENVS, STEPS = 13, 3, 60
+CARTPOLE = Gym(id="CartPole-v1", max_episode_steps=LIMIT)
+
+
+def act(obs: list[float]) -> int:
+    """As good as random, leaning right: some episodes fall and some outlive the clock."""
+    return int(math.sin(1e4 * sum(obs)) > -0.4)
+
+
+def adapter(kind: str) -> GymEnv:
+    makers = [Maker(CARTPOLE, i) for i in range(ENVS)]
+    if kind == "workers":
+        env = make(Gym(id="CartPole-v1", max_episode_steps=LIMIT, workers=2), ENVS, dtype=torch.float64)
+        assert isinstance(env, GymEnv)
+        return env
+    vec = SyncVectorEnv(makers, autoreset_mode=AutoresetMode(kind))
+    return GymEnv(vec, name="CartPole", max_episode_steps=LIMIT, device=torch.device("cpu"), dtype=torch.float64)
+
+
+def lives(env: GymEnv) -> list[list[tuple[Any, ...]]]:
+    """The real transitions of each environment, in order."""
+    found: list[list[tuple[Any, ...]]] = [[] for _ in range(ENVS)]
+    obs = env.reset()
+    for _ in range(STEPS):
+        action = torch.tensor([act(x.tolist()) for x in obs])
+        step = env.step(action)
+        for i in range(ENVS):
+            if step.mask is None or step.mask[i]:
+                cells = (x[i].tolist() for x in (obs, action, step.reward, step.next_obs, step.terminated))
+                found[i].append((*cells, bool(step.truncated[i])))
+        obs = step.obs
+    return found
+
+
+def plain(seed: int) -> list[tuple[Any, ...]]:
+    env, found = gymnasium.make("CartPole-v1", max_episode_steps=LIMIT), []
+    obs, _ = env.reset(seed=seed)
+    for _ in range(STEPS):
+        action = act(obs.tolist())
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        found.append((obs.tolist(), action, reward, next_obs.tolist(), terminated, truncated and not terminated))
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    return found
+
+
+KINDS = ["SameStep", "NextStep", "Disabled", "workers"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_restart_gives_the_transitions_of_a_plain_loop(kind: str) -> None:
+    env = adapter(kind)
+    seed = env.seed
+    assert seed is not None
+    for i, found in enumerate(lives(env)):
+        expected = plain(seed + i)
+        assert found == expected[: len(found)]
+        assert len(found) == STEPS - (kind == "NextStep") * sum(x[4] or x[5] for x in found[:-1])
+        assert any(x[4] for x in found) and any(x[5] for x in found)
+
+
+class Fixed:
+    """A policy that does what ``act`` says."""
+
+    sequential = False
+
+    def blank(self, num_envs: int) -> Tensor:
+        return torch.zeros(num_envs, 0)
+
+    def act(self, obs: Tensor, memory: Tensor, start: Tensor, generator: Any = None) -> Any:
+        from pgsuite.nn.policy import Choice
+
+        return Choice(torch.tensor([act(x.tolist()) for x in obs]), torch.zeros(len(obs)), memory)
+
+
+def test_steps_spent_on_restarting_teach_nothing() -> None:
+    """Advantages of the real cells, and episode returns, are those of an environment that restarts within the step."""
+    found = []
+    for kind in ("SameStep", "NextStep"):
+        env: Any = adapter(kind)
+        policy: Any = Fixed()
+        rollout = StepCollector(env, STEPS).collect(policy)
+        value, next_value = (x.sum(-1).sin() for x in (rollout.obs, rollout.next_obs))
+        advantage, _ = GAE(lam=0.9)(rollout, value, next_value, torch.ones_like(value), gamma=0.97)
+        returns, lengths = EpisodeTracker(ENVS, env.device).update(rollout)
+        cells = [advantage[:, i][rollout.mask[:, i]] for i in range(ENVS)]
+        starts = [rollout.start[:, i][rollout.mask[:, i]] for i in range(ENVS)]
+        found.append((cells, starts, sorted(returns.tolist()), sorted(lengths.tolist()), rollout))
+    (same, same_starts, *_), (following, starts, returns, lengths, rollout) = found
+    assert not rollout.mask.all() and returns == lengths and max(lengths) == LIMIT
+    for i in range(ENVS):
+        ends = rollout.done[:, i].nonzero()[-1].item() + 1  # what follows is cut off elsewhere
+        real = int(rollout.mask[:ends, i].sum())
+        assert real > 20
+        assert torch.equal(starts[i][:real], same_starts[i][:real])
+        assert torch.allclose(following[i][:real], same[i][:real], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["SameStep", "NextStep"])
+def test_whole_episodes_are_whole(kind: str) -> None:
+    env, policy = adapter(kind), Fixed()
+    rollout = EpisodeCollector(env, LIMIT + 2).collect(policy)  # pyright: ignore[reportArgumentType]
+    assert (rollout.done & rollout.mask).sum(0).tolist() == [1] * ENVS
+    for i in range(ENVS):
+        length = int(rollout.mask[:, i].sum())
+        assert rollout.mask[:length, i].all() and rollout.done[length - 1, i]
+
+
+OBSERVATIONS = [
+    spaces.Box(-1, 1, (2, 3), np.float32),
+    spaces.Discrete(4, start=2),
+    spaces.MultiDiscrete([2, 3]),
+    spaces.MultiBinary(3),
+    spaces.Dict({"b": spaces.Box(-math.inf, math.inf, (2,)), "a": spaces.Discrete(2)}),
+    spaces.Tuple((spaces.Discrete(3), spaces.Dict({"x": spaces.MultiBinary(2)}))),
+]
+
+
+@pytest.mark.parametrize("space", OBSERVATIONS, ids=str)
+def test_observations_are_flattened_as_gymnasium_does(space: spaces.Space[Any]) -> None:
+    space.seed(0)
+    samples: list[Any] = [space.sample() for _ in range(5)]
+    batch = gymnasium.vector.utils.concatenate(
+        space, samples, gymnasium.vector.utils.create_empty_array(space, n=len(samples))
+    )
+    ours = flatten(space, batch)
+    theirs = np.stack([np.asarray(spaces.flatten(space, sample)) for sample in samples])
+    assert ours.shape == (5, *flat_space(space).shape) and np.allclose(ours.numpy(), theirs)
+
+
+@pytest.mark.parametrize("space", [spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Sequence(spaces.Discrete(2))])
+def test_spaces_without_a_policy_are_refused_by_name(space: spaces.Space[Any]) -> None:
+    with pytest.raises(ValueError, match=r"(Box|Sequence)\(.*boxes, discrete spaces and their dictionaries have"):
+        flat_space(space)
+
+
+class Faulty(gymnasium.Env[Any, Any]):
+    """Fails in the way and at the step that it is told to; its actions start at 5."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(3, start=5)
+
+    def __init__(self, fault: str = "none", at: int = 4, leader: bool = False) -> None:
+        self.fault, self.at, self.t, self.seen = fault, at, 0, []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), action
+        self.t += 1
+        broken = self.t >= self.at
+        if broken and self.fault == "raise":
+            raise KeyError("no such joint")
+        if broken and self.fault == "die":
+            os._exit(3)
+        obs = np.full(1, math.nan if broken and self.fault == "observation" else 0.5, np.float32)
+        return obs, math.inf if broken and self.fault == "reward" else 1.0, False, self.t % 50 == 0, {}
+
+
+gymnasium.register("Faulty-v0", Faulty)  # pyright: ignore[reportArgumentType]
+
+
+def run(env: Any, steps: int = 6) -> None:
+    env.reset()
+    for _ in range(steps):
+        env.step(torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", r"Faulty-v0 \(environment 0\) at its step 4 raised KeyError: 'no such joint'"),
+        ("observation", r"\(environment 0\) at its step 4 gave an observation that is not finite: \[nan\]"),
+        ("reward", r"\(environment 0\) at its step 4 gave the reward inf"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_environment_is_named(fault: str, message: str, workers: int) -> None:
+    world = Gym(id="Faulty-v0", import_="test_gym_env", workers=workers, options={"fault": fault})
+    with pytest.raises(BrokenEnvError, match=message):
+        run(make(world, 2))
+
+
+def test_a_worker_that_dies_is_named() -> None:
+    world = Gym(id="Faulty-v0", import_="test_gym_env", workers=2, options={"fault": "die"})
+    with pytest.raises(BrokenEnvError, match=r"the worker of environments 0 to 0 died \(exit code 3\)"):
+        run(make(world, 2))
+
+
+def test_discrete_actions_start_where_the_space_says() -> None:
+    run(make(Gym(id="Faulty-v0", import_="test_gym_env"), 2))  # asserts within
+
+
+def test_a_missing_final_observation_is_said() -> None:
+    class Forgetful(SyncVectorEnv):
+        def step(self, actions: Any) -> Any:
+            *step, _ = super().step(actions)
+            return *step, {}
+
+    makers = [Maker(CARTPOLE, i) for i in range(ENVS)]
+    vec = Forgetful(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = GymEnv(vec, name="Forgetful", max_episode_steps=LIMIT, device=torch.device("cpu"))
+    obs = env.reset()
+    with pytest.warns(UserWarning, match="Forgetful restarts within a step and gives no final_obs"):
+        for _ in range(LIMIT):
+            step, before = env.step(torch.tensor([act(x.tolist()) for x in obs])), obs
+            obs = step.obs
+            for i in step.done.nonzero().flatten().tolist():
+                assert torch.equal(step.next_obs[i], before[i]) and not torch.equal(step.next_obs[i], obs[i])
+
+
+def test_what_gymnasium_does_not_have_is_said() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"id": "CartPol-v1"}, "no environment 'CartPol-v1'; did you mean CartPole-v1"),
+        ({"id": "CartPole-v1", "options": {"wings": 2}}, "gymnasium cannot make CartPole-v1: .*wings"),
+        ({"id": "CartPole-v1", "import_": "no_such_package"}, "env.import=no_such_package cannot be imported"),
+        ({"id": "Pendulum-v1", "native": True}, "gymnasium cannot make Pendulum-v1"),
+        ({"id": "CartPole-v1", "workers": 3}, "env.workers must be at most num_envs=2, got 3"),
+        ({}, "env.id must name an environment"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            make(Gym(**arguments), 2)
+
+
+def test_an_environment_without_a_time_limit_is_no_place_for_whole_episodes() -> None:
+    env = make(Gym(id="Faulty-v0", import_="test_gym_env"), 2)
+    with pytest.raises(ValueError, match=r"Faulty-v0 has none: give env\.max_episode_steps"):
+        EpisodeCollector(env, 100)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_ppo_learns_through_the_adapter(native: bool) -> None:
+    """To balance: a random policy lasts 22 steps on average, this one 100 after 8,000."""
+    env = make(Gym(id="CartPole-v1", native=native), 8, seed=1)
+    algorithm = build(PPO, env, lr=2e-3, standardize=False)
+    rollouts = StepCollector(env, 64)
+    tracker, returns = EpisodeTracker(8, env.device), [0.0]
+    for _ in range(16):
+        algorithm.iterate(rollouts)
+        returns += tracker.update(rollouts.buffer.read())[0].tolist()
+    assert np.mean(returns[-10:]) > 100 > 60 > np.mean(list(itertools.islice(returns, 20)))
