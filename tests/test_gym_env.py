@@ -237,7 +237,6 @@ def test_what_gymnasium_does_not_have_is_said() -> None:
         ({"id": "CartPole-v1", "options": {"wings": 2}}, "gymnasium cannot make CartPole-v1: .*wings"),
         ({"id": "CartPole-v1", "import_": "no_such_package"}, "env.import=no_such_package cannot be imported"),
         ({"id": "Pendulum-v1", "native": True}, "gymnasium cannot make Pendulum-v1"),
-        ({"id": "CartPole-v1", "workers": 3}, "env.workers must be at most num_envs=2, got 3"),
         ({}, "env.id must name an environment"),
     ]
     for arguments, message in cases:

@@ -12,7 +12,7 @@ FLOORS = [
     {"nn", "envs"},
     {"rollout"},
     {"algorithms"},
-    {"runtime"},
+    {"runtime", "testing"},
 ]
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 ROOT = pathlib.Path(__file__).parents[1] / "pgsuite"

@@ -56,7 +56,7 @@ class Gym:
                 return gymnasium.make_vec(self.id, num_envs, "vector_entry_point", **limit, **self.options)
             makers = [Maker(self, index) for index in range(num_envs)]
             if self.workers:
-                return Workers(makers, self.workers)
+                return Workers(makers, min(self.workers, num_envs))
             return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
             raise ValueError(f"gymnasium cannot make {self.id}: {error}") from error

@@ -21,13 +21,11 @@ Maker = Callable[[], gymnasium.Env[Any, Any]]
 class Workers(VectorEnv[Any, Any, Any]):
     """N environments in ``workers`` processes, each stepping its share one after the other.
 
-    Processes are spawned afresh, so they inherit no threads; makers must be picklable.  Raises ValueError for more
-    workers than environments, and BrokenEnvError with what an environment said, or for a process that died.
+    Processes are spawned afresh, so they inherit no threads; makers must be picklable.  Raises BrokenEnvError with what
+    an environment said, or for a process that died.
     """
 
     def __init__(self, makers: Sequence[Maker], workers: int) -> None:
-        if workers > len(makers):
-            raise ValueError(f"env.workers must be at most num_envs={len(makers)}, got {workers}")
         self.num_envs, self.closed = len(makers), True
         self.shares = [range(x[0], x[-1] + 1) for x in np.array_split(np.arange(len(makers)), workers)]
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
