@@ -189,15 +189,15 @@ def run(env: Any, steps: int = 6) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "workers", "message"),
     [
-        ("raise", r"Faulty-v0 \(environment 0\) at its step 4 raised KeyError: 'no such joint'"),
-        ("observation", r"\(environment 0\) at its step 4 gave an observation that is not finite: \[nan\]"),
-        ("reward", r"\(environment 0\) at its step 4 gave the reward inf"),
+        ("raise", 0, r"Faulty-v0 \(environment 0\) at its step 4 raised KeyError: 'no such joint'"),
+        ("raise", 2, r"Faulty-v0 \(environment 0\) at its step 4 raised KeyError: 'no such joint'"),
+        ("observation", 0, r"\(environment 0\) at its step 4 gave an observation that is not finite: \[nan\]"),
+        ("reward", 0, r"\(environment 0\) at its step 4 gave the reward inf"),
     ],
 )
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_environment_is_named(fault: str, message: str, workers: int) -> None:
+def test_a_broken_environment_is_named(fault: str, workers: int, message: str) -> None:
     world = Gym(id="Faulty-v0", import_="test_gym_env", workers=workers, options={"fault": fault})
     with pytest.raises(BrokenEnvError, match=message):
         run(make(world, 2))

@@ -34,7 +34,7 @@ def test_gymnasium_in_every_autoreset_mode(mode: AutoresetMode) -> None:
 @pytest.mark.parametrize(
     "world",
     [
-        Gym(id="Pendulum-v1", max_episode_steps=30, workers=2),
+        Gym(id="Pendulum-v1", max_episode_steps=30, workers=1),
         Gym(id="CartPole-v1", max_episode_steps=30, native=True),
         Gym(id="FrozenLake-v1"),
         Gym(id="Blackjack-v1", max_episode_steps=5),
