@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
 
 import torch
 from gymnasium import spaces
@@ -48,3 +49,13 @@ class VectorEnv(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Foreign(ABC):
+    """The settings of environments that somebody else vectorizes, and how to make them."""
+
+    backends: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> VectorEnv:
+        """N environments, with tensors of ``dtype`` on ``device``.  Raises ValueError for what cannot be made."""

@@ -6,7 +6,7 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -16,17 +16,17 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError
+from pgsuite.envs.base import BrokenEnvError, Foreign
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest
 from pgsuite.types import Step
 
 
 @dataclass(kw_only=True, eq=False)
-class Gym:
+class Gym(Foreign):
     """Which environment of gymnasium's registry, and how to make it."""
 
-    backends: ClassVar = ("gymnasium",)
+    backends = ("gymnasium",)
 
     id: str = ""  # such as LunarLander-v3, or my_package:MyEnv-v0
     import_: str | None = None  # a package that registers it
@@ -40,8 +40,13 @@ class Gym:
         if not self.id:
             raise ValueError("env.id must name an environment, such as env.id=LunarLander-v3")
 
-    def make(self, num_envs: int) -> VectorEnv:
-        """N of them.  Raises ValueError for what gymnasium does not know or cannot make."""
+    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> GymEnv:
+        vec = self.vectorize(num_envs)
+        limit = self.max_episode_steps or (vec.spec.max_episode_steps if vec.spec else None)
+        return GymEnv(vec, name=self.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
+
+    def vectorize(self, num_envs: int) -> VectorEnv:
+        """Raises ValueError for what gymnasium does not know or cannot make."""
         if self.import_ is not None:
             try:
                 importlib.import_module(self.import_)

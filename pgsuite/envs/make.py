@@ -9,15 +9,15 @@ import gymnasium
 import torch
 
 from pgsuite.envs import tasks
-from pgsuite.envs.base import VectorEnv
-from pgsuite.envs.gym_env import Gym, GymEnv
+from pgsuite.envs.base import Foreign, VectorEnv
+from pgsuite.envs.gym_env import Gym
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.base import Task
 from pgsuite.settings import closest
 
 
 def make(
-    world: Task | Gym | str,
+    world: Task | Foreign | str,
     num_envs: int,
     *,
     device: str | torch.device = "cpu",
@@ -29,9 +29,9 @@ def make(
 ) -> VectorEnv:
     """N environments of a world, with tensors of ``dtype`` on ``device``.
 
-    ``world`` is a Task or its name, with or without gymnasium's version, or Gym or an id that gymnasium knows; with a
-    name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises ValueError for an unknown
-    world, option or back end.
+    ``world`` is a Task or its name, with or without gymnasium's version, or a Foreign one or an id that gymnasium
+    knows; with a name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises ValueError
+    for an unknown world, option or back end.
     """
     if isinstance(world, str):
         world = _named(world, options)
@@ -41,15 +41,13 @@ def make(
     if backend not in ("auto", *backends):
         name = type(world).__name__
         raise ValueError(f"{name} runs on backend {' or '.join(backends)} (or auto), not {backend!r}")
-    if isinstance(world, Gym):
-        vec = world.make(num_envs)
-        limit = world.max_episode_steps or (vec.spec.max_episode_steps if vec.spec else None)
-        return GymEnv(vec, name=world.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
+    if not isinstance(world, Task):
+        return world.build(num_envs, device=device, dtype=dtype, seed=seed)
     world.place(num_envs, device, backends[0] if backend == "auto" else backend, threads)
     return TaskEnv(world, device=device, dtype=dtype, seed=seed)
 
 
-def _named(world: str, options: dict[str, Any]) -> Task | Gym:
+def _named(world: str, options: dict[str, Any]) -> Task | Foreign:
     name, names = world.split("-v")[0], set(tasks.__all__) - {"Task"}
     if name not in names:
         if world in gymnasium.registry:
