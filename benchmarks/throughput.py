@@ -48,7 +48,7 @@ def stepper(env: Any, seconds: float) -> float:
 
 def ppo(env: VectorEnv, execution: Execution) -> tuple[PPO, StepCollector]:
     generator = seeding.generator(0, "networks")
-    norm = Standardize(env.observation_space.shape or ())
+    norm = Standardize(env.observation_space)
     algorithm = PPO(
         policy=Policy(norm, env.action_space, generator=generator),
         critic=Critic(norm, generator=generator),

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite.envs.base import VectorEnv
-from pgsuite.types import Step
+from pgsuite.types import Obs, Step, map_obs
 
 
 def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200) -> None:
@@ -35,9 +35,10 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200) -> None
 
 
 def random_actions(env: VectorEnv, steps: int) -> list[Tensor]:
-    """Samples [N, *A] of the action space, the same every time; of Discrete spaces counted from zero."""
+    """Samples [N, *A] of the action space, the same every time; of discrete spaces counted from zero."""
     env.action_space.seed(0)
-    first = int(env.action_space.start) if isinstance(env.action_space, spaces.Discrete) else 0
+    discrete = isinstance(env.action_space, spaces.Discrete | spaces.MultiDiscrete)
+    first = torch.as_tensor(env.action_space.start) if discrete else 0  # pyright: ignore[reportAttributeAccessIssue]
     rows = [[torch.as_tensor(env.action_space.sample()) - first for _ in range(env.num_envs)] for _ in range(steps)]
     return [torch.stack(row).to(env.device) for row in rows]
 
@@ -54,20 +55,35 @@ def play(env: VectorEnv, actions: list[Tensor]) -> list[Step]:
         kept.append(_copy(steps[-1]))
     for t, (step, copy) in enumerate(zip(steps, kept, strict=True)):
         for name, x in copy._asdict().items():
-            assert x is None or torch.equal(getattr(step, name), x), f"{name} of step {t} was overwritten later"
+            assert _same(getattr(step, name), x), f"{name} of step {t} was overwritten later"
     return kept
 
 
 def _copy(step: Step) -> Step:
-    return Step(*(None if x is None else x.clone() for x in step))  # pyright: ignore[reportArgumentType]
+    return Step(*(None if x is None else map_obs(torch.clone, x) for x in step))  # pyright: ignore[reportArgumentType]
+
+
+def _same(x: Obs | None, y: Obs | None) -> bool:
+    if isinstance(x, dict):
+        return isinstance(y, dict) and x.keys() == y.keys() and all(_same(x[key], y[key]) for key in x)
+    return x is y if x is None or y is None else torch.equal(x, y)
+
+
+def _check_obs(env: VectorEnv, space: spaces.Space[Any], obs: Obs, where: str) -> None:
+    if isinstance(space, spaces.Dict):
+        assert isinstance(obs, dict) and obs.keys() == set(space), f"{where} has not the keys {', '.join(space)}"
+        for key, part in space.items():
+            _check_obs(env, part, obs[key], f"{where}[{key!r}]")
+        return
+    shape = (env.num_envs, *(space.shape or ()))
+    assert obs.shape == shape, f"{where} has shape {tuple(obs.shape)}, and its space says {shape}"
+    assert obs.isfinite().all(), f"{where} is not finite"
+    assert obs.device == env.device, f"{where} is on {obs.device}, and not on {env.device}"
 
 
 def _check_step(env: VectorEnv, before: Step, step: Step, where: str) -> None:
-    shape = (env.num_envs, *(env.observation_space.shape or ()))
     for name in ("obs", "next_obs"):
-        x = getattr(step, name)
-        assert x.shape == shape, f"{where}: {name} has shape {tuple(x.shape)}, and its space says {shape}"
-        assert x.isfinite().all(), f"{where}: {name} is not finite"
+        _check_obs(env, env.observation_space, getattr(step, name), f"{where}: {name}")
     for name, dtype in (("reward", None), ("terminated", torch.bool), ("truncated", torch.bool), ("mask", torch.bool)):
         x = getattr(step, name)
         if x is None:
@@ -75,12 +91,12 @@ def _check_step(env: VectorEnv, before: Step, step: Step, where: str) -> None:
             continue
         assert x.shape == (env.num_envs,), f"{where}: {name} has shape {tuple(x.shape)}, not {(env.num_envs,)}"
         assert x.is_floating_point() if dtype is None else x.dtype is dtype, f"{where}: {name} is {x.dtype}"
-    for name, x in step._asdict().items():
-        assert x is None or x.device == env.device, f"{where}: {name} is on {x.device}, and not on {env.device}"
+        assert x.device == env.device, f"{where}: {name} is on {x.device}, and not on {env.device}"
     assert step.reward.isfinite().all(), f"{where}: reward is not finite"
     assert not (step.terminated & step.truncated).any(), f"{where}: both terminated and truncated"
     going = ~step.done
-    assert torch.equal(step.obs[going], step.next_obs[going]), f"{where}: obs is not next_obs, and no episode ended"
+    acted_on, followed = (map_obs(lambda x: x[going], obs) for obs in (step.obs, step.next_obs))
+    assert _same(acted_on, followed), f"{where}: obs is not next_obs, and no episode ended"
     if step.mask is not None:
         assert not (step.done & ~step.mask).any(), f"{where}: an episode ended in a step spent on restarting"
         assert (before.done | step.mask).all(), f"{where}: a step was spent on restarting what had not ended"
@@ -102,10 +118,8 @@ def _check_seeds(make: Callable[[int], VectorEnv], actions: list[Tensor]) -> Non
     first, second, other = (play(make(seed), actions) for seed in (1, 1, 2))
     for t, (x, y) in enumerate(zip(first, second, strict=True)):
         for name, value in x._asdict().items():
-            assert value is None or torch.equal(value, getattr(y, name)), (
-                f"{name} of step {t} differs between equal seeds"
-            )
-    assert any(not torch.equal(x.obs, y.obs) for x, y in zip(first, other, strict=True)), "the seed changes nothing"
+            assert _same(value, getattr(y, name)), f"{name} of step {t} differs between equal seeds"
+    assert not all(_same(x.obs, y.obs) for x, y in zip(first, other, strict=True)), "the seed changes nothing"
 
 
 def _check_state(env: VectorEnv, actions: list[Tensor]) -> None:
@@ -118,13 +132,10 @@ def _check_state(env: VectorEnv, actions: list[Tensor]) -> None:
         env.load_state_dict(state)
     for t, (x, y) in enumerate(zip(*futures, strict=True)):
         for name, value in x._asdict().items():
-            assert value is None or torch.equal(value, getattr(y, name)), (
-                f"{name} differs {t} steps after its state was restored"
-            )
+            assert _same(value, getattr(y, name)), f"{name} differs {t} steps after its state was restored"
     if isinstance(env.action_space, spaces.Box) and env.action_space.is_bounded():
         high = torch.as_tensor(env.action_space.high, device=env.device).expand(env.num_envs, -1)
         within = env.step(high.clone())
         env.load_state_dict(state)
-        assert torch.equal(env.step(10 * high.abs() + 1).next_obs, within.next_obs), (
-            "actions outside the Box are not clipped"
-        )
+        beyond = env.step(10 * high.abs() + 1)
+        assert _same(beyond.next_obs, within.next_obs), "actions outside the Box are not clipped"

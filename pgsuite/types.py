@@ -3,7 +3,8 @@
 T  steps per rollout      N  environments      B  a flat minibatch drawn from T * N
 *O observation dims       *A action dims       [...] any leading dims
 
-An observation is a tensor [..., *O] or a dictionary of such tensors.
+An observation is a tensor [..., *O] or a dictionary of such tensors.  What it holds under ``critic_obs`` is for the
+critic, which sees nothing else; the policy sees the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from pgsuite import parallel
 
 Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
-Obs = Any  # Tensor, or dict[str, Tensor]
+Obs = Any  # Tensor, or dict[str, Obs]
+PRIVILEGED = "critic_obs"
 
 
 class Step(NamedTuple):
@@ -39,6 +41,15 @@ class Step(NamedTuple):
 def map_obs(fn: Callable[[Tensor], Tensor], obs: Obs) -> Obs:
     """fn applied to an observation, entry by entry if it is a dictionary."""
     return {key: map_obs(fn, x) for key, x in obs.items()} if isinstance(obs, dict) else fn(obs)
+
+
+def write_obs(into: Obs, index: Any, obs: Obs) -> None:
+    """into[index] = obs, entry by entry if they are dictionaries."""
+    if isinstance(obs, dict):
+        for key, x in obs.items():
+            write_obs(into[key], index, x)
+    elif obs.numel():
+        into[index] = obs
 
 
 @dataclass(frozen=True)

@@ -515,7 +515,7 @@ class QuadraticCritic(Critic):
     """V = w x^2 + b, which holds the regulator's value exactly."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        super().__init__(Standardize((1,), enabled=False), hidden=(), generator=generator)
+        super().__init__(Standardize(LQR(1).observation_space, enabled=False), hidden=(), generator=generator)
 
     def value(self, obs: Tensor) -> Tensor:
         return self.net(obs.square()).squeeze(-1)
@@ -528,7 +528,7 @@ def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
     natural: dict[str, Any] = {"max_kl": 3e-3, "critic_lr": 0.02}
     options = {A2C: {"lr": 0.05, "optim": "adam"}, PPO: {"lr": 0.01, "epochs": 4}}.get(cls, natural)
     generator = torch.Generator().manual_seed(0)
-    policy = Policy(Standardize((1,), enabled=False), env.action_space, hidden=(), generator=generator)
+    policy = Policy(Standardize(env.observation_space, enabled=False), env.action_space, hidden=(), generator=generator)
     algorithm: Any = cls(
         policy=policy,
         critic=QuadraticCritic(generator),  # pyright: ignore[reportCallIssue]
@@ -552,7 +552,13 @@ def test_the_gradient_on_the_regulator_is_the_closed_form(gain: float) -> None:
     env, gamma = LQR(100_000, max_episode_steps=100), 0.9
     cost = (1 + gain**2) / (1 - gamma * (1 - gain) ** 2)
     generator = torch.Generator().manual_seed(1)
-    policy = Policy(Standardize((1,), enabled=False), env.action_space, hidden=(), log_sigma=-1.5, generator=generator)
+    policy = Policy(
+        Standardize(env.observation_space, enabled=False),
+        env.action_space,
+        hidden=(),
+        log_sigma=-1.5,
+        generator=generator,
+    )
     critic = QuadraticCritic(generator)
     noise = math.exp(-3.0) * (1 + gamma * cost) / (1 - gamma)
     (weight, bias), (curvature, constant) = policy.net.parameters(), critic.net.parameters()

@@ -1,13 +1,15 @@
 """Distributions, against torch's own, published values, finite differences and sampling."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import distributions as td
 from torch.autograd import gradcheck
 
 from pgsuite.functional import objectives
-from pgsuite.nn.distributions import Categorical, Gaussian
-from pgsuite.nn.policy import Tanh
+from pgsuite.nn.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
+from pgsuite.nn.network import Tanh
 
 SAMPLES = 200_000
 
@@ -21,6 +23,21 @@ def random_gaussians(shape: tuple[int, ...] = (7, 3)) -> tuple[Gaussian, Gaussia
 def random_categoricals(shape: tuple[int, ...] = (7, 5)) -> tuple[Categorical, Categorical]:
     p, q = torch.randn(2, *shape, dtype=torch.float64).log_softmax(-1)
     return Categorical(p), Categorical(q)
+
+
+def random_choices(shape: tuple[int, ...] = (7,)) -> tuple[MultiCategorical, MultiCategorical]:
+    shape = shape[:-1] if len(shape) == 1 else shape
+    pairs = [torch.randn(2, *shape, n, dtype=torch.float64).log_softmax(-1) for n in (2, 4, 3)]
+    p, q = zip(*pairs, strict=True)
+    return MultiCategorical(tuple(p)), MultiCategorical(tuple(q))
+
+
+def random_bits(shape: tuple[int, ...] = (7, 4)) -> tuple[Bernoulli, Bernoulli]:
+    p, q = 2 * torch.randn(2, *shape, dtype=torch.float64)
+    return Bernoulli(p), Bernoulli(q)
+
+
+RANDOM = [random_gaussians, random_categoricals, random_choices, random_bits]
 
 
 def test_gaussian_agrees_with_torch() -> None:
@@ -43,6 +60,34 @@ def test_categorical_agrees_with_torch() -> None:
     assert torch.equal(p.mode(), tp.probs.argmax(-1))
 
 
+def test_several_choices_are_independent_categoricals() -> None:
+    p, q = random_choices((7, 1))
+    tp, tq = ([td.Categorical(logits=x) for x in d.logits] for d in (p, q))
+    x = torch.stack([t.sample() for t in tp], -1)
+    assert torch.allclose(p.log_prob(x), torch.stack([t.log_prob(x[..., i]) for i, t in enumerate(tp)]).sum(0))
+    assert torch.allclose(p.entropy(), torch.stack([t.entropy() for t in tp]).sum(0))
+    assert torch.allclose(p.kl(q), torch.stack([td.kl_divergence(a, b) for a, b in zip(tp, tq, strict=True)]).sum(0))
+    assert torch.equal(p.mode(), torch.stack([t.probs.argmax(-1) for t in tp], -1))
+
+
+def test_bernoulli_agrees_with_torch() -> None:
+    p, q = random_bits()
+    tp, tq = (td.Independent(td.Bernoulli(logits=d.logits), 1) for d in (p, q))
+    x = tp.sample().long()
+    assert torch.allclose(p.log_prob(x), tp.log_prob(x.double()))
+    assert torch.allclose(p.entropy(), tp.entropy())
+    assert torch.allclose(p.kl(q), td.kl_divergence(tp, tq))
+    assert torch.equal(p.mode(), (tp.mean > 0.5).long())
+
+
+@pytest.mark.parametrize("logit", [-1e4, 1e4])
+def test_extreme_bits_stay_finite(logit: float) -> None:
+    p, q = Bernoulli(torch.tensor([logit], requires_grad=True)), Bernoulli(torch.tensor([-logit]))
+    found = (p.log_prob(p.mode()), p.log_prob(1 - p.mode()), p.entropy(), p.kl(q))
+    gradients = [torch.autograd.grad(x.sum(), p.logits, retain_graph=True)[0] for x in found]
+    assert all(x.isfinite().all() for x in (*found, *gradients))
+
+
 def test_gaussian_kl_agrees_with_rlax() -> None:
     mean, other = torch.tensor([[1.0, -1.0], [0.1, -0.1]]), torch.tensor([[1.0, -10.0], [0.3, -0.2]])
     sigma, wider = torch.tensor([[0.1, 0.1], [0.2, 0.3]]), torch.tensor([[0.1, 0.1], [0.8, 0.3]])
@@ -61,11 +106,15 @@ def test_entropy_of_the_bandit_and_its_gradient() -> None:
     assert torch.allclose(gradient, expected, atol=1e-8)
 
 
-@pytest.mark.parametrize("make", [random_gaussians, random_categoricals])
+def expanded(x: Any) -> Any:
+    return tuple(map(expanded, x)) if isinstance(x, tuple) else x.expand(SAMPLES, *x.shape)
+
+
+@pytest.mark.parametrize("make", RANDOM)
 def test_entropy_and_kl_are_what_sampling_says(make) -> None:
     """Five standard errors of 200,000 samples, seeded."""
     p, q = make((3,))
-    many, others = (type(d)(*[x.expand(SAMPLES, *x.shape) for x in vars(d).values()]) for d in (p, q))
+    many, others = (type(d)(*map(expanded, vars(d).values())) for d in (p, q))
     x = many.sample(torch.Generator().manual_seed(1))
     for samples, exact in ((-many.log_prob(x), p.entropy()), (many.log_prob(x) - others.log_prob(x), p.kl(q))):
         error = 5 * float(samples.std()) / SAMPLES**0.5
@@ -80,7 +129,7 @@ def test_categorical_samples_by_probability() -> None:
     assert ((frequency - p).abs() < 5 * (p * (1 - p) / SAMPLES).sqrt()).all()
 
 
-@pytest.mark.parametrize("make", [random_gaussians, random_categoricals])
+@pytest.mark.parametrize("make", RANDOM)
 def test_a_generator_alone_decides_what_is_sampled(make) -> None:
     p, _ = make()
     first = p.sample(torch.Generator().manual_seed(3))

@@ -17,7 +17,7 @@ from toys import build
 from pgsuite.algorithms import PPO
 from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import BrokenEnvError, Gym, GymEnv, make
-from pgsuite.envs.gym_env import Maker, flat_space, flatten
+from pgsuite.envs.gym_env import Maker
 from pgsuite.rollout import EpisodeCollector, EpisodeTracker, StepCollector
 
 LIMIT, ENVS, STEPS = 13, 3, 60
@@ -125,34 +125,6 @@ def test_whole_episodes_are_whole(kind: str) -> None:
     for i in range(ENVS):
         length = int(rollout.mask[:, i].sum())
         assert rollout.mask[:length, i].all() and rollout.done[length - 1, i]
-
-
-OBSERVATIONS = [
-    spaces.Box(-1, 1, (2, 3), np.float32),
-    spaces.Discrete(4, start=2),
-    spaces.MultiDiscrete([2, 3]),
-    spaces.MultiBinary(3),
-    spaces.Dict({"b": spaces.Box(-math.inf, math.inf, (2,)), "a": spaces.Discrete(2)}),
-    spaces.Tuple((spaces.Discrete(3), spaces.Dict({"x": spaces.MultiBinary(2)}))),
-]
-
-
-@pytest.mark.parametrize("space", OBSERVATIONS, ids=str)
-def test_observations_are_flattened_as_gymnasium_does(space: spaces.Space[Any]) -> None:
-    space.seed(0)
-    samples: list[Any] = [space.sample() for _ in range(5)]
-    batch = gymnasium.vector.utils.concatenate(
-        space, samples, gymnasium.vector.utils.create_empty_array(space, n=len(samples))
-    )
-    ours = flatten(space, batch)
-    theirs = np.stack([np.asarray(spaces.flatten(space, sample)) for sample in samples])
-    assert ours.shape == (5, *flat_space(space).shape) and np.allclose(ours.numpy(), theirs)
-
-
-@pytest.mark.parametrize("space", [spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Sequence(spaces.Discrete(2))])
-def test_spaces_without_a_policy_are_refused_by_name(space: spaces.Space[Any]) -> None:
-    with pytest.raises(ValueError, match=r"(Box|Sequence)\(.*boxes, discrete spaces and their dictionaries have"):
-        flat_space(space)
 
 
 class Faulty(gymnasium.Env[Any, Any]):

@@ -1,6 +1,7 @@
 """Running statistics, against those of everything at once."""
 
 import torch
+from gymnasium import spaces
 
 from pgsuite.nn.normalize import RewardScale, RunningMoments, Standardize
 from pgsuite.types import explained_variance, masked_mean, standardize
@@ -33,12 +34,12 @@ def test_nothing_seen_changes_nothing() -> None:
 
 
 def test_standardize_is_the_identity_until_update_and_clips() -> None:
-    norm, x = Standardize((2,), clip=5.0), torch.randn(100, 2) * 0.5
+    norm, x = Standardize(spaces.Box(-9, 9, (2,)), clip=5.0), torch.randn(100, 2) * 0.5
     assert torch.allclose(norm(x), x, atol=1e-6)
     norm.update(x, torch.ones(100, dtype=torch.bool))
     assert torch.allclose(norm(x).mean(0), torch.zeros(2), atol=1e-4)
     assert float(norm(torch.full((1, 2), 1e9)).max()) == 5.0
-    assert torch.equal(Standardize((2,), enabled=False)(x), x)
+    assert torch.equal(Standardize(spaces.Box(-9, 9, (2,)), enabled=False)(x), x)
 
 
 def test_reward_scale_is_the_deviation_of_discounted_returns_across_rollouts() -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.spaces import native_action, tensor_space, tensors
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest
-from pgsuite.types import Step
+from pgsuite.types import Obs, Step, map_obs, write_obs
 
 
 @dataclass(kw_only=True, eq=False)
@@ -118,11 +119,8 @@ def finite(obs: Any) -> bool:
 
 
 class GymEnv:
-    """A gymnasium vector environment in any of the three autoreset modes.
-
-    Observations are flattened to one vector each: boxes row by row, discrete numbers one-hot, the parts of dictionaries
-    and tuples in their order.
-    """
+    """A gymnasium vector environment in any of the three autoreset modes; see ``spaces`` for what becomes of its
+    observations."""
 
     backend = "gymnasium"
 
@@ -139,7 +137,7 @@ class GymEnv:
         self.vec, self.name, self.num_envs, self.device, self.dtype = vec, name, vec.num_envs, device, dtype
         self.max_episode_steps = max_episode_steps
         self.space, self.action_space = vec.single_observation_space, vec.single_action_space
-        self.observation_space: spaces.Space[Any] = flat_space(self.space)
+        self.observation_space: spaces.Space[Any] = tensor_space(self.space)
         mode = vec.metadata.get("autoreset_mode")
         if mode is None:
             raise ValueError(f"{name} does not say how it restarts: its metadata needs an autoreset_mode")
@@ -150,7 +148,7 @@ class GymEnv:
         self.seed: int | None = int(torch.randint(2**31 - 1, (), generator=seeding.generator(seed, "environment")))
         self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments that spend their next step on that
 
-    def reset(self) -> Tensor:
+    def reset(self) -> Obs:
         seed, self.seed = self.seed, None  # the first time only; then their own generators run on
         obs, _ = self.vec.reset(seed=seed)
         self.restarting[:] = False
@@ -158,7 +156,7 @@ class GymEnv:
         return self.last
 
     def step(self, action: Tensor) -> Step:
-        obs, reward, terminated, truncated, info = self.vec.step(self._action(action))
+        obs, reward, terminated, truncated, info = self.vec.step(native_action(self.action_space, action))
         terminated, truncated = (np.array(x, dtype=bool) for x in (terminated, truncated))
         truncated &= ~terminated
         done, idle = terminated | truncated, self.restarting.copy()
@@ -185,10 +183,10 @@ class GymEnv:
             mask=self._tensor(~idle) if self.mode is AutoresetMode.NEXT_STEP else None,
         )
 
-    def _final(self, obs: Tensor, done: np.ndarray, info: dict[str, Any]) -> Tensor:
+    def _final(self, obs: Obs, done: np.ndarray, info: dict[str, Any]) -> Obs:
         """True successors: those of the environments that are done come separately."""
         worlds = np.flatnonzero(done)
-        successors = obs.clone()
+        successors = map_obs(torch.clone, obs)
         finals = info.get("final_obs")
         if finals is None:
             warnings.warn(
@@ -196,23 +194,18 @@ class GymEnv:
                 "the observation before it",
                 stacklevel=3,
             )
-            successors[worlds] = self.last[worlds]
+            write_obs(successors, worlds, map_obs(lambda x: x[worlds], self.last))
         else:
             batch = [finals[i] for i in worlds]
             empty = gymnasium.vector.utils.create_empty_array(self.space, n=len(worlds))
-            successors[worlds] = self._obs(gymnasium.vector.utils.concatenate(self.space, batch, empty))
+            write_obs(successors, worlds, self._obs(gymnasium.vector.utils.concatenate(self.space, batch, empty)))
         return successors
 
-    def _action(self, action: Tensor) -> np.ndarray:
-        x = action.cpu().numpy()
-        if isinstance(self.action_space, spaces.Box):
-            x = x.astype(self.action_space.dtype).clip(self.action_space.low, self.action_space.high)
-        elif isinstance(self.action_space, spaces.Discrete):
-            x = x.astype(self.action_space.dtype) + self.action_space.start
-        return x
+    def _obs(self, obs: Any) -> Obs:
+        return map_obs(self._place, tensors(self.space, obs))
 
-    def _obs(self, obs: Any) -> Tensor:
-        return flatten(self.space, obs).to(self.device, self.dtype)
+    def _place(self, x: Tensor) -> Tensor:
+        return x.to(self.device) if x.dtype is torch.uint8 else x.to(self.device, self.dtype)
 
     def _tensor(self, x: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(x, dtype=dtype, device=self.device)
@@ -223,36 +216,3 @@ class GymEnv:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         raise RuntimeError(f"{self.name} cannot be put back to where it was: gymnasium's environments cannot be saved")
-
-
-def flat_space(space: spaces.Space[Any]) -> spaces.Box:
-    """The space of flattened observations.  Raises ValueError for what cannot be flattened sensibly."""
-    if isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8:
-        raise ValueError(
-            f"no policy for images, and observations are {space}: flat boxes, discrete spaces and their "
-            "dictionaries have one"
-        )
-    if not space.is_np_flattenable:
-        raise ValueError(f"observations {space} have no fixed size: boxes, discrete spaces and their dictionaries have")
-    flat = spaces.flatten_space(space)
-    assert isinstance(flat, spaces.Box)
-    return flat
-
-
-def flatten(space: spaces.Space[Any], obs: Any) -> Tensor:
-    """A batch of observations, as [N, size] in new memory."""
-    if isinstance(space, spaces.Dict):
-        return torch.cat([flatten(part, obs[key]) for key, part in space.items()], -1)
-    if isinstance(space, spaces.Tuple):
-        return torch.cat([flatten(part, x) for part, x in zip(space, obs, strict=True)], -1)
-    x = torch.tensor(obs)
-    if isinstance(space, spaces.Discrete):
-        return one_hot(x - int(space.start), int(space.n))
-    if isinstance(space, spaces.MultiDiscrete):
-        x = (x - torch.as_tensor(space.start)).flatten(1)
-        return torch.cat([one_hot(x[:, i], int(n)) for i, n in enumerate(space.nvec.flatten())], -1)
-    return x.flatten(1).float() if x.dtype in (torch.bool, torch.int8) else x.flatten(1)
-
-
-def one_hot(x: Tensor, n: int) -> Tensor:
-    return torch.nn.functional.one_hot(x.long(), n).float()

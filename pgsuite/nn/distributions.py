@@ -11,6 +11,7 @@ from typing import Protocol, Self
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import softplus
 
 
 class Distribution(Protocol):
@@ -100,3 +101,59 @@ class Categorical:
 
     def detach(self) -> Categorical:
         return Categorical(self.logits.detach())
+
+
+@dataclass(frozen=True)
+class MultiCategorical:
+    """Independent choices, one for each of ``logits``, which must be normalized."""
+
+    logits: tuple[Tensor, ...]  # [..., n] each
+
+    @property
+    def parts(self) -> list[Categorical]:
+        return [Categorical(x) for x in self.logits]
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        return torch.stack([part.sample(generator) for part in self.parts], -1)
+
+    def mode(self) -> Tensor:
+        return torch.stack([part.mode() for part in self.parts], -1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        each = zip(self.parts, action.unbind(-1), strict=True)
+        return torch.stack([part.log_prob(x) for part, x in each]).sum(0)
+
+    def entropy(self) -> Tensor:
+        return torch.stack([part.entropy() for part in self.parts]).sum(0)
+
+    def kl(self, other: MultiCategorical) -> Tensor:
+        return torch.stack([p.kl(q) for p, q in zip(self.parts, other.parts, strict=True)]).sum(0)
+
+    def detach(self) -> MultiCategorical:
+        return MultiCategorical(tuple(x.detach() for x in self.logits))
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent choices of 0 or 1.  Written with softplus, which no logit overflows."""
+
+    logits: Tensor  # [..., A] log of the odds of a 1
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        return (torch.empty_like(self.logits).uniform_(generator=generator) < self.logits.sigmoid()).long()
+
+    def mode(self) -> Tensor:
+        return (self.logits > 0).long()
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return (action * self.logits - softplus(self.logits)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (softplus(self.logits) - self.logits.sigmoid() * self.logits).sum(-1)
+
+    def kl(self, other: Bernoulli) -> Tensor:
+        gap = self.logits - other.logits
+        return (self.logits.sigmoid() * gap + softplus(other.logits) - softplus(self.logits)).sum(-1)
+
+    def detach(self) -> Bernoulli:
+        return Bernoulli(self.logits.detach())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
 from pgsuite import parallel
+from pgsuite.types import Obs
 
 
 class RunningMoments(nn.Module):
@@ -38,22 +42,39 @@ class RunningMoments(nn.Module):
         self.count.copy_(total)
 
 
+def is_image(space: spaces.Space[Any]) -> bool:
+    """Bytes [C, H, W]."""
+    return isinstance(space, spaces.Box) and space.dtype == "uint8" and len(space.shape) == 3
+
+
 class Standardize(nn.Module):
-    """x [..., *shape] with running mean and deviation taken out, clipped to +-clip; the identity if not ``enabled``."""
+    """Observations of a space with running mean and deviation taken out of its vectors, clipped to +-clip; images stay
+    as they are, and so does everything if not ``enabled``."""
 
-    def __init__(self, shape: tuple[int, ...], clip: float = 10.0, enabled: bool = True) -> None:
+    def __init__(self, space: spaces.Space[Any], clip: float = 10.0, enabled: bool = True) -> None:
         super().__init__()
-        self.shape, self.clip = shape, clip
-        self.moments = RunningMoments(shape) if enabled else None
+        self.space, self.clip, self.moments = space, clip, None
+        if isinstance(space, spaces.Dict):
+            self.parts = nn.ModuleDict({key: Standardize(part, clip, enabled) for key, part in space.items()})
+        elif enabled and not is_image(space):
+            self.moments = RunningMoments(space.shape or ())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, obs: Obs) -> Obs:
+        if isinstance(obs, dict):
+            return {key: self.parts[key](x) for key, x in obs.items()}
         if self.moments is None:
-            return x
-        return ((x - self.moments.mean) * self.moments.scale).clamp(-self.clip, self.clip)
+            return obs
+        return ((obs - self.moments.mean) * self.moments.scale).clamp(-self.clip, self.clip)
 
-    def update(self, x: Tensor, mask: Tensor) -> None:
-        if self.moments is not None:
-            self.moments.update(x, mask)
+    def update(self, obs: Obs, mask: Tensor) -> None:
+        """Take in observations [..., *O] where mask [...] is true."""
+        if isinstance(obs, dict):
+            for key, x in obs.items():
+                part = self.parts[key]
+                assert isinstance(part, Standardize)
+                part.update(x, mask)
+        elif self.moments is not None:
+            self.moments.update(obs, mask)
 
 
 class RewardScale(nn.Module):

@@ -3,28 +3,18 @@ without memory look at obs alone."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
-from pgsuite.nn.distributions import Categorical, Distribution, Gaussian
+from pgsuite.nn.distributions import Bernoulli, Categorical, Distribution, Gaussian, MultiCategorical
+from pgsuite.nn.network import Network
 from pgsuite.nn.normalize import Standardize
 from pgsuite.types import Metrics, Obs, Rollout
-
-
-class Tanh(nn.Module):
-    """tanh x = 1 - 2 sigmoid(-2 x): on a CPU, torch's own tanh takes several times as long as its sigmoid."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.rsub((-2 * x).sigmoid_(), 1, alpha=2)
-
-
-ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 
 class Seen(Protocol):
@@ -46,18 +36,6 @@ class Choice(NamedTuple):
     memory: Tensor  # [N, H] to carry on with
 
 
-def mlp(sizes: Sequence[int], activation: str, last_gain: float, generator: Generator | None = None) -> nn.Sequential:
-    """Linear layers of these sizes; orthogonal weights of gain sqrt 2, and last_gain for the last; zero biases."""
-    layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        last = i == len(sizes) - 2
-        linear = nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")  # drawn once, from our generator
-        nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2), generator=generator)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers)
-
-
 class GaussianHead(nn.Module):
     """Means [..., A] to a diagonal Gaussian whose sigma is a parameter of its own."""
 
@@ -72,31 +50,63 @@ class GaussianHead(nn.Module):
         return {"sigma": self.log_sigma.detach().exp().mean()}
 
 
-class CategoricalHead(nn.Module):
-    """Logits [..., A] to a categorical distribution."""
-
-    def forward(self, logits: Tensor) -> Categorical:
-        return Categorical(logits.log_softmax(-1))
+class Unwatched(nn.Module):
+    """A head without parameters."""
 
     def watch(self) -> Metrics:
         return {}
 
 
-def make_head(space: spaces.Space[Any], log_sigma: float | None) -> tuple[int, GaussianHead | CategoricalHead]:
+class CategoricalHead(Unwatched):
+    """Logits [..., A] to a categorical distribution."""
+
+    def forward(self, logits: Tensor) -> Categorical:
+        return Categorical(logits.log_softmax(-1))
+
+
+class MultiCategoricalHead(Unwatched):
+    """Logits [..., sum of sizes] to several independent choices."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, logits: Tensor) -> MultiCategorical:
+        return MultiCategorical(tuple(x.log_softmax(-1) for x in logits.split(self.sizes, -1)))
+
+
+class BernoulliHead(Unwatched):
+    """Logits [..., A] to independent yes-or-no choices."""
+
+    def forward(self, logits: Tensor) -> Bernoulli:
+        return Bernoulli(logits)
+
+
+Head = GaussianHead | CategoricalHead | MultiCategoricalHead | BernoulliHead
+
+
+def make_head(space: spaces.Space[Any], log_sigma: float | None) -> tuple[int, Head]:
     """How many numbers the action space asks of a network, and what makes a distribution of them.
 
     Raises ValueError for a space with no distribution here, and for a sigma where actions are discrete.
     """
-    if isinstance(space, spaces.Box) and len(space.shape) == 1:
-        return space.shape[0], GaussianHead(space.shape[0], -0.5 if log_sigma is None else log_sigma)
+    if isinstance(space, spaces.Box) and space.dtype.kind == "f":
+        size = math.prod(space.shape)
+        return size, GaussianHead(size, -0.5 if log_sigma is None else log_sigma)
+    if log_sigma is not None:
+        raise ValueError(f"policy.log_sigma is for continuous actions, and these are {space}: leave it out")
     if isinstance(space, spaces.Discrete):
-        if log_sigma is not None:
-            raise ValueError(f"policy.log_sigma is for continuous actions, and these are {space}: leave it out")
         return int(space.n), CategoricalHead()
-    raise ValueError(f"no policy for actions {space}: Box with one dimension and Discrete have one")
+    if isinstance(space, spaces.MultiDiscrete):
+        sizes = tuple(int(n) for n in space.nvec.flatten())
+        return sum(sizes), MultiCategoricalHead(sizes)
+    if isinstance(space, spaces.MultiBinary):
+        size = math.prod(space.shape)
+        return size, BernoulliHead()
+    raise ValueError(f"no policy for actions {space}: Box of floats, Discrete, MultiDiscrete and MultiBinary have one")
 
 
-class Policy(nn.Module):
+class Policy(Network):
     """A feed-forward policy over observations [..., *O]."""
 
     sequential = False  # whether minibatches must be whole columns in time order
@@ -108,13 +118,22 @@ class Policy(nn.Module):
         *,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
+        convolutions: Iterable[Sequence[int]] | None = None,
         log_sigma: float | None = None,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__()
         size, head = make_head(action_space, log_sigma)
-        self.obs_norm, self.head = obs_norm, head
-        self.net = mlp((*obs_norm.shape, *hidden, size), activation, last_gain=0.01, generator=generator)
+        super().__init__(
+            obs_norm,
+            size,
+            privileged=False,
+            last_gain=0.01,
+            hidden=hidden,
+            activation=activation,
+            convolutions=convolutions,
+            generator=generator,
+        )
+        self.head = head
 
     def observe(self, rollout: Rollout) -> None:
         """Take in what was seen.  Statistics move only here, between one update and the next rollout."""
@@ -125,7 +144,7 @@ class Policy(nn.Module):
         return torch.zeros(num_envs, 0, device=next(self.parameters()).device)
 
     def dist(self, seen: Seen) -> Distribution:
-        return self.head(self.net(self.obs_norm(seen.obs)))
+        return self.head(self.read(seen.obs))
 
     @torch.no_grad()
     def act(
@@ -138,7 +157,7 @@ class Policy(nn.Module):
         deterministic: bool = False,
     ) -> Choice:
         """Sample an action for each environment, or take the likeliest."""
-        dist = self.head(self.net(self.obs_norm(obs)))
+        dist = self.head(self.read(obs))
         action = dist.mode() if deterministic else dist.sample(generator)
         return Choice(action, dist.log_prob(action), memory)
 
@@ -147,7 +166,7 @@ class Policy(nn.Module):
         return self.head.watch()
 
 
-class Critic(nn.Module):
+class Critic(Network):
     """State values [...] of observations [..., *O]."""
 
     def __init__(
@@ -156,17 +175,25 @@ class Critic(nn.Module):
         *,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
+        convolutions: Iterable[Sequence[int]] | None = None,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.obs_norm = obs_norm
-        self.net = mlp((*obs_norm.shape, *hidden, 1), activation, last_gain=1.0, generator=generator)
+        super().__init__(
+            obs_norm,
+            1,
+            privileged=True,
+            last_gain=1.0,
+            hidden=hidden,
+            activation=activation,
+            convolutions=convolutions,
+            generator=generator,
+        )
 
     def forward(self, seen: Seen) -> Tensor:
         return self.value(seen.obs)
 
     def value(self, obs: Obs) -> Tensor:
-        return self.net(self.obs_norm(obs)).squeeze(-1)
+        return self.read(obs).squeeze(-1)
 
     def bootstrap(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The value [T, N] of each step and of its true successor."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import torch
-
-from pgsuite.types import Obs, Rollout
+from pgsuite.types import Rollout, write_obs
 
 
 class RolloutBuffer:
@@ -21,7 +19,7 @@ class RolloutBuffer:
         if self.storage is None:
             self.storage = row.map(lambda x: x.new_zeros((self.horizon, *x.shape)))
         for f in fields(row):
-            _copy(getattr(self.storage, f.name), t, getattr(row, f.name))
+            write_obs(getattr(self.storage, f.name), t, getattr(row, f.name))
 
     def blank_from(self, t: int) -> None:
         """Mark row t and those after it as nothing that happened."""
@@ -32,11 +30,3 @@ class RolloutBuffer:
         if self.storage is None:
             raise RuntimeError("nothing was collected yet")
         return self.storage
-
-
-def _copy(into: Obs, t: int, x: Obs) -> None:
-    if isinstance(x, dict):
-        for key in x:
-            _copy(into[key], t, x[key])
-    elif isinstance(x, torch.Tensor) and x.numel():
-        into[t] = x

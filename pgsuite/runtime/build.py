@@ -19,7 +19,7 @@ from pgsuite.envs import VectorEnv, make
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.runtime.execution import execute
-from pgsuite.runtime.schema import Network, Run, UserError, locate
+from pgsuite.runtime.schema import Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
 from pgsuite.settings import closest
 
@@ -91,19 +91,12 @@ def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) ->
 def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     """Policy and critic, on the environments' device, sharing their observation statistics."""
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
-    norm = Standardize(env.observation_space.shape or (), enabled=run.standardize_obs)
+    norm = Standardize(env.observation_space, enabled=run.standardize_obs)
     try:
-        policy = Policy(
-            norm,
-            env.action_space,
-            hidden=run.policy.hidden,
-            activation=run.policy.activation,
-            log_sigma=run.policy.log_sigma,
-            generator=generator,
-        )
+        policy = Policy(norm, env.action_space, **vars(run.policy), generator=generator)
+        critic = Critic(norm, **vars(run.critic), generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
-    critic = Critic(norm, hidden=run.critic.hidden, activation=run.critic.activation, generator=generator)
     return policy.to(env.device), critic.to(env.device)
 
 
@@ -137,18 +130,13 @@ def build(cfg: DictConfig) -> Trainer:
 def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     """One line on the environment, one on the networks."""
     policy, env = trainer.algorithm.policy, trainer.collector.env
-    size = (env.observation_space.shape or (0,))[0]
-
-    def chain(network: Network, out: int) -> str:
-        return "-".join(map(str, (size, *network.hidden, out))) + f" {network.activation}"
-
-    outputs = next(m for m in reversed(list(policy.net)) if isinstance(m, nn.Linear)).out_features
+    critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
     parts = nn.ModuleList([part for part in vars(trainer.algorithm).values() if isinstance(part, nn.Module)])
     count = sum(p.numel() for p in parts.parameters())
-    words = [f"policy {chain(run.policy, outputs)}, {head}"]
-    if getattr(trainer.algorithm, "critic", None) is not None:
-        words.append(f"critic {chain(run.critic, 1)}")
+    words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
+    if critic is not None:
+        words.append(f"critic {critic.shape} {run.critic.activation}")
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []

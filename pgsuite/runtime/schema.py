@@ -31,10 +31,11 @@ class UserError(Exception):
 
 @dataclass(kw_only=True)
 class Network:
-    """A multilayer perceptron."""
+    """A multilayer perceptron, with convolutions before it where observations have images."""
 
     hidden: list[Count] = field(default_factory=lambda: [64, 64])
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+    convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
 
     def __post_init__(self) -> None:
         settings.check(self)

@@ -1,0 +1,128 @@
+"""gymnasium's spaces as the suite's tensors.
+
+An observation becomes one vector [N, O] of all that is not an image: boxes row by row, discrete numbers one-hot, the
+parts of dictionaries and tuples in their order.  Images, which are boxes of bytes from 0 to 255 with two to four dims,
+become [N, C, H, W] under their own keys, and the vector beside them is ``vector``.  What a dictionary holds under
+``critic_obs`` stays apart, for the critic alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from pgsuite.types import PRIVILEGED, Obs
+
+VECTOR = "vector"
+Leaf = tuple[str, spaces.Space[Any], Any]  # path, space, batch of observations
+
+
+def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
+    """The space of what ``tensors`` makes.  Raises ValueError for observations that have no fixed size."""
+    if not space.is_np_flattenable:
+        raise ValueError(
+            f"observations {space} have no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries and "
+            "tuples of them have"
+        )
+    parts: dict[str, spaces.Space[Any]] = {}
+    vectors: list[spaces.Box] = []
+    public, privileged = split(space)
+    for path, leaf, _ in leaves(public):
+        if is_image(leaf):
+            shape = channels_first(torch.empty(1, *(leaf.shape or ()))).shape[1:]
+            parts[path] = spaces.Box(0, 255, shape, np.uint8)
+        else:
+            flat = spaces.flatten_space(leaf)
+            assert isinstance(flat, spaces.Box)
+            vectors.append(flat)
+    if VECTOR in parts:
+        raise ValueError(f"an image of {space} is named {VECTOR!r}, as is all that is no image: give it another name")
+    if vectors:
+        low, high = np.concatenate([x.low for x in vectors]), np.concatenate([x.high for x in vectors])
+        parts[VECTOR] = spaces.Box(low, high, dtype=np.result_type(low, high).type)
+    if privileged is not None:
+        return spaces.Dict({**parts, PRIVILEGED: tensor_space(privileged)})
+    return spaces.Dict(parts) if len(parts) > 1 else next(iter(parts.values()))  # pyright: ignore[reportReturnType]
+
+
+def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
+    """A batch of observations as tensors [N, *O] in new memory, on the CPU."""
+    parts: dict[str, Obs] = {}
+    vectors: list[Tensor] = []
+    public, privileged = split(space)
+    for path, leaf, x in leaves(public, obs):
+        if is_image(leaf):
+            parts[path] = channels_first(torch.tensor(x)).contiguous()
+        else:
+            vectors.append(flatten(leaf, torch.tensor(x)))
+    if vectors:
+        parts[VECTOR] = torch.cat(vectors, -1) if len(vectors) > 1 else vectors[0]
+    if privileged is not None:
+        return parts | {PRIVILEGED: tensors(privileged, obs[PRIVILEGED])}
+    return parts if len(parts) > 1 else next(iter(parts.values()))
+
+
+def leaves(space: spaces.Space[Any], obs: Any = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """The parts of a space that have none themselves."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        children = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        for key, part in children:
+            yield from leaves(part, None if obs is None else obs[key], (*path, str(key)))
+    else:
+        yield "/".join(path), space, obs
+
+
+def split(space: spaces.Space[Any]) -> tuple[spaces.Space[Any], spaces.Space[Any] | None]:
+    """What everybody may see, and what only the critic may."""
+    if isinstance(space, spaces.Dict) and PRIVILEGED in space.spaces:
+        return spaces.Dict({key: part for key, part in space.items() if key != PRIVILEGED}), space[PRIVILEGED]
+    return space, None
+
+
+def is_image(space: spaces.Space[Any]) -> bool:
+    """Bytes from 0 to 255 with two to four dims."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3, 4):
+        return False
+    return bool((space.low == 0).all() and (space.high == 255).all())
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """Images [N, H, W], [N, C, H, W], [N, H, W, C], or stacks [N, S, ...] of the latter two, as [N, C, H, W].
+
+    Of the first and the last dim of an image, the smaller one is its channels.
+    """
+    if x.ndim == 3:
+        return x.unsqueeze(1)
+    if x.shape[-1] < x.shape[-3]:
+        x = x.movedim(-1, -3)
+    return x.flatten(1, -3)
+
+
+def flatten(space: spaces.Space[Any], x: Tensor) -> Tensor:
+    """A batch of what is neither a picture nor a dictionary, as vectors [N, O]."""
+    if isinstance(space, spaces.Discrete):
+        return one_hot(x - int(space.start), int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        x = (x - torch.as_tensor(space.start)).flatten(1)
+        return torch.cat([one_hot(x[:, i], int(n)) for i, n in enumerate(space.nvec.flatten())], -1)
+    return x.flatten(1).float() if x.dtype in (torch.bool, torch.int8, torch.uint8) else x.flatten(1)
+
+
+def one_hot(x: Tensor, n: int) -> Tensor:
+    return torch.nn.functional.one_hot(x.long(), n).float()
+
+
+def first_action(space: spaces.Space[Any]) -> Any:
+    """What a policy's zero stands for."""
+    return space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
+
+
+def native_action(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
+    """A policy's actions [N, *A] as the space has them: clipped to a Box, counted from a discrete space's start."""
+    x = action.cpu().numpy().astype(space.dtype).reshape(-1, *(space.shape or ()))
+    return x.clip(space.low, space.high) if isinstance(space, spaces.Box) else x + first_action(space)
