@@ -57,7 +57,7 @@ def ppo(env: VectorEnv, execution: Execution) -> tuple[PPO, StepCollector]:
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
     )
-    execute(algorithm, execution, env.device)
+    execute(algorithm, env, execution)
     return algorithm, StepCollector(env, HORIZON)
 
 

@@ -121,7 +121,7 @@ def build(cfg: DictConfig) -> Trainer:
             f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
         )
     try:
-        execute(algorithm, run.execution, device)
+        execute(algorithm, env, run.execution)
         return Trainer(algorithm, algorithm.collector(env, horizon, run.seed), run.total_steps)
     except ValueError as error:
         raise UserError(str(error)) from error
