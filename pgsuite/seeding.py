@@ -15,3 +15,8 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
     """
     digest = hashlib.blake2b(f"{stream} {seed}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def number(seed: int, stream: str) -> int:
+    """A 31-bit seed for somebody else's generator, which depends on both as ``generator`` does."""
+    return int(torch.randint(2**31 - 1, (), generator=generator(seed, stream)))

@@ -145,7 +145,7 @@ class GymEnv:
         how = f"{type(vec).__name__}, {'none' if self.mode is AutoresetMode.DISABLED else self.mode.value} autoreset"
         self.description = f"{name} | {how} | {self.num_envs} environments | is gymnasium {gymnasium.__version__}'s"
         # An integer is all that every vector environment takes; it gives its environments this and the ones after it.
-        self.seed: int | None = int(torch.randint(2**31 - 1, (), generator=seeding.generator(seed, "environment")))
+        self.seed: int | None = seeding.number(seed, "environment")
         self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments that spend their next step on that
 
     def reset(self) -> Obs:

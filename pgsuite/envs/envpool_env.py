@@ -1,0 +1,109 @@
+"""envpool's environments, which threads in C++ step, as a VectorEnv."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from pgsuite import seeding, settings
+from pgsuite.envs.base import Foreign
+from pgsuite.envs.gym_env import GymEnv
+from pgsuite.settings import Count, Natural, closest
+
+UNLIMITED = 2**31 - 1  # what envpool says of episodes that have no limit
+
+
+@dataclass(kw_only=True, eq=False)
+class EnvPool(Foreign):
+    """Which of envpool's environments, and how to make it."""
+
+    backends = ("envpool",)
+
+    id: str = ""  # such as HalfCheetah-v5 or Pong-v5
+    max_episode_steps: Count | None = None  # null stands for envpool's own
+    threads: Natural = 0  # that share the environments; 0 takes every core
+    options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="env.")
+        if not self.id:
+            raise ValueError("env.id must name an environment, such as env.id=HalfCheetah-v5")
+
+    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> EnvPoolEnv:
+        try:
+            import envpool
+        except ImportError as error:
+            raise ValueError(f"env=envpool needs envpool: pip install 'pgsuite[envpool]' ({error})") from error
+        if self.id not in (known := envpool.list_all_envs()):
+            raise ValueError(f"envpool has no environment {self.id!r}; {closest(self.id, known)}")
+        limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
+        try:
+            pool: Any = envpool.make_gymnasium(
+                self.id,
+                num_envs=num_envs,
+                batch_size=num_envs,  # all of them step together
+                num_threads=self.threads,
+                seed=seeding.number(seed, "environment"),
+                **limit,
+                **self.options,
+            )
+        except Exception as error:  # it has no errors of its own
+            raise ValueError(f"envpool cannot make {self.id}: {str(error).partition(chr(10))[0]}") from error
+        if (players := pool.config["max_num_players"]) > 1:
+            raise ValueError(f"{self.id} is for {players} players, and one policy plays here")
+        return EnvPoolEnv(pool, name=self.id, device=device, dtype=dtype)
+
+
+class Pool(VectorEnv[Any, Any, Any]):
+    """envpool's environments as gymnasium has them, made with their seed; they restart when they are told to.
+
+    Left alone, envpool spends a step of an environment's own on restarting it.  Some of its environments do not know
+    of ``max_episode_steps``: here the limit holds for all.  envpool does not tell whether the task ended in the very
+    step in which the clock did; such an episode counts as cut off.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(self, pool: Any) -> None:
+        self.pool, self.num_envs, self.limit = pool, pool.config["num_envs"], pool.config["max_episode_steps"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they state bounds in more digits than they can hold
+            self.single_observation_space, self.single_action_space = pool.observation_space, pool.action_space
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.pool.reset(options=options)
+        if options is None:
+            self.obs = obs
+        else:
+            write(self.obs, info["env_id"], obs)
+        return self.obs, info
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        self.obs, reward, terminated, truncated, info = self.pool.step(actions)
+        return self.obs, reward, terminated, truncated | (info["elapsed_step"] >= self.limit), info
+
+
+def write(into: Any, rows: np.ndarray, obs: Any) -> None:
+    """into[rows] = obs, entry by entry if they are dictionaries."""
+    if isinstance(into, dict):
+        for key in into:
+            write(into[key], rows, obs[key])
+    else:
+        into[rows] = obs
+
+
+class EnvPoolEnv(GymEnv):
+    backend = "envpool"
+
+    def __init__(self, pool: Any, *, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        vec = Pool(pool)
+        limit = None if vec.limit >= UNLIMITED else vec.limit
+        super().__init__(vec, name=name, max_episode_steps=limit, device=device, dtype=dtype)
+        version = importlib.metadata.version("envpool")
+        self.description = f"{name} | envpool | {self.num_envs} environments | is envpool {version}'s"
