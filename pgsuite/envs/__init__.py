@@ -5,6 +5,7 @@ from pgsuite.envs.envpool_env import EnvPool
 from pgsuite.envs.gym_env import Gym, GymEnv
 from pgsuite.envs.make import make
 from pgsuite.envs.task_env import TaskEnv
+from pgsuite.envs.torch_env import TorchNative, TorchNativeEnv
 
 __all__ = [
     "BrokenEnvError",
@@ -12,6 +13,8 @@ __all__ = [
     "Gym",
     "GymEnv",
     "TaskEnv",
+    "TorchNative",
+    "TorchNativeEnv",
     "VectorEnv",
     "make",
 ]

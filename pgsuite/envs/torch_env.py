@@ -1,0 +1,227 @@
+"""Vector environments that live in torch themselves, such as Isaac Lab's and ManiSkill's."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from pgsuite import seeding, settings
+from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.settings import Count, closest
+from pgsuite.types import Obs, Step, map_obs
+
+GROUPS = {"obs": "policy", "critic_obs": "critic"}  # our names, and Isaac Lab's
+
+
+@dataclass(kw_only=True, eq=False)
+class TorchNative(Foreign):
+    """What makes the environments, and what to tell it."""
+
+    backends = ("torch-native",)
+
+    entry: str = ""  # such as my_package:make_env; called with num_envs, device, seed and the options, by keyword
+    max_episode_steps: Count | None = None  # told to it as well; null leaves the limit to it
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="env.")
+        if not all(self.entry.partition(":")):
+            raise ValueError(f"env.entry must be a callable in a package, my_package:make_env, got {self.entry!r}")
+
+    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> TorchNativeEnv:
+        limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
+        number = seeding.number(seed, "environment")
+        arguments = {"num_envs": num_envs, "device": device, "seed": number, **limit, **self.options}
+        maker = self.locate()
+        try:
+            inspect.signature(maker).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"env.entry={self.entry} cannot be called with {', '.join(arguments)}: {error}") from error
+        env = TorchNativeEnv(maker(**arguments), name=self.entry, device=device, dtype=dtype, seed=number, **limit)
+        if env.num_envs != num_envs:
+            raise ValueError(f"env.entry={self.entry} made {env.num_envs} environments, not {num_envs}")
+        return env
+
+    def locate(self) -> Callable[..., Any]:
+        """Raises ValueError if there is none."""
+        package, _, name = self.entry.partition(":")
+        try:
+            module = importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(f"env.entry={self.entry} cannot be imported: {error}") from error
+        if not callable(found := getattr(module, name, None)):
+            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise ValueError(f"{package} has no callable {name!r}; {closest(name, names)}")
+        return found
+
+
+class TorchNativeEnv:
+    """Environments that take and give tensors, and restart within the step that ends an episode.
+
+    They have ``num_envs``, ``single_observation_space`` and ``single_action_space``; ``reset`` gives observations and
+    a dictionary, and ``step`` gives gymnasium's five, with the true successors under ``final_obs`` or
+    ``final_observation`` in the last.  They may write to what they gave, for everything is copied here.
+
+    An observation becomes one vector of the parts of its dictionary, in the order of the space.  Of Isaac Lab's groups,
+    ``policy`` becomes the observation, ``obs``, and ``critic`` what the critic alone sees, ``critic_obs``.
+    """
+
+    backend = "torch-native"
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        self.env, self.name, self.device, self.dtype, self.seed = env, name, device, dtype, seed
+        for required in ("num_envs", "single_observation_space", "single_action_space"):
+            if find(env, required) is None:
+                raise ValueError(f"{name} is no vector environment: it has no {required}")
+        mode = (find(env, "metadata") or {}).get("autoreset_mode")
+        if mode is not None and AutoresetMode(mode) is not AutoresetMode.SAME_STEP:
+            raise ValueError(f"{name} must restart within the step that ends an episode, not with {mode}")
+        self.num_envs: int = find(env, "num_envs")
+        self.space, self.action_space = find(env, "single_observation_space"), find(env, "single_action_space")
+        self.groups: dict[str, str] = {}
+        if isinstance(self.space, spaces.Dict) and "policy" in self.space.spaces:
+            self.groups = {ours: theirs for ours, theirs in GROUPS.items() if theirs in self.space.spaces}
+        flat = {ours: flat_space(self.space[theirs]) for ours, theirs in self.groups.items()}
+        flat = flat or {"obs": flat_space(self.space)}
+        self.observation_space: spaces.Space[Any] = spaces.Dict(flat) if len(flat) > 1 else flat["obs"]
+        self.lives_on = torch.device(find(env, "device") or device)
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        if isinstance(self.action_space, spaces.Box):
+            low, high = self.action_space.low, self.action_space.high
+            self.bounds = torch.as_tensor(low, device=self.lives_on), torch.as_tensor(high, device=self.lives_on)
+        limit = max_episode_steps or find(env, "max_episode_length", "max_episode_steps", "_max_episode_steps")
+        limit = limit or getattr(find(env, "spec"), "max_episode_steps", None)
+        self.max_episode_steps = None if limit is None else int(limit)
+        kind = type(getattr(env, "unwrapped", env)).__name__
+        self.description = f"{name} | torch-native, {kind} | {self.num_envs} environments"
+        self.steps = 0
+        self.last: Obs = None
+        self.knows = False  # whether true successors are given
+
+    def reset(self) -> Obs:
+        seed, self.seed = self.seed, None  # the first time only; then their own generators run on
+        with self._named("failed to reset:"):
+            obs, _ = self.env.reset(seed=seed)
+            self.last = self._obs(obs)
+        return self.last
+
+    def step(self, action: Tensor) -> Step:
+        self.steps += 1
+        with self._named(f"at its step {self.steps} raised"):
+            obs, reward, terminated, truncated, info = self.env.step(self._action(action))
+            new, reward = self._obs(obs), self._cells(reward, self.dtype)
+            terminated, truncated = self._cells(terminated, torch.bool), self._cells(truncated, torch.bool)
+            final = info.get("final_obs", info.get("final_observation"))
+            successors = self.last if final is None else self._obs(final)
+        truncated &= ~terminated
+        done = terminated | truncated
+        if not self.knows:
+            self._learn(final is not None, done)
+        self.last = new
+        return Step(
+            obs=new, next_obs=choose(done, successors, new), reward=reward, terminated=terminated, truncated=truncated
+        )
+
+    def _learn(self, given: bool, done: Tensor) -> None:
+        """Whether true successors are given.  Some give none where no episode ended, so this reads one bit back each
+        step until one has."""
+        self.knows = given or bool(done.any())
+        if self.knows and not given:
+            warnings.warn(
+                f"{self.name} restarts within a step and gives no final_obs: values after a time limit are taken from "
+                "the observation before it (Isaac Lab gives them with compute_final_obs=True)",
+                stacklevel=3,
+            )
+
+    def _action(self, action: Tensor) -> Tensor:
+        """In new memory."""
+        x = action.to(self.lives_on)
+        if self.bounds is not None:
+            return x.to(self.bounds[0].dtype).clamp(*self.bounds)
+        return x + (int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0)
+
+    def _obs(self, obs: Any) -> Obs:
+        parts = {ours: self._vector(self.space[theirs], obs[theirs]) for ours, theirs in self.groups.items()}
+        parts = parts or {"obs": self._vector(self.space, obs)}
+        return parts if len(parts) > 1 else parts["obs"]
+
+    def _vector(self, space: spaces.Space[Any], obs: Any) -> Tensor:
+        """[N, O] in new memory."""
+        if isinstance(space, spaces.Dict):
+            return torch.cat([self._vector(part, obs[key]) for key, part in space.items()], -1)
+        return obs.reshape(self.num_envs, math.prod(space.shape or ())).to(self.device, self.dtype, copy=True)
+
+    def _cells(self, x: Any, dtype: torch.dtype) -> Tensor:
+        """[N] in new memory."""
+        return torch.as_tensor(x).reshape(self.num_envs).to(self.device, dtype, copy=True)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise BrokenEnvError(f"{self.name} {what} {type(error).__name__}: {error}") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing where the environments cannot be saved: those that can have a state_dict of their own."""
+        save = find(self.env, "state_dict")
+        return {} if save is None else {"env": copy.deepcopy(save()), "last": self.last, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load = find(self.env, "load_state_dict")
+        if load is None:
+            raise RuntimeError(f"{self.name} cannot be put back to where it was: it has no load_state_dict")
+        load(copy.deepcopy(state["env"]))
+        self.seed, self.last = state["seed"], state["last"]
+        if self.last is not None:
+            self.last = map_obs(lambda x: x.to(self.device), self.last)
+
+
+def find(env: Any, *names: str) -> Any:
+    """The first of these attributes that an environment, or one that it wraps, has; None if none does."""
+    while env is not None:
+        for name in names:
+            if (value := getattr(env, name, None)) is not None:
+                return value
+        inner = (getattr(env, name, None) for name in ("env", "_env", "unwrapped"))
+        env = next((x for x in inner if x is not None and x is not env), None)
+    return None
+
+
+def flat_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """The space of the vectors that observations become.  Raises ValueError for what is more than numbers."""
+    if isinstance(space, spaces.Dict):
+        for part in space.values():
+            flat_space(part)
+    elif not isinstance(space, spaces.Box) or (len(space.shape) == 3 and space.dtype == np.uint8):
+        raise ValueError(f"no policy for observations {space}: boxes of numbers and dictionaries of them have one")
+    return spaces.flatten_space(space)
+
+
+def choose(done: Tensor, x: Obs, y: Obs) -> Obs:
+    """x where done [N], and y elsewhere."""
+    if isinstance(y, dict):
+        return {key: choose(done, x[key], y[key]) for key in y}
+    return torch.where(done.unsqueeze(-1), x, y)
