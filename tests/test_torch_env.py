@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch_worlds
@@ -42,6 +41,7 @@ def adapt(env: Any, **settings: Any) -> TorchNativeEnv:
 WORLDS = {
     "tensors": world("Points"),
     "policy group": world("IsaacPoints", critic=False),
+    "groups": world("IsaacPoints"),
     "nested": world("ManiSkillPoints"),
     "saved": world("SavedPoints", critic=False),
 }
@@ -60,14 +60,14 @@ def test_the_contract_is_kept_without_final_observations() -> None:
 def placed(kind: str, obs: Any) -> tuple[Tensor, Tensor]:
     """Position and velocity in an observation."""
     if isinstance(obs, dict):
-        obs = obs["obs"]
+        obs = obs["vector"]
     return (obs[:, 1:3], obs[:, 3:]) if kind == "nested" else (obs[:, :2], obs[:, 2:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [*WORLDS, "groups"])
+@pytest.mark.parametrize("kind", WORLDS)
 def test_successors_are_true_ones_even_where_episodes_end(kind: str, dtype: torch.dtype) -> None:
-    env = make(WORLDS.get(kind, world("IsaacPoints")), ENVS, dtype=dtype)
+    env = make(WORLDS[kind], ENVS, dtype=dtype)
     obs, ends, seen = env.reset(), [0, 0], []
     for action in random_actions(env, 100):
         step = env.step(3 * action)  # clipped on its way
@@ -85,13 +85,13 @@ def test_successors_are_true_ones_even_where_episodes_end(kind: str, dtype: torc
 def test_what_isaac_lab_shows_its_critic_is_kept_apart() -> None:
     env = make(world("IsaacPoints"), ENVS)
     assert isinstance(env.observation_space, spaces.Dict)
-    assert {key: part.shape for key, part in env.observation_space.items()} == {"obs": (4,), "critic_obs": (5,)}
+    assert {key: part.shape for key, part in env.observation_space.items()} == {"vector": (4,), "critic_obs": (5,)}
     given: list[Step] = [Step(env.reset(), *[torch.zeros(0)] * 4)]
     given += [env.step(action) for action in random_actions(env, 3 * LIMIT)]
     kept = [map_obs(torch.clone, step.obs) for step in given]
     env.step(random_actions(env, 1)[0])
     for step, copy in zip(given, kept, strict=True):
-        assert torch.equal(step.obs["obs"], step.obs["critic_obs"][:, :4])
+        assert torch.equal(step.obs["vector"], step.obs["critic_obs"][:, :4])
         assert all(torch.equal(step.obs[key], copy[key]) for key in copy), "written to later"
     clocks = torch.stack([step.next_obs["critic_obs"][:, 4] for step in given[1:]])
     assert clocks.min() == 1 and clocks.max() == LIMIT
@@ -178,15 +178,15 @@ def test_what_is_no_vector_environment_is_said() -> None:
     class NextStep(Points):
         metadata = {"autoreset_mode": "NextStep"}  # noqa: RUF012
 
-    class Images(Points):
+    class Words(Points):
         def __init__(self) -> None:
             super().__init__(ENVS, CPU, 0)
-            self.single_observation_space = spaces.Dict({"rgb": spaces.Box(0, 255, (8, 8, 3), np.uint8)})
+            self.single_observation_space = spaces.Dict({"order": spaces.Text(8)})
 
     cases: list[tuple[Any, str]] = [
         (object(), "points is no vector environment: it has no num_envs"),
         (NextStep(ENVS, CPU, 0), "points must restart within the step that ends an episode, not with NextStep"),
-        (Images(), r"no policy for observations Box\(0, 255, \(8, 8, 3\), uint8\)"),
+        (Words(), r"observations Text.* have no fixed size"),
     ]
     for env, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -247,9 +247,10 @@ def test_a_restored_environment_draws_what_the_saved_one_would_have() -> None:
     assert torch.equal(first.reset(), second.reset())
 
 
-def test_ppo_learns_through_the_adapter() -> None:
+@pytest.mark.parametrize("kind", ["Points", "IsaacPoints"])
+def test_ppo_learns_through_the_adapter(kind: str) -> None:
     """To stay near the origin: resting where an episode begins pays a third of a point a step."""
-    env = make(TorchNative(entry="torch_worlds:Points", max_episode_steps=50), 16)
+    env = make(TorchNative(entry=f"torch_worlds:{kind}", max_episode_steps=50), 16)
     algorithm = build(PPO, env, lr=3e-3)
     rollouts = StepCollector(env, 50)
     tracker, returns = EpisodeTracker(16, env.device), []

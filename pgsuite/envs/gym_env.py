@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign
-from pgsuite.envs.spaces import native_action, tensor_space, tensors
+from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest
 from pgsuite.types import Obs, Step, map_obs, write_obs
@@ -202,10 +202,7 @@ class GymEnv:
         return successors
 
     def _obs(self, obs: Any) -> Obs:
-        return map_obs(self._place, tensors(self.space, obs))
-
-    def _place(self, x: Tensor) -> Tensor:
-        return x.to(self.device) if x.dtype is torch.uint8 else x.to(self.device, self.dtype)
+        return place(tensors(self.space, obs), self.device, self.dtype)
 
     def _tensor(self, x: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(x, dtype=dtype, device=self.device)

@@ -8,6 +8,7 @@ become [N, C, H, W] under their own keys, and the vector beside them is ``vector
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,23 +17,24 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from pgsuite.types import PRIVILEGED, Obs
+from pgsuite.types import PRIVILEGED, Obs, map_obs
 
 VECTOR = "vector"
+FIXED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 Leaf = tuple[str, spaces.Space[Any], Any]  # path, space, batch of observations
 
 
 def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     """The space of what ``tensors`` makes.  Raises ValueError for observations that have no fixed size."""
-    if not space.is_np_flattenable:
-        raise ValueError(
-            f"observations {space} have no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries and "
-            "tuples of them have"
-        )
     parts: dict[str, spaces.Space[Any]] = {}
     vectors: list[spaces.Box] = []
     public, privileged = split(space)
     for path, leaf, _ in leaves(public):
+        if not isinstance(leaf, FIXED):
+            raise ValueError(
+                f"observations {leaf} have no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries "
+                "and tuples of them have"
+            )
         if is_image(leaf):
             shape = channels_first(torch.empty(1, *(leaf.shape or ()))).shape[1:]
             parts[path] = spaces.Box(0, 255, shape, np.uint8)
@@ -51,20 +53,24 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
 
 
 def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
-    """A batch of observations as tensors [N, *O] in new memory, on the CPU."""
+    """A batch of observations, of arrays or of tensors, as tensors [N, *O] in new memory."""
     parts: dict[str, Obs] = {}
     vectors: list[Tensor] = []
     public, privileged = split(space)
     for path, leaf, x in leaves(public, obs):
         if is_image(leaf):
-            parts[path] = channels_first(torch.tensor(x)).contiguous()
+            parts[path] = channels_first(copied(x)).contiguous()
         else:
-            vectors.append(flatten(leaf, torch.tensor(x)))
+            vectors.append(flatten(leaf, copied(x)))
     if vectors:
         parts[VECTOR] = torch.cat(vectors, -1) if len(vectors) > 1 else vectors[0]
     if privileged is not None:
         return parts | {PRIVILEGED: tensors(privileged, obs[PRIVILEGED])}
     return parts if len(parts) > 1 else next(iter(parts.values()))
+
+
+def copied(x: Any) -> Tensor:
+    return x.clone() if isinstance(x, Tensor) else torch.tensor(x)
 
 
 def leaves(space: spaces.Space[Any], obs: Any = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
@@ -104,17 +110,23 @@ def channels_first(x: Tensor) -> Tensor:
 
 
 def flatten(space: spaces.Space[Any], x: Tensor) -> Tensor:
-    """A batch of what is neither a picture nor a dictionary, as vectors [N, O]."""
+    """A batch of what is neither an image nor a dictionary, as vectors [N, O]."""
     if isinstance(space, spaces.Discrete):
         return one_hot(x - int(space.start), int(space.n))
+    x = x.reshape(len(x), math.prod(space.shape or ()))
     if isinstance(space, spaces.MultiDiscrete):
-        x = (x - torch.as_tensor(space.start)).flatten(1)
-        return torch.cat([one_hot(x[:, i], int(n)) for i, n in enumerate(space.nvec.flatten())], -1)
-    return x.flatten(1).float() if x.dtype in (torch.bool, torch.int8, torch.uint8) else x.flatten(1)
+        columns = zip(x.unbind(-1), space.start.flatten(), space.nvec.flatten(), strict=True)
+        return torch.cat([one_hot(column - int(start), int(n)) for column, start, n in columns], -1)
+    return x if x.is_floating_point() else x.float()
 
 
 def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
+
+
+def place(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
+    """Observations on a device, with their vectors in dtype; images stay bytes."""
+    return map_obs(lambda x: x.to(device) if x.ndim == 4 else x.to(device, dtype), obs)
 
 
 def first_action(space: spaces.Space[Any]) -> Any:

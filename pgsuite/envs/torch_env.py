@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
@@ -20,10 +18,11 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.spaces import first_action, place, tensor_space, tensors
 from pgsuite.settings import Count, closest
-from pgsuite.types import Obs, Step, map_obs
+from pgsuite.types import PRIVILEGED, Obs, Step, map_obs
 
-GROUPS = {"obs": "policy", "critic_obs": "critic"}  # our names, and Isaac Lab's
+GROUPS = {"policy": "policy", PRIVILEGED: "critic"}  # our names, and Isaac Lab's
 
 
 @dataclass(kw_only=True, eq=False)
@@ -75,8 +74,8 @@ class TorchNativeEnv:
     a dictionary, and ``step`` gives gymnasium's five, with the true successors under ``final_obs`` or
     ``final_observation`` in the last.  They may write to what they gave, for everything is copied here.
 
-    An observation becomes one vector of the parts of its dictionary, in the order of the space.  Of Isaac Lab's groups,
-    ``policy`` becomes the observation, ``obs``, and ``critic`` what the critic alone sees, ``critic_obs``.
+    Of Isaac Lab's groups of observations, ``policy`` is what everybody sees and ``critic`` what the critic alone does;
+    see ``spaces`` for what becomes of them.
     """
 
     backend = "torch-native"
@@ -103,10 +102,10 @@ class TorchNativeEnv:
         self.groups: dict[str, str] = {}
         if isinstance(self.space, spaces.Dict) and "policy" in self.space.spaces:
             self.groups = {ours: theirs for ours, theirs in GROUPS.items() if theirs in self.space.spaces}
-        flat = {ours: flat_space(self.space[theirs]) for ours, theirs in self.groups.items()}
-        flat = flat or {"obs": flat_space(self.space)}
-        self.observation_space: spaces.Space[Any] = spaces.Dict(flat) if len(flat) > 1 else flat["obs"]
+            self.space = spaces.Dict({ours: self.space[theirs] for ours, theirs in self.groups.items()})
+        self.observation_space: spaces.Space[Any] = tensor_space(self.space)
         self.lives_on = torch.device(find(env, "device") or device)
+        self.first = torch.as_tensor(first_action(self.action_space), device=self.lives_on)
         self.bounds: tuple[Tensor, Tensor] | None = None
         if isinstance(self.action_space, spaces.Box):
             low, high = self.action_space.low, self.action_space.high
@@ -157,21 +156,15 @@ class TorchNativeEnv:
 
     def _action(self, action: Tensor) -> Tensor:
         """In new memory."""
-        x = action.to(self.lives_on)
+        x = action.to(self.lives_on).reshape(self.num_envs, *(self.action_space.shape or ()))
         if self.bounds is not None:
             return x.to(self.bounds[0].dtype).clamp(*self.bounds)
-        return x + (int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0)
+        return x + self.first
 
     def _obs(self, obs: Any) -> Obs:
-        parts = {ours: self._vector(self.space[theirs], obs[theirs]) for ours, theirs in self.groups.items()}
-        parts = parts or {"obs": self._vector(self.space, obs)}
-        return parts if len(parts) > 1 else parts["obs"]
-
-    def _vector(self, space: spaces.Space[Any], obs: Any) -> Tensor:
-        """[N, O] in new memory."""
-        if isinstance(space, spaces.Dict):
-            return torch.cat([self._vector(part, obs[key]) for key, part in space.items()], -1)
-        return obs.reshape(self.num_envs, math.prod(space.shape or ())).to(self.device, self.dtype, copy=True)
+        if self.groups:
+            obs = {ours: obs[theirs] for ours, theirs in self.groups.items()}
+        return place(tensors(self.space, obs), self.device, self.dtype)
 
     def _cells(self, x: Any, dtype: torch.dtype) -> Tensor:
         """[N] in new memory."""
@@ -210,18 +203,8 @@ def find(env: Any, *names: str) -> Any:
     return None
 
 
-def flat_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
-    """The space of the vectors that observations become.  Raises ValueError for what is more than numbers."""
-    if isinstance(space, spaces.Dict):
-        for part in space.values():
-            flat_space(part)
-    elif not isinstance(space, spaces.Box) or (len(space.shape) == 3 and space.dtype == np.uint8):
-        raise ValueError(f"no policy for observations {space}: boxes of numbers and dictionaries of them have one")
-    return spaces.flatten_space(space)
-
-
 def choose(done: Tensor, x: Obs, y: Obs) -> Obs:
     """x where done [N], and y elsewhere."""
     if isinstance(y, dict):
         return {key: choose(done, x[key], y[key]) for key in y}
-    return torch.where(done.unsqueeze(-1), x, y)
+    return torch.where(done.view(-1, *[1] * (y.ndim - 1)), x, y)
