@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pickle
 import resource
@@ -13,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from toys import PointMass, build, collector
 
+from pgsuite.algorithms import PPO
 from pgsuite.runtime import checkpoint, cli
+from pgsuite.runtime.callbacks import Checkpoints, DivergenceWatch
 from pgsuite.runtime.evaluate import evaluate
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.train import train
+from pgsuite.runtime.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = ["num_envs=4", "horizon=16", "total_steps=1000"]
@@ -343,6 +348,24 @@ def test_a_run_that_diverges_stops_says_where_and_keeps_the_last_good_state(comm
     assert all(bool(x.isfinite().all()) for x in tensors)
     assert len(list((command.folder / "run" / "checkpoints").iterdir())) == 1
     assert (command.folder / "run" / "summary.json").exists() and (command.folder / "run" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("part", ["reward", "next_obs"])
+def test_an_environment_that_breaks_is_named_and_the_last_good_state_is_kept(part: str, tmp_path: Path) -> None:
+    class Breaking(PointMass):
+        def step(self, action: Any) -> Any:
+            step = super().step(action)
+            if self.clock[0] == 47:
+                getattr(step, part)[2] = math.inf
+            return step
+
+    env = Breaking(4)
+    algorithm, checkpoints = build(PPO, env), Checkpoints(tmp_path, {}, every=10**9)
+    callbacks = (DivergenceWatch(checkpoints, interval=0), checkpoints)
+    what = {"reward": r"the reward \[inf\]", "next_obs": r"the observation \[inf, inf, inf, inf\]"}[part]
+    with pytest.raises(UserError, match=f"toy broke: environment 2 gave {what} at step 6, in the rollout .* 240 steps"):
+        Trainer(algorithm, collector(algorithm, env), 10_000, callbacks).fit()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000000160.pt"]
 
 
 def test_an_interrupted_run_is_saved(command: Cli) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ from pgsuite.runtime import checkpoint
 from pgsuite.runtime.loggers import Logger
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.trainer import Callback, Report, Trainer
+from pgsuite.types import Obs, Rollout
 
 
 class Window:
@@ -143,7 +144,8 @@ class Checkpoints(Callback):
 
 
 class DivergenceWatch(Callback):
-    """Stops a run whose loss or parameters are no longer finite, after saving the last state in which they were.
+    """Stops a run whose rollouts, loss or parameters are no longer finite, after saving the last state in which they
+    were.
 
     A good state is kept in memory about every ``interval`` seconds, so what is saved is at most that old.  It comes
     before ``Checkpoints`` among the callbacks, so that nothing broken is ever saved.
@@ -156,8 +158,12 @@ class DivergenceWatch(Callback):
         self.keep(trainer)
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
         due = perf_counter() - self.kept > self.interval
+        if where := unreal(trainer.collector.buffer.read()):
+            self.stop(
+                f"{trainer.collector.env.name} broke: {where}, in the rollout that ended at {report.steps:,} steps"
+            )
+        broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
         if not broken and due:
             modules = [part for part in vars(trainer.algorithm).items() if hasattr(part[1], "named_parameters")]
             broken = [
@@ -167,18 +173,36 @@ class DivergenceWatch(Callback):
                 if not bool(p.isfinite().all())
             ]
         if broken:
-            path = self.checkpoints.save(self.good)
-            self.checkpoints.sealed = True
-            raise UserError(
-                f"training diverged: {', '.join(broken)} not finite at {report.steps:,} steps; the last good state, at "
-                f"{self.checkpoints.saved:,} steps, is in {path}. A lower learning rate, gradient clipping or "
-                "scale_reward=true may help"
+            self.stop(
+                f"training diverged: {', '.join(broken)} not finite at {report.steps:,} steps. A lower learning rate, "
+                "gradient clipping or scale_reward=true may help"
             )
         if due:
             self.keep(trainer)
 
+    def stop(self, why: str) -> NoReturn:
+        path = self.checkpoints.save(self.good)
+        self.checkpoints.sealed = True
+        raise UserError(f"{why}; the last good state, at {self.checkpoints.saved:,} steps, is in {path}")
+
     def keep(self, trainer: Trainer) -> None:
         self.good, self.kept = copy.deepcopy(trainer.state_dict()), perf_counter()
+
+
+def unreal(rollout: Rollout) -> str | None:
+    """Which environment gave what that is no number, and when, if any did; nothing if the actions were none either."""
+
+    def look(name: str, x: Obs) -> str | None:
+        if isinstance(x, dict):
+            return next(filter(None, (look(f"{name} {key!r}", part) for key, part in x.items())), None)
+        if x.is_floating_point() and bool((cells := (~x.isfinite()).flatten(2).any(-1) & rollout.mask).any()):
+            t, i = cells.nonzero()[0].tolist()
+            return f"environment {i} gave {name} {x[t, i].tolist()} at step {t}"
+        return None
+
+    if not bool(rollout.action.isfinite().all()):
+        return None
+    return look("the reward", rollout.reward.unsqueeze(-1)) or look("the observation", rollout.next_obs)
 
 
 class Summary(Callback):
