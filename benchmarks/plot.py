@@ -7,7 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from returns import METHODS, ROOT, load
+from record import ROOT
+from returns import METHODS, load
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,28 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "returns"
+from record import RESULTS, ROOT, commit, machine, write_table
+
+RUNS = RESULTS / "returns"
 METHODS = ("ppo", "trpo", "npg", "a2c", "reinforce")
-
-
-def machine() -> str:
-    """Processor and cores, in words."""
-    info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The commit, with a plus where the working tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return described.stdout.strip()
 
 
 def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -71,12 +51,12 @@ def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
 
 def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str]) -> None:
     """Every name with every seed, ``jobs`` at a time."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
 
     def work(item: tuple[str, int]) -> None:
         name, seed = item
         result = train(name, seed, overrides)
-        (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RUNS / f"{name}-s{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
         summary = result["summary"]
         print(f"{name} seed {seed}: {summary['return_mean']:,.1f} in {summary['seconds']:,.0f} s", flush=True)
 
@@ -87,7 +67,7 @@ def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str]) -> 
 def load() -> dict[str, list[dict[str, Any]]]:
     """The kept results by environment and method, as ``HalfCheetah/ppo``, each in order of seed."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RUNS.glob("*.json")):
         result = json.loads(path.read_text())
         found.setdefault(f"{result['summary']['env']}/{result['summary']['algo']}", []).append(result)
     return found
@@ -111,15 +91,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write_readme(script: str, text: str, readme: Path = ROOT / "README.md") -> None:
-    """Put what a script of this directory found between its markers in the README."""
-    before, begin, rest = readme.read_text().partition(f"<!-- python benchmarks/{script} --readme -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    if not (begin and end):
-        raise SystemExit(f"{readme} has no markers for {script}")
-    readme.write_text(f"{before}{begin}{text}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -134,7 +105,7 @@ def main() -> None:
     if args.command == "table":
         print(table())
         if args.readme:
-            write_readme("returns.py table", table())
+            write_table("README.md", "returns.py table --readme", table())
     else:
         recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*.yaml"))
         run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from returns import commit, machine, write_readme
+from record import RESULTS, source, write_table
 
 from pgsuite import seeding
 from pgsuite.algorithms import PPO
@@ -27,10 +26,9 @@ from pgsuite.envs import VectorEnv, make
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import StepCollector
-from pgsuite.runtime.build import versions
 from pgsuite.runtime.execution import Execution, execute
 
-RESULT = Path(__file__).parent / "results" / "throughput.json"
+RESULT = RESULTS / "throughput.json"
 WAYS: tuple[Execution, ...] = ("eager", "compile")
 ENVS, HORIZON, EPOCHS, MINIBATCHES = 64, 32, 5, 4
 
@@ -120,11 +118,9 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="put the kept result into the README")
     args = parser.parse_args()
     if args.readme:
-        write_readme("throughput.py", table(json.loads(RESULT.read_text())))
+        write_table("README.md", "throughput.py --readme", table(json.loads(RESULT.read_text())))
         return
-    command = f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}".strip()
-    result = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
-    result |= measure(args.rounds, args.seconds, args.torch_threads)
+    result = source() | measure(args.rounds, args.seconds, args.torch_threads)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -80,6 +80,8 @@ def closest(word: str, options: Iterable[str]) -> str:
     folded = [option for option in options if option.lower() == word.lower()]
     if near := folded or near:
         return f"did you mean {' or '.join(near)}?"
+    if len(options) > 50:
+        return f"none of the {len(options)} known ones has a name like it"
     return f"one of: {', '.join(options)}" if options else "nothing by any name is known there"
 
 

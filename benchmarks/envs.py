@@ -1,0 +1,171 @@
+"""How fast environments step, with everything that a step is: observation, reward, clock and restarts.
+
+    python benchmarks/envs.py                        # every task on the back ends that are here, with several sizes
+    python benchmarks/envs.py --device cuda          # the same on a GPU
+    python benchmarks/envs.py --docs                 # measures nothing: the kept results into docs/environments.md
+
+Random actions, drawn beforehand.  In one process the rows take turns, round after round, so that what else the machine
+does falls on all of them.  Beside complete steps of HalfCheetah stand the batch stepper alone and envpool, and the
+compiled step beside tasks in torch.  Prints medians and spreads; writes benchmarks/results/envs-<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from record import RESULTS, source, write_table
+
+from pgsuite.envs import Gym, VectorEnv, make, tasks
+from pgsuite.envs.tasks.classic import ClassicTask
+from pgsuite.testing import random_actions
+
+Step = Callable[[int], Any]  # the t-th step of all environments
+TASKS = sorted(set(tasks.__all__) - {"Task"})
+ATARI = ("Pong", "Breakout")
+AHEAD = 16  # batches of random actions
+
+
+def complete(env: VectorEnv) -> Step:
+    env.reset()
+    actions = random_actions(env, AHEAD)
+    return lambda t: env.step(actions[t % AHEAD])
+
+
+def compiled(env: Any) -> Step:
+    torch.compiler.reset()
+    env.task.advance = torch.compile(env.task.advance, dynamic=False, fullgraph=True)
+    return complete(env)
+
+
+def stepper(env: Any) -> Step:
+    """The physics of a task alone."""
+    actions, task = random_actions(env, AHEAD), env.task
+    env.reset()
+
+    def step(t: int) -> None:
+        task.physics.ctrl.copy_(actions[t % AHEAD])
+        task.physics.step(task.frame_skip)
+
+    return step
+
+
+def pool(name: str, worlds: int) -> Step:
+    """envpool's own loop, in numpy."""
+    import envpool
+
+    env = envpool.make_gymnasium(name, num_envs=worlds)
+    env.reset()
+    actions = [np.stack([env.action_space.sample() for _ in range(worlds)]) for _ in range(AHEAD)]
+    return lambda t: env.step(actions[t % AHEAD])
+
+
+def rows(names: list[str], sizes: list[int], device: str) -> dict[tuple[str, str, int], Step]:
+    """What is measured, as (environment, how, number of environments)."""
+    found: dict[tuple[str, str, int], Step] = {}
+    for name in names:
+        for size in sizes:
+            for backend in getattr(tasks, name).backends:
+                if backend == "warp" and (device == "cpu" or importlib.util.find_spec("mujoco_warp") is None):
+                    continue
+                env = make(name, size, device=device, backend=backend)
+                found[name, env.backend, size] = complete(env)
+        if issubclass(getattr(tasks, name), ClassicTask):
+            for size in {*sizes, 16_384}:
+                env = make(name, size, device=device)
+                found[name, f"{env.backend}, compiled", size] = compiled(env)
+    if device == "cpu" and "HalfCheetah" in names:
+        found["HalfCheetah", "batch stepper alone", 256] = stepper(make("HalfCheetah", 256))
+        if importlib.util.find_spec("envpool"):
+            found["HalfCheetah", "envpool", 256] = pool("HalfCheetah-v5", 256)
+    if device == "cpu" and importlib.util.find_spec("ale_py"):
+        for name in ATARI:
+            for size in (8, 64):
+                options = {"autoreset_mode": "SameStep"}
+                world = Gym(id=f"ALE/{name}-v5", import_="ale_py", native=True, options=options)
+                found[name, "ale-py", size] = complete(make(world, size))
+    return found
+
+
+def measure(found: dict[tuple[str, str, int], Step], rounds: int, seconds: float, device: str) -> list[dict[str, Any]]:
+    """Steps/s of every row in every round."""
+
+    def rate(step: Step, worlds: int, seconds: float) -> float:
+        t, began = 0, perf_counter()
+        while perf_counter() - began < seconds:
+            step(t)
+            t += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return t * worlds / (perf_counter() - began)
+
+    for (_, _, worlds), step in found.items():
+        rate(step, worlds, 0.1)
+    rates: dict[tuple[str, str, int], list[float]] = {key: [] for key in found}
+    for i in range(rounds):
+        for key, step in found.items():
+            rates[key].append(rate(step, key[2], seconds))
+        print(f"round {i + 1} of {rounds}", flush=True)
+    keys = ("environment", "how", "worlds")
+    return [dict(zip(keys, key, strict=True)) | {"rates": rates[key]} for key in found]
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| environment | how | environments | steps/s | from | to |", "|---|---|---|---|---|---|"]
+    for row in sorted(result["rows"], key=lambda row: (row["environment"], row["worlds"], row["how"])):
+        middle, low, high = statistics.median(row["rates"]), min(row["rates"]), max(row["rates"])
+        numbers = f"{middle:,.0f} | {low:,.0f} | {high:,.0f}"
+        lines.append(f"| {row['environment']} | {row['how']} | {row['worlds']:,} | {numbers} |")
+    rounds = len(result["rows"][0]["rates"])
+    caption = f"Medians and extremes of {rounds} interleaved rounds; {result['machine']}; commit {result['commit']}."
+    return "\n".join([*lines, "", *ratios(result), caption])
+
+
+def ratios(result: dict[str, Any]) -> list[str]:
+    """How complete steps of HalfCheetah compare, round by round."""
+    rates = {row["how"]: row["rates"] for row in result["rows"] if (row["environment"], row["worlds"]) == CHEETAH}
+    lines = []
+    for other in ("batch stepper alone", "envpool"):
+        if other in rates and "mujoco" in rates:
+            each = [ours / theirs for ours, theirs in zip(rates["mujoco"], rates[other], strict=True)]
+            spread = f"{statistics.median(each):.2f} (from {min(each):.2f} to {max(each):.2f})"
+            lines += [f"Complete steps of HalfCheetah over {other}, 256 environments: {spread}.", ""]
+    return lines
+
+
+CHEETAH = ("HalfCheetah", 256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--worlds", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--torch-threads", type=int, default=1)
+    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/environments.md")
+    args = parser.parse_args()
+    if args.docs:
+        for path in sorted(RESULTS.glob("envs-*.json")):
+            device = path.stem.removeprefix("envs-")
+            write_table("docs/environments.md", f"envs.py --docs, {device}", table(json.loads(path.read_text())))
+        return
+    torch.set_num_threads(args.torch_threads)
+    found = rows(args.tasks, args.worlds, args.device)
+    result = source() | {"torch threads": args.torch_threads}
+    result |= {"rows": measure(found, args.rounds, args.seconds, args.device)}
+    print(table(result))
+    path = RESULTS / f"envs-{args.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What the benchmarks share: saying where a result comes from, and putting a table into a page."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pgsuite.runtime.build import versions
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def machine() -> str:
+    """Processor and cores, in words."""
+    info = Path("/proc/cpuinfo")
+    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit, with a plus where the working tree differs from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return described.stdout.strip()
+
+
+def source() -> dict[str, Any]:
+    """Command, commit, machine and versions of this process."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+
+
+def write_table(page: str, script: str, text: str) -> None:
+    """Put what a script of this directory found between its markers in a page of the repository."""
+    path = ROOT / page
+    before, begin, rest = path.read_text().partition(f"<!-- python benchmarks/{script} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (begin and end):
+        raise SystemExit(f"{page} has no markers for {script}")
+    path.write_text(f"{before}{begin}{text}\n{end}{after}")
