@@ -12,7 +12,7 @@ from toys import build
 from pgsuite.algorithms import PPO
 from pgsuite.envs import EnvPool, make
 from pgsuite.rollout import EpisodeTracker, StepCollector
-from pgsuite.testing import check_vector_env, random_actions
+from pgsuite.testing import random_actions
 
 ENVS, LIMIT = 3, 10
 
@@ -29,24 +29,6 @@ def test_without_envpool_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "envpool", None)
     with pytest.raises(ValueError, match=r"env=envpool needs envpool: pip install 'pgsuite\[envpool\]'"):
         make(EnvPool(id="CartPole-v1"), 2)
-
-
-@installed
-@pytest.mark.parametrize(
-    "world",
-    [
-        EnvPool(id="CartPole-v1", max_episode_steps=30),
-        EnvPool(id="Pendulum-v1", max_episode_steps=30, threads=1),
-        EnvPool(id="HalfCheetah-v5", max_episode_steps=30),
-        EnvPool(id="FrozenLake-v1"),
-        EnvPool(id="Blackjack-v1"),
-        EnvPool(id="Taxi-v3"),
-        EnvPool(id="parking-v0", max_episode_steps=30),
-    ],
-    ids=lambda world: world.id,
-)
-def test_the_contract_of_vector_environments_is_kept(world: EnvPool) -> None:
-    check_vector_env(lambda seed: make(world, ENVS, seed=seed))
 
 
 @installed

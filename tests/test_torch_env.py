@@ -22,7 +22,7 @@ from pgsuite.algorithms import PPO
 from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import BrokenEnvError, TorchNative, TorchNativeEnv, make
 from pgsuite.rollout import EpisodeTracker, StepCollector
-from pgsuite.testing import check_vector_env, play, random_actions
+from pgsuite.testing import play, random_actions
 from pgsuite.types import Step, map_obs
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +45,6 @@ WORLDS = {
     "nested": world("ManiSkillPoints"),
     "saved": world("SavedPoints", critic=False),
 }
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_the_contract_of_vector_environments_is_kept(name: str) -> None:
-    check_vector_env(lambda seed: make(WORLDS[name], ENVS, seed=seed))
-
-
-@pytest.mark.filterwarnings("ignore:.*gives no final_obs")
-def test_the_contract_is_kept_without_final_observations() -> None:
-    check_vector_env(lambda seed: make(world("Points", final=False), ENVS, seed=seed))
 
 
 def placed(kind: str, obs: Any) -> tuple[Tensor, Tensor]:

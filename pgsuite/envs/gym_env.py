@@ -52,7 +52,8 @@ class Gym(Foreign):
             try:
                 importlib.import_module(self.import_)
             except ImportError as error:
-                raise ValueError(f"env.import={self.import_} cannot be imported: {error}") from error
+                remedy = ": pip install 'pgsuite[atari]'" if self.import_ == "ale_py" else ""
+                raise ValueError(f"env.import={self.import_} cannot be imported: {error}{remedy}") from error
         known = gymnasium.registry.keys()
         if ":" not in self.id and self.id not in known:
             raise ValueError(f"gymnasium has no environment {self.id!r}; {closest(self.id, known)}")

@@ -8,7 +8,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from toys import PointMass
 
-from pgsuite.envs import Gym, GymEnv, VectorEnv, make, tasks
+from pgsuite.envs import EnvPool, Gym, GymEnv, TorchNative, VectorEnv, make, tasks
 from pgsuite.envs.gym_env import Maker
 from pgsuite.testing import check_vector_env
 
@@ -44,6 +44,49 @@ def test_gymnasium_in_every_autoreset_mode(mode: AutoresetMode) -> None:
 )
 def test_gymnasium(world: Gym) -> None:
     check_vector_env(lambda seed: make(world, 3, seed=seed))
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        EnvPool(id="CartPole-v1", max_episode_steps=30),
+        EnvPool(id="Pendulum-v1", max_episode_steps=30, threads=1),
+        EnvPool(id="HalfCheetah-v5", max_episode_steps=30),
+        EnvPool(id="FrozenLake-v1"),
+        EnvPool(id="Blackjack-v1"),
+        EnvPool(id="Taxi-v3"),
+        EnvPool(id="parking-v0", max_episode_steps=30),
+    ],
+    ids=lambda world: world.id,
+)
+def test_envpool(world: EnvPool) -> None:
+    pytest.importorskip("envpool")
+    check_vector_env(lambda seed: make(world, 3, seed=seed))
+
+
+@pytest.mark.filterwarnings("ignore:.*gives no final_obs")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Points", {}),
+        ("Points", {"final": False}),
+        ("IsaacPoints", {}),
+        ("IsaacPoints", {"critic": False}),
+        ("ManiSkillPoints", {}),
+        ("SavedPoints", {}),
+    ],
+)
+def test_torch_native(kind: str, options: dict[str, Any]) -> None:
+    world = TorchNative(entry=f"torch_worlds:{kind}", options=options)
+    check_vector_env(lambda seed: make(world, 4, seed=seed))
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_atari(mode: str) -> None:
+    pytest.importorskip("ale_py")
+    options = {"autoreset_mode": mode, "img_height": 42, "img_width": 42, "noop_max": 5}
+    world = Gym(id="ALE/Breakout-v5", import_="ale_py", native=True, options=options)
+    check_vector_env(lambda seed: make(world, 2, seed=seed), steps=150)
 
 
 class Aliased(PointMass):
