@@ -43,7 +43,7 @@ def make(
         raise ValueError(f"{name} runs on backend {' or '.join(backends)} (or auto), not {backend!r}")
     if not isinstance(world, Task):
         return world.build(num_envs, device=device, dtype=dtype, seed=seed)
-    world.place(num_envs, device, backends[0] if backend == "auto" else backend, threads)
+    world.place(num_envs, device, world.preferred(device) if backend == "auto" else backend, threads)
     return TaskEnv(world, device=device, dtype=dtype, seed=seed)
 
 

@@ -36,6 +36,10 @@ class Task(ABC):
     def __post_init__(self) -> None:
         settings.check(self)
 
+    def preferred(self, device: torch.device) -> str:
+        """The back end that auto stands for on a device."""
+        return self.backends[0]
+
     @abstractmethod
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
         """Set up N worlds with a back end, and the attributes above that depend on it."""

@@ -5,7 +5,9 @@ Options carry gymnasium's names and defaults; the models are the XML files that 
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from gymnasium import spaces
 from torch import Generator, Tensor
 
 from pgsuite.envs.physics.base import Physics
+from pgsuite.envs.physics.mujoco_batch import BatchPhysics
+from pgsuite.envs.physics.mujoco_warp import REMEDY, WarpPhysics
 from pgsuite.envs.tasks.base import Task
 from pgsuite.settings import Count, NonNegative
 
@@ -48,16 +52,29 @@ def load_model(xml: str) -> mujoco.MjModel:
 class MujocoTask(Task):
     """How the worlds move; where they start, what is seen and what is rewarded is the subclass's."""
 
-    backends = ("mujoco",)
+    backends = ("mujoco", "warp")
     outputs: ClassVar[tuple[str, ...]] = ()  # derived fields of MjData that the task looks at
 
     xml_file: str
     frame_skip: Count = 5
+    warp_contacts: Count | None = None  # room per environment on Warp; null is enough for gymnasium's models
+    warp_constraints: Count | None = None
+
+    def preferred(self, device: torch.device) -> str:
+        if device.type != "cuda":
+            return "mujoco"
+        if importlib.util.find_spec("mujoco_warp") is None:
+            warnings.warn(f"{self.gymnasium_id} is simulated on the CPU; for the GPU: {REMEDY}", stacklevel=3)
+            return "mujoco"
+        return "warp"
 
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
-        from pgsuite.envs.physics.mujoco_batch import BatchPhysics
-
-        self.bind(BatchPhysics(load_model(self.xml_file), num_envs, threads, self.outputs))
+        model = load_model(self.xml_file)
+        if backend == "warp":
+            room = (self.warp_contacts, self.warp_constraints)
+            self.bind(WarpPhysics(model, num_envs, device, self.outputs, room))
+        else:
+            self.bind(BatchPhysics(model, num_envs, threads, self.outputs))
 
     def bind(self, physics: Physics) -> None:
         """Live in these worlds."""
