@@ -24,7 +24,7 @@ import torch
 from record import RESULTS, source, write_table
 
 from pgsuite.envs import make, tasks
-from pgsuite.envs.tasks.mujoco import MujocoTask
+from pgsuite.envs.tasks.mujoco import MujocoTask, unwarned
 from pgsuite.testing import random_actions
 
 TASKS = sorted(set(tasks.__all__) - {"Task"})
@@ -34,9 +34,8 @@ Errors = tuple[float, float, bool]  # of the observation, of the reward, and whe
 
 def twin(name: str) -> Any:
     """gymnasium's own, without its clock, and with actions clipped as every stack of wrappers does."""
-    mujoco.set_mju_user_warning(lambda message: None)  # about a setting of gymnasium's model that is on its way out
-    env: Any = gymnasium.make(getattr(tasks, name).gymnasium_id).unwrapped
-    mujoco.set_mju_user_warning(None)
+    with unwarned():
+        env: Any = gymnasium.make(getattr(tasks, name).gymnasium_id).unwrapped
     return gymnasium.wrappers.ClipAction(env) if isinstance(env.action_space, gymnasium.spaces.Box) else env
 
 

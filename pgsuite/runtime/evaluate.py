@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import torch
 from omegaconf import DictConfig
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import VectorEnv
+from pgsuite.envs import Gym, VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.build import build_env, build_networks, construct, container, settings_of, versions
 from pgsuite.runtime.callbacks import console
-from pgsuite.runtime.schema import UserError
+from pgsuite.runtime.schema import UserError, locate
+from pgsuite.runtime.video import filming
 from pgsuite.settings import Count, Natural
 
 
@@ -28,6 +31,7 @@ class Evaluation:
     episodes: Count = 20
     deterministic: bool = True
     seed: Natural = 0
+    video: str | None = None  # of the first episode: a file, mp4 or GIF by its suffix, or tensorboard
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
@@ -37,17 +41,25 @@ class Evaluation:
 
 @torch.no_grad()
 def play(
-    policy: Policy, env: VectorEnv, generator: torch.Generator, *, deterministic: bool
+    policy: Policy,
+    env: VectorEnv,
+    generator: torch.Generator,
+    *,
+    deterministic: bool,
+    watch: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return and length, each [N], of one whole episode in every environment.
 
-    One each, rather than the first that happen to finish, so that short episodes are not favoured.
+    One each, rather than the first that happen to finish, so that short episodes are not favoured.  ``watch`` is
+    called before each step of the first environment's.
     """
     obs, memory = env.reset(), policy.blank(env.num_envs)
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
     lengths = torch.zeros_like(returns)
     while bool(live.any()):
+        if bool(live[0]):
+            watch()
         choice = policy.act(obs, memory, start, generator, deterministic=deterministic)
         step = env.step(choice.action)
         returns += step.reward.double().where(live, 0.0)
@@ -67,6 +79,8 @@ def evaluate(cfg: DictConfig) -> None:
     trained = DictConfig(state["config"])
     # On a CPU, auto is the float64 back end; the seed is the evaluation's own.
     run = replace(settings_of(trained), backend="auto", seed=wanted.seed)
+    if wanted.video and locate(trained.env._target_) is Gym and not trained.env.native:
+        trained.env.workers, trained.env.options.render_mode = 0, "rgb_array"  # it is drawn in this process
     torch.set_num_threads(run.torch_threads)
     env = build_env(trained, run, wanted.episodes, torch.device("cpu"))
     policy, _ = build_networks(env, run)
@@ -75,7 +89,10 @@ def evaluate(cfg: DictConfig) -> None:
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path} does not fit the networks of its own configuration: {error}") from error
     generator = seeding.generator(wanted.seed, "acting")
-    returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic)
+    folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
+    film = filming(env, wanted.video, folder, state["steps"]) if wanted.video else nullcontext(lambda: None)
+    with film as watch:
+        returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic, watch=watch)
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {
         "checkpoint": path.name,
@@ -90,7 +107,6 @@ def evaluate(cfg: DictConfig) -> None:
         "backend": env.backend,
         "versions": versions(),
     }
-    folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     how = "deterministic" if wanted.deterministic else "stochastic"
     console().print(

@@ -9,6 +9,8 @@ import importlib.util
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,23 +31,31 @@ from pgsuite.settings import Count, NonNegative
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
 
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """MuJoCo's deprecation notices about gymnasium's models, which nobody here can act on, are dropped, rather than
+    printed and appended to MUJOCO_LOG.TXT in the working directory."""
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
 def load_model(xml: str) -> mujoco.MjModel:
     """One of gymnasium's models by its file name, or one of the user's by its path.
 
-    MuJoCo's deprecation notices about gymnasium's, which nobody here can act on, are dropped rather than printed and
-    appended to MUJOCO_LOG.TXT in the working directory.  Raises ValueError for a file that is missing or unreadable.
+    Raises ValueError for a file that is missing or unreadable.
     """
     path = ASSETS / xml if (ASSETS / xml).is_file() else Path(xml).expanduser()
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in ASSETS.glob("*.xml")))
         raise ValueError(f"no MuJoCo model {xml!r}: a path, or one of gymnasium's: {shipped}")
-    mujoco.set_mju_user_warning(lambda message: None)
     try:
-        return mujoco.MjModel.from_xml_path(str(path))
+        with unwarned():
+            return mujoco.MjModel.from_xml_path(str(path))
     except ValueError as error:
         raise ValueError(f"{path} is not a MuJoCo model: {error}") from error
-    finally:
-        mujoco.set_mju_user_warning(None)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,0 +1,178 @@
+"""What a video shows is what happened, and what cannot be shown is said before anything is played."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+from test_cli import TINY, Cli, command  # noqa: F401
+from toys import PointMass
+
+from pgsuite.envs import Gym, make
+from pgsuite.envs import render as drawing
+from pgsuite.envs.render import camera, choose_gl, picture
+from pgsuite.envs.tasks.mujoco import unwarned
+from pgsuite.testing import random_actions
+
+pytest.importorskip("pygame", reason="needs the video extra")
+
+
+@pytest.fixture
+def gl() -> None:
+    try:
+        choose_gl()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("gl")
+@pytest.mark.parametrize("backend", ["mujoco", "warp"])
+def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) -> None:
+    if backend == "warp":
+        pytest.importorskip("mujoco_warp", reason="needs the gpu extra")
+    env: Any = make("HalfCheetah", 2, dtype=torch.float64, backend=backend)
+    with unwarned():
+        other: Any = gymnasium.make("HalfCheetah-v5", render_mode="rgb_array", camera_name="track").unwrapped
+    env.reset()
+    other.set_state(env.task.physics.qpos[0].numpy(), env.task.physics.qvel[0].numpy())
+    lens, frames = camera(env), []
+    for action in random_actions(env, 5):
+        mujoco.mj_forward(other.model, other.data)  # a step leaves what is drawn one substep behind
+        frames.append((lens.shoot().astype(int), other.render().astype(int)))
+        env.step(action)
+        other.step(action[0].numpy())
+    assert lens.fps == pytest.approx(20)
+    for ours, theirs in frames:
+        assert ours.shape == (480, 480, 3) and np.abs(ours - theirs).mean() < 0.05
+    assert np.abs(frames[0][0] - frames[-1][0]).mean() > 1
+
+
+@pytest.mark.parametrize("name", ["CartPole", "Pendulum", "Acrobot", "MountainCar", "MountainCarContinuous"])
+def test_classic_control_is_drawn_as_gymnasium_draws_it(name: str) -> None:
+    env: Any = make(name, 2, dtype=torch.float64)
+    other: Any = gymnasium.make(env.task.gymnasium_id, render_mode="rgb_array").unwrapped
+    other.reset(seed=1)
+    env.task.state[0] = torch.as_tensor(np.asarray(other.state, np.float64))
+    assert np.array_equal(camera(env).shoot(), other.render())
+
+
+def test_a_gymnasium_environment_draws_itself() -> None:
+    env: Any = make(Gym(id="CartPole-v1", options={"render_mode": "rgb_array"}), 2)
+    env.reset()
+    assert np.array_equal(camera(env).shoot(), env.vec.envs[0].render())
+
+
+def test_what_observes_images_is_seen_as_it_sees() -> None:
+    stack = np.zeros((4, 5, 6), np.uint8)
+    stack[3, 1, 2] = 200
+    drawn = picture(stack)
+    assert drawn.shape == (20, 24, 3) and (drawn[4:8, 8:12] == 200).all() and drawn.sum() == 200 * 16 * 3
+    colours = np.zeros((3, 5, 6), np.uint8)
+    colours[0] = 9
+    assert (picture(colours)[..., 0] == 9).all() and not picture(colours)[..., 1:].any()
+
+
+def frames_of(path: Path) -> tuple[int, tuple[int, int], float]:
+    """Number of frames, size, and seconds."""
+    if path.suffix == ".mp4":
+        import imageio_ffmpeg
+
+        reader = imageio_ffmpeg.read_frames(str(path))
+        meta = next(reader)
+        return len(list(reader)), meta["size"], meta["duration"]
+    from PIL import Image
+
+    film, seconds = Image.open(path), 0.0
+    for i in range(film.n_frames):  # pyright: ignore[reportAttributeAccessIssue]
+        film.seek(i)
+        seconds += film.info["duration"] / 1000
+    return film.n_frames, film.size, seconds  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_evaluation_films_its_first_episode_and_plays_as_without(command: Cli) -> None:  # noqa: F811
+    """200 steps of Pendulum take gymnasium's 200 / 30 seconds."""
+    assert command("train", "env=Pendulum", "hydra.run.dir=run", *TINY)[0] == 0
+    assert command("evaluate", "run=run", "episodes=3")[0] == 0
+    plain = json.loads((command.folder / "run" / "evaluation.json").read_text())
+    for name in ("film.mp4", "film.gif"):
+        code, _, err = command("evaluate", "run=run", "episodes=3", f"video={name}")
+        assert code == 0, err
+        assert json.loads((command.folder / "run" / "evaluation.json").read_text()) == plain
+        count, size, seconds = frames_of(command.folder / name)
+        assert size == {"film.mp4": (500, 500), "film.gif": (320, 320)}[name]
+        assert seconds == pytest.approx(200 / 30, abs=0.7) and count > 150
+    assert sorted(path.name for path in command.folder.iterdir()) == ["film.gif", "film.mp4", "run"]
+
+
+def test_a_film_in_tensorboard_moves(command: Cli) -> None:  # noqa: F811
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    own = ["env=gym", "env.id=CartPole-v1", "env.workers=2", "env.max_episode_steps=20"]
+    assert command("train", *own, "hydra.run.dir=run", *TINY)[0] == 0
+    code, _, err = command("evaluate", "run=run", "episodes=2", "video=tensorboard")
+    assert code == 0, err
+    events = EventAccumulator(str(command.folder / "run"))
+    events.Reload()
+    (image,) = events.Images("episode/video")
+    assert image.step == 1024 and image.encoded_image_string.startswith(b"GIF89a")
+    (command.folder / "x.gif").write_bytes(image.encoded_image_string)
+    assert frames_of(command.folder / "x.gif")[0] > 5
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        ("film.avi", "video=film.avi must end in .mp4 or .gif, or be tensorboard"),
+        ("nowhere/film.mp4", "there is no directory nowhere"),
+    ],
+)
+def test_a_wrong_video_is_refused_before_anything_is_played(command: Cli, video: str, message: str) -> None:  # noqa: F811
+    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+    code, _, err = command("evaluate", "run=run", f"video={video}")
+    assert code == 1 and message in err and "Traceback" not in err
+    assert not (command.folder / "run" / "evaluation.json").exists()
+
+
+def test_missing_packages_are_named(command: Cli) -> None:  # noqa: F811
+    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+    for package in ("imageio_ffmpeg", "pygame"):
+        with command.monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            code, _, err = command("evaluate", "run=run", "video=film.mp4")
+        assert code == 1 and "needs packages that are not here: pip install 'pgsuite[video]'" in err
+    assert not (command.folder / "film.mp4").exists()
+
+
+def test_what_cannot_be_drawn_is_said() -> None:
+    with pytest.raises(ValueError, match="toy cannot be drawn"):
+        camera(PointMass(2))
+    with pytest.raises(ValueError, match="CartPole-v1 cannot be drawn: it neither renders rgb_array in this process"):
+        camera(make(Gym(id="CartPole-v1"), 2))
+
+
+def test_osmesa_is_next_after_egl_and_the_packages_are_named_where_neither_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    works: set[str] = {"osmesa"}
+
+    def run(arguments: list[str], **_: Any) -> Any:
+        return SimpleNamespace(returncode=int(not any(f"mujoco.{name} " in arguments[2] for name in works)))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(drawing.sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.delenv("MUJOCO_GL")
+    drawing.choose_gl.__wrapped__()
+    assert drawing.os.environ["MUJOCO_GL"] == "osmesa"
+    monkeypatch.delenv("MUJOCO_GL")
+    works.clear()
+    with pytest.raises(ValueError, match=r"install libegl1 and libgl1-mesa-dri, or libosmesa6 .* MUJOCO_GL=egl"):
+        drawing.choose_gl.__wrapped__()
