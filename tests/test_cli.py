@@ -241,7 +241,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["algo=reinforce", "horizon=100"], "whole episodes of HalfCheetah-v5 take up to 1000 steps, so horizon must be"),
     (["env=CartPole", "policy.log_sigma=-1"], "policy.log_sigma is for continuous actions, and these are Discrete(2)"),
     (["device=gpu"], "no device 'gpu': auto, cpu, cuda or cuda:<number>"),
-    (["backend=warp"], "HalfCheetah runs on backend mujoco (or auto), not 'warp'"),
+    (["backend=jax"], "HalfCheetah runs on backend mujoco or warp (or auto), not 'jax'"),
     (["env=gym"], "env.id must name an environment, such as env.id=LunarLander-v3"),
     (["env=gym", "env.id=CartPol-v1"], "gymnasium has no environment 'CartPol-v1'; did you mean CartPole-v1"),
     (["env=gym", "env.id=CartPole-v1", "env.improt=x"], "no setting 'improt' in env; did you mean import?"),

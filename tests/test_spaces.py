@@ -255,7 +255,7 @@ def test_ppo_learns_what_is_shown_in_any_way(shown: str, action: str) -> None:
     assert returns[0] < 8 and returns[-1] > 16
 
 
-@pytest.mark.parametrize(("shown", "workers"), [("image", 0), ("dict", 2)])
+@pytest.mark.parametrize(("shown", "workers"), [("image", 0), ("dict", 1)])
 def test_images_and_dictionaries_keep_the_contract(shown: str, workers: int) -> None:
     world = Gym(id="Signal-v0", import_="test_spaces", options={"shown": shown}, workers=workers)
     check_vector_env(lambda seed: make(world, 3, seed=seed), steps=50)
