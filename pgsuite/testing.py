@@ -20,8 +20,8 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200) -> None
 
     Checked over ``steps`` random steps: shapes, types and device; that returned tensors are never written to again;
     that no step is both terminated and truncated; that observations go on from true successors; that no episode
-    outlasts the limit; that a seed fixes everything; and, where the state can be saved, that it restores the future
-    and that actions outside a Box are clipped to it.
+    outlasts the limit; that a reset begins episodes anew; that a seed fixes everything; and, where the state can be
+    saved, that it restores the future and that actions outside a Box are clipped to it.
     """
     env = make(0)
     actions = random_actions(env, steps)
@@ -29,6 +29,7 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200) -> None
     for t, (before, step) in enumerate(itertools.pairwise(history)):
         _check_step(env, before, step, f"step {t}")
     _check_lengths(env, history[1:])
+    _check_reset(env, actions)
     _check_seeds(make, actions[: min(steps, 50)])
     if env.state_dict():
         _check_state(make(3), actions)
@@ -112,6 +113,16 @@ def _check_lengths(env: VectorEnv, steps: list[Step]) -> None:
             f"step {t}: an episode goes on at its limit of {limit}"
         )
         length[step.done] = 0
+
+
+def _check_reset(env: VectorEnv, actions: list[Tensor]) -> None:
+    """Half an episode, a reset, and then whole ones."""
+    limit = env.max_episode_steps
+    if limit is None or limit > len(actions):
+        return
+    play(env, actions[: limit // 2])
+    truncated = [step.truncated for step in play(env, actions[: limit - 1])]
+    assert not torch.stack(truncated).any(), "reset does not begin episodes anew: one is cut off before its limit"
 
 
 def _check_seeds(make: Callable[[int], VectorEnv], actions: list[Tensor]) -> None:

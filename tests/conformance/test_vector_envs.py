@@ -120,6 +120,14 @@ class Column(PointMass):
         return step._replace(reward=step.reward.unsqueeze(-1))
 
 
+class Unreset(PointMass):
+    def reset(self) -> Any:
+        clock = self.clock
+        obs = super().reset()
+        self.clock = clock
+        return obs
+
+
 class Unseeded(PointMass):
     def __init__(self, seed: int) -> None:
         super().__init__(4, seed=0)
@@ -131,6 +139,7 @@ BROKEN: list[tuple[Callable[[int], VectorEnv], str]] = [
     (lambda seed: NoSuccessor(4, seed=seed), "obs is not next_obs, and no episode ended"),
     (lambda seed: Endless(4, seed=seed), "an episode goes on at its limit of 50"),
     (lambda seed: Column(4, seed=seed), r"reward has shape \(4, 1\)"),
+    (lambda seed: Unreset(4, seed=seed), "reset does not begin episodes anew"),
     (Unseeded, "the seed changes nothing"),
 ]
 
