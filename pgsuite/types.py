@@ -4,7 +4,8 @@ T  steps per rollout      N  environments      B  a flat minibatch drawn from T 
 *O observation dims       *A action dims       [...] any leading dims
 
 An observation is a tensor [..., *O] or a dictionary of such tensors.  What it holds under ``critic_obs`` is for the
-critic, which sees nothing else; the policy sees the rest.
+critic, which sees nothing else; the policy sees the rest.  Under ``action_mask`` it says which discrete actions are
+allowed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pgsuite import parallel
 
 Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
 Obs = Any  # Tensor, or dict[str, Obs]
-PRIVILEGED = "critic_obs"
+PRIVILEGED, ACTION_MASK = "critic_obs", "action_mask"
 
 
 class Step(NamedTuple):

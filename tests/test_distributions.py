@@ -1,5 +1,7 @@
 """Distributions, against torch's own, published values, finite differences and sampling."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from torch import distributions as td
 from torch.autograd import gradcheck
 
 from pgsuite.functional import objectives
-from pgsuite.nn.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
+from pgsuite.nn.distributions import Bernoulli, Beta, Categorical, Gaussian, MultiCategorical, Squashed
 from pgsuite.nn.network import Tanh
 
 SAMPLES = 200_000
@@ -37,7 +39,20 @@ def random_bits(shape: tuple[int, ...] = (7, 4)) -> tuple[Bernoulli, Bernoulli]:
     return Bernoulli(p), Bernoulli(q)
 
 
-RANDOM = [random_gaussians, random_categoricals, random_choices, random_bits]
+LOW, HIGH = torch.tensor([[-2.0, 0.0, -0.5], [1.0, 3.0, 0.5]], dtype=torch.float64)
+
+
+def random_squashed(shape: tuple[int, ...] = (7, 3)) -> tuple[Squashed, Squashed]:
+    p, q = random_gaussians(shape)
+    return Squashed(p, LOW[: shape[-1]], HIGH[: shape[-1]]), Squashed(q, LOW[: shape[-1]], HIGH[: shape[-1]])
+
+
+def random_betas(shape: tuple[int, ...] = (7, 3)) -> tuple[Beta, Beta]:
+    (a, b), (c, d) = 1 + torch.rand(2, 2, *shape, dtype=torch.float64).exponential_()
+    return Beta(a, b, LOW[: shape[-1]], HIGH[: shape[-1]]), Beta(c, d, LOW[: shape[-1]], HIGH[: shape[-1]])
+
+
+RANDOM = [random_gaussians, random_categoricals, random_choices, random_bits, random_squashed, random_betas]
 
 
 def test_gaussian_agrees_with_torch() -> None:
@@ -80,6 +95,62 @@ def test_bernoulli_agrees_with_torch() -> None:
     assert torch.equal(p.mode(), (tp.mean > 0.5).long())
 
 
+def bounded(base: td.Distribution, tanh: bool) -> td.Distribution:
+    """torch's way to the same bounds."""
+    span = HIGH - LOW
+    steps = [td.TanhTransform(), td.AffineTransform((LOW + HIGH) / 2, span / 2)] if tanh else []
+    return td.Independent(td.TransformedDistribution(base, steps or [td.AffineTransform(LOW, span)]), 1)
+
+
+def test_squashed_gaussian_agrees_with_torch() -> None:
+    p, q = random_squashed()
+    normal, other = (td.Normal(d.base.mean, d.base.log_sigma.exp()) for d in (p, q))
+    x = p.sample(torch.Generator().manual_seed(0))
+    assert torch.allclose(p.log_prob(x), bounded(normal, tanh=True).log_prob(x))
+    assert torch.allclose(p.kl(q), td.kl_divergence(td.Independent(normal, 1), td.Independent(other, 1)))
+    assert ((x > LOW) & (x < HIGH)).all()
+
+
+def test_beta_agrees_with_torch() -> None:
+    p, q = random_betas()
+    beta, other = (td.Beta(d.alpha, d.beta) for d in (p, q))
+    x = p.sample(torch.Generator().manual_seed(0))
+    assert torch.allclose(p.log_prob(x), bounded(beta, tanh=False).log_prob(x))
+    assert torch.allclose(p.kl(q), td.kl_divergence(td.Independent(beta, 1), td.Independent(other, 1)))
+    assert torch.allclose(p.entropy(), (beta.entropy() + (HIGH - LOW).log()).sum(-1))
+    assert torch.allclose(p.mode(), LOW + (HIGH - LOW) * beta.mode)
+    assert ((x > LOW) & (x < HIGH)).all()
+
+
+@pytest.mark.parametrize(("log_sigma", "tolerance"), [(-3.0, 1e-9), (-1.0, 1e-7), (0.0, 1e-4), (1.0, 2e-3)])
+def test_entropy_of_a_squashed_gaussian_is_its_integral(log_sigma: float, tolerance: float) -> None:
+    """A fine sum over the Gaussian's own variable."""
+    mean = torch.tensor([[-2.0], [0.0], [0.7]], dtype=torch.float64)
+    sigma = torch.tensor([log_sigma], dtype=torch.float64)
+    p = Squashed(Gaussian(mean, sigma), torch.tensor([-1.0]).double(), torch.tensor([1.0]).double())
+    grid = torch.linspace(-12, 12, 200_001, dtype=torch.float64).unsqueeze(-1)
+    x = mean + sigma.exp() * grid.unsqueeze(1)
+    density = torch.exp(-0.5 * grid.square()) / math.sqrt(2 * math.pi) * (grid[1] - grid[0])
+    log_slope = math.log(4.0) - 2 * x - 2 * torch.nn.functional.softplus(-2 * x)
+    expected = p.base.entropy() + (density * log_slope.squeeze(-1)).sum(0)
+    assert torch.allclose(p.entropy(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [-1e3, -30.0, 30.0, 1e3])
+def test_saturated_actions_stay_finite(mean: float, dtype: torch.dtype) -> None:
+    low, high = LOW.to(dtype), HIGH.to(dtype)
+    at = torch.full((4, 3), mean, dtype=dtype, requires_grad=True)
+    squashed = Squashed(Gaussian(at, torch.zeros(3, dtype=dtype)), low, high)
+    edge = Beta(1 + at.abs(), torch.ones_like(at), low, high)
+    distributions: list[Any] = [squashed, edge]
+    for p in distributions:
+        for action in (p.sample(torch.Generator().manual_seed(0)).detach(), low.expand(4, 3), high.expand(4, 3)):
+            found = (p.log_prob(action), p.entropy(), p.kl(p.detach()))
+            assert all(x.isfinite().all() for x in found)
+            assert torch.autograd.grad(torch.stack(found).sum(), at, retain_graph=True)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
 def test_extreme_bits_stay_finite(logit: float) -> None:
     p, q = Bernoulli(torch.tensor([logit], requires_grad=True)), Bernoulli(torch.tensor([-logit]))
@@ -106,17 +177,23 @@ def test_entropy_of_the_bandit_and_its_gradient() -> None:
     assert torch.allclose(gradient, expected, atol=1e-8)
 
 
-def expanded(x: Any) -> Any:
-    return tuple(map(expanded, x)) if isinstance(x, tuple) else x.expand(SAMPLES, *x.shape)
+def many(x: Any) -> Any:
+    """A distribution, or a part of one, for each of many samples."""
+    if isinstance(x, tuple):
+        return tuple(map(many, x))
+    if isinstance(x, torch.Tensor):
+        return x.expand(SAMPLES, *x.shape)
+    shared = {"low", "high", "quadrature"}
+    return replace(x, **{name: many(value) for name, value in vars(x).items() if name not in shared})
 
 
 @pytest.mark.parametrize("make", RANDOM)
 def test_entropy_and_kl_are_what_sampling_says(make) -> None:
     """Five standard errors of 200,000 samples, seeded."""
     p, q = make((3,))
-    many, others = (type(d)(*map(expanded, vars(d).values())) for d in (p, q))
-    x = many.sample(torch.Generator().manual_seed(1))
-    for samples, exact in ((-many.log_prob(x), p.entropy()), (many.log_prob(x) - others.log_prob(x), p.kl(q))):
+    ours, others = many(p), many(q)
+    x = ours.sample(torch.Generator().manual_seed(1))
+    for samples, exact in ((-ours.log_prob(x), p.entropy()), (ours.log_prob(x) - others.log_prob(x), p.kl(q))):
         error = 5 * float(samples.std()) / SAMPLES**0.5
         assert float(samples.mean()) == pytest.approx(float(exact), abs=error)
 

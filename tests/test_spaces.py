@@ -14,11 +14,12 @@ from toys import build
 from pgsuite.algorithms import PPO
 from pgsuite.envs import Gym, make
 from pgsuite.envs.spaces import native_action, tensor_space, tensors
+from pgsuite.nn.heads import make_head
 from pgsuite.nn.network import Convolutions
 from pgsuite.nn.normalize import Standardize
-from pgsuite.nn.policy import Critic, Policy, make_head
+from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeTracker, StepCollector
-from pgsuite.testing import check_vector_env
+from pgsuite.testing import check_vector_env, play, random_actions
 
 VECTORS = [
     spaces.Box(-1, 1, (2, 3), np.float32),
@@ -110,8 +111,8 @@ ACTIONS = [
 @pytest.mark.parametrize("space", ACTIONS, ids=str)
 def test_what_a_policy_samples_is_an_action_of_the_space(space: spaces.Space[Any]) -> None:
     """Every discrete action is drawn at some time, and none outside the space."""
-    size, head = make_head(space, None)
-    dist = head(3 * torch.randn(500, size, generator=torch.Generator().manual_seed(0)))
+    head = make_head(space)
+    dist = head(3 * torch.randn(500, head.inputs, generator=torch.Generator().manual_seed(0)))
     dist = dist.detach()
     for action in (dist.sample(torch.Generator().manual_seed(1)), dist.mode()):
         assert dist.log_prob(action).shape == (500,)
@@ -127,7 +128,7 @@ def test_what_a_policy_samples_is_an_action_of_the_space(space: spaces.Space[Any
 @pytest.mark.parametrize("space", [spaces.Box(0, 9, (2,), np.int32), spaces.Text(3)], ids=str)
 def test_actions_without_a_distribution_are_refused_by_name(space: spaces.Space[Any]) -> None:
     with pytest.raises(ValueError, match=r"no policy for actions .*: Box of floats, Discrete, MultiDiscrete"):
-        make_head(space, None)
+        make_head(space)
 
 
 def networks(space: spaces.Space[Any]) -> tuple[Policy, Critic]:
@@ -255,7 +256,15 @@ def test_ppo_learns_what_is_shown_in_any_way(shown: str, action: str) -> None:
     assert returns[0] < 8 and returns[-1] > 16
 
 
-@pytest.mark.parametrize(("shown", "workers"), [("image", 0), ("dict", 1)])
-def test_images_and_dictionaries_keep_the_contract(shown: str, workers: int) -> None:
-    world = Gym(id="Signal-v0", import_="test_spaces", options={"shown": shown}, workers=workers)
+@pytest.mark.parametrize("shown", ["image", "dict"])
+def test_images_and_dictionaries_keep_the_contract(shown: str) -> None:
+    world = Gym(id="Signal-v0", import_="test_spaces", options={"shown": shown})
     check_vector_env(lambda seed: make(world, 3, seed=seed), steps=50)
+
+
+def test_dictionaries_come_from_workers_as_from_this_process() -> None:
+    worlds = [Gym(id="Signal-v0", import_="test_spaces", options={"shown": "dict"}, workers=n) for n in (0, 1)]
+    envs = [make(world, 3) for world in worlds]
+    for here, there in zip(*(play(env, random_actions(env, 30)) for env in envs), strict=True):
+        for key in ("eye", "vector"):
+            assert torch.equal(here.obs[key], there.obs[key]) and torch.equal(here.next_obs[key], there.next_obs[key])

@@ -55,14 +55,28 @@ def test_fisher_product_of_the_bandit_is_its_fisher_matrix() -> None:
     assert torch.allclose(torch.stack([product(e) for e in torch.eye(3, dtype=torch.float64)]), fisher)
 
 
+BOX = spaces.Box(-1.0, 1.0, (2,))
+
+
 @pytest.mark.parametrize(
-    "actions",
-    [spaces.Box(-1.0, 1.0, (2,)), spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)],
-    ids=lambda space: type(space).__name__,
+    ("actions", "options"),
+    [
+        (BOX, {}),
+        (BOX, {"sigma": "state"}),
+        (BOX, {"distribution": "squashed"}),
+        (BOX, {"distribution": "squashed", "sigma": "state"}),
+        (BOX, {"distribution": "beta"}),
+        (spaces.Discrete(3), {}),
+        (spaces.MultiDiscrete([2, 3]), {}),
+        (spaces.MultiBinary(2), {}),
+    ],
+    ids=str,
 )
-def test_fisher_product_is_the_hessian_of_the_kl_of_a_network(actions: spaces.Space[Any]) -> None:
+def test_fisher_product_is_the_hessian_of_the_kl_of_a_network(
+    actions: spaces.Space[Any], options: dict[str, Any]
+) -> None:
     norm = Standardize(spaces.Box(-9.0, 9.0, (4,)), enabled=False)
-    policy = Policy(norm, actions, hidden=(3,)).double()
+    policy = Policy(norm, actions, hidden=(3,), **options).double()
     seen = SimpleNamespace(obs=torch.randn(16, 4, dtype=torch.float64))
     params, old = list(policy.parameters()), policy.dist(seen).detach()  # pyright: ignore[reportArgumentType]
     product = tr.fisher_product(old.kl(policy.dist(seen)).mean(), params, damping=0.3)  # pyright: ignore

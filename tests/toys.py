@@ -142,14 +142,15 @@ def build(
     standardize: bool = True,
     scale: bool = True,
     convolutions: Any = None,
+    look: Any = None,
     **fields: Any,
 ) -> Any:
     """An algorithm with small networks, its randomness its own."""
     generator = seeding.generator(seed, "algorithm")
     norm = Standardize(env.observation_space, enabled=standardize)
-    look: Any = {"convolutions": convolutions, "generator": generator}
-    policy = Policy(norm, env.action_space, hidden=hidden, **look)
-    critic = Critic(norm, hidden=(16,), activation="elu", **look)  # tanh begins as an odd function
+    shared: Any = {"convolutions": convolutions, "generator": generator}
+    policy = Policy(norm, env.action_space, hidden=hidden, **shared, **(look or {}))
+    critic = Critic(norm, hidden=(16,), activation="elu", **shared)  # tanh begins as an odd function
     if scale:
         fields["reward_scale"] = RewardScale(env.num_envs, fields.get("gamma", 0.99))
     return cls(policy=policy, critic=critic, generator=generator, **fields)  # pyright: ignore[reportCallIssue]

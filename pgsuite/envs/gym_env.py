@@ -20,7 +20,7 @@ from pgsuite.envs.base import BrokenEnvError, Foreign
 from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest
-from pgsuite.types import Obs, Step, map_obs, write_obs
+from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,6 +33,7 @@ class Gym(Foreign):
     import_: str | None = None  # a package that registers it
     workers: Natural = 0  # processes that share the environments, where steps are slow; 0 steps them in this one
     native: bool = False  # the environment's own vectorization, where it registers one
+    action_mask: bool = False  # the environment says in its info which discrete actions are allowed
     max_episode_steps: Count | None = None  # null stands for what is registered
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
 
@@ -80,7 +81,33 @@ class Maker:
         if self.gym.import_ is not None:
             importlib.import_module(self.gym.import_)
         env = gymnasium.make(self.gym.id, max_episode_steps=self.gym.max_episode_steps, **self.gym.options)
+        env = MaskInObservation(env) if self.gym.action_mask else env
         return Watch(env, f"{self.gym.id} (environment {self.index})")
+
+
+class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Moves ``action_mask`` from an environment's info to its observation, where policies look for it."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        size = spaces.flatdim(env.action_space)
+        own = env.observation_space
+        parts = dict(own.spaces) if isinstance(own, spaces.Dict) else {"observation": own}
+        self.observation_space = spaces.Dict({**parts, ACTION_MASK: spaces.MultiBinary(size)})
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(**kwargs)
+        return self.join(obs, info), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self.join(obs, info), reward, terminated, truncated, info
+
+    def join(self, obs: Any, info: dict[str, Any]) -> dict[str, Any]:
+        parts = obs if isinstance(obs, dict) else {"observation": obs}
+        allowed = info[ACTION_MASK]
+        mask = np.concatenate(allowed) if isinstance(allowed, tuple) else np.asarray(allowed)
+        return {**parts, ACTION_MASK: mask.astype(np.int8)}
 
 
 class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -3,7 +3,7 @@
 An observation becomes one vector [N, O] of all that is not an image: boxes row by row, discrete numbers one-hot, the
 parts of dictionaries and tuples in their order.  Images, which are boxes of bytes from 0 to 255 with two to four dims,
 become [N, C, H, W] under their own keys, and the vector beside them is ``vector``.  What a dictionary holds under
-``critic_obs`` stays apart, for the critic alone.
+``critic_obs`` stays apart, for the critic alone, and so does ``action_mask``, as one bool for each discrete action.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from pgsuite.types import PRIVILEGED, Obs, map_obs
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Obs, map_obs
 
 VECTOR = "vector"
 FIXED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -28,7 +28,7 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     """The space of what ``tensors`` makes.  Raises ValueError for observations that have no fixed size."""
     parts: dict[str, spaces.Space[Any]] = {}
     vectors: list[spaces.Box] = []
-    public, privileged = split(space)
+    public, apart = split(space)
     for path, leaf, _ in leaves(public):
         if not isinstance(leaf, FIXED):
             raise ValueError(
@@ -47,8 +47,9 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     if vectors:
         low, high = np.concatenate([x.low for x in vectors]), np.concatenate([x.high for x in vectors])
         parts[VECTOR] = spaces.Box(low, high, dtype=np.result_type(low, high).type)
-    if privileged is not None:
-        return spaces.Dict({**parts, PRIVILEGED: tensor_space(privileged)})
+    for key, part in apart.items():
+        shape = tensor_space(part)
+        parts[key] = shape if key == PRIVILEGED else spaces.MultiBinary(math.prod(shape.shape or ()))
     return spaces.Dict(parts) if len(parts) > 1 else next(iter(parts.values()))  # pyright: ignore[reportReturnType]
 
 
@@ -56,7 +57,7 @@ def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
     """A batch of observations, of arrays or of tensors, as tensors [N, *O] in new memory."""
     parts: dict[str, Obs] = {}
     vectors: list[Tensor] = []
-    public, privileged = split(space)
+    public, apart = split(space)
     for path, leaf, x in leaves(public, obs):
         if is_image(leaf):
             parts[path] = channels_first(copied(x)).contiguous()
@@ -64,8 +65,9 @@ def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
             vectors.append(flatten(leaf, copied(x)))
     if vectors:
         parts[VECTOR] = torch.cat(vectors, -1) if len(vectors) > 1 else vectors[0]
-    if privileged is not None:
-        return parts | {PRIVILEGED: tensors(privileged, obs[PRIVILEGED])}
+    for key, part in apart.items():
+        x = tensors(part, obs[key])
+        parts[key] = x if key == PRIVILEGED else x > 0
     return parts if len(parts) > 1 else next(iter(parts.values()))
 
 
@@ -83,11 +85,12 @@ def leaves(space: spaces.Space[Any], obs: Any = None, path: tuple[str, ...] = ()
         yield "/".join(path), space, obs
 
 
-def split(space: spaces.Space[Any]) -> tuple[spaces.Space[Any], spaces.Space[Any] | None]:
-    """What everybody may see, and what only the critic may."""
-    if isinstance(space, spaces.Dict) and PRIVILEGED in space.spaces:
-        return spaces.Dict({key: part for key, part in space.items() if key != PRIVILEGED}), space[PRIVILEGED]
-    return space, None
+def split(space: spaces.Space[Any]) -> tuple[spaces.Space[Any], dict[str, spaces.Space[Any]]]:
+    """What everybody may see, and what stays apart."""
+    if not isinstance(space, spaces.Dict):
+        return space, {}
+    apart = {key: space[key] for key in (PRIVILEGED, ACTION_MASK) if key in space.spaces}
+    return spaces.Dict({key: part for key, part in space.items() if key not in apart}), apart
 
 
 def is_image(space: spaces.Space[Any]) -> bool:
@@ -125,8 +128,8 @@ def one_hot(x: Tensor, n: int) -> Tensor:
 
 
 def place(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
-    """Observations on a device, with their vectors in dtype; images stay bytes."""
-    return map_obs(lambda x: x.to(device) if x.ndim == 4 else x.to(device, dtype), obs)
+    """Observations on a device, with their vectors in dtype; images stay bytes, and masks bools."""
+    return map_obs(lambda x: x.to(device) if x.ndim == 4 or x.dtype is torch.bool else x.to(device, dtype), obs)
 
 
 def first_action(space: spaces.Space[Any]) -> Any:

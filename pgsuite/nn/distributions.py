@@ -40,19 +40,19 @@ class Distribution(Protocol):
         ...
 
 
-LOG_SIGMA_FLOOR = -20.0
+LOG_SIGMA_RANGE = (-20.0, 20.0)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held above -20, so that sigma, which is its
+    """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held within +-20, so that sigma, which is its
     exponential, is positive and its square representable in float32 whatever an optimizer does."""
 
     mean: Tensor  # [..., A]
     log_sigma: Tensor  # [A] or [..., A]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "log_sigma", self.log_sigma.clamp(min=LOG_SIGMA_FLOOR))
+        object.__setattr__(self, "log_sigma", self.log_sigma.clamp(*LOG_SIGMA_RANGE))
 
     def sample(self, generator: Generator | None = None) -> Tensor:
         noise = torch.empty_like(self.mean).normal_(generator=generator)
@@ -157,3 +157,102 @@ class Bernoulli:
 
     def detach(self) -> Bernoulli:
         return Bernoulli(self.logits.detach())
+
+
+def into_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Where between its bounds an action is, as (0, 1); the bounds themselves, which rounding may reach, count as the
+    nearest numbers inside, so that every action has a finite log-probability."""
+    eps = torch.finfo(action.dtype).eps
+    return ((action - low) / (high - low)).clamp(eps, 1 - eps)
+
+
+def log_slope(x: Tensor) -> Tensor:
+    """log of the derivative of sigmoid(2 x), without overflow."""
+    return math.log(2.0) - 2 * x - 2 * softplus(-2 * x)
+
+
+def hermite(count: int) -> Tensor:
+    """Nodes and weights [2, count] for the mean of a function of a standard normal (Golub and Welsch, 1969)."""
+    off = torch.arange(1, count, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return torch.stack([nodes, vectors[0].square()])
+
+
+HERMITE = hermite(32)
+
+
+@dataclass(frozen=True)
+class Squashed:
+    """A Gaussian, sent through tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
+
+    base: Gaussian
+    low: Tensor
+    high: Tensor
+    quadrature: Tensor = HERMITE  # for the entropy
+
+    def squash(self, x: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * (2 * x).sigmoid()
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        return self.squash(self.base.sample(generator))
+
+    def mode(self) -> Tensor:
+        """The median, as is customary: the density itself may peak at the bounds."""
+        return self.squash(self.base.mode())
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        x = into_unit(action, self.low, self.high).logit() / 2
+        return self.base.log_prob(x) - log_slope(x).sum(-1) - (self.high - self.low).log().sum(-1)
+
+    def entropy(self) -> Tensor:
+        """By Gauss-Hermite quadrature; the error per action dim is below 1e-4 nats for sigmas up to 1, 2e-3 up to e."""
+        nodes, weights = self.quadrature.to(self.base.mean)
+        sigma = self.base.log_sigma.exp().unsqueeze(-1)
+        slope = (log_slope(self.base.mean.unsqueeze(-1) + sigma * nodes) * weights).sum((-1, -2))
+        return self.base.entropy() + slope + (self.high - self.low).log().sum(-1)
+
+    def kl(self, other: Squashed) -> Tensor:
+        """That of the Gaussians: what both are sent through changes nothing."""
+        return self.base.kl(other.base)
+
+    def detach(self) -> Squashed:
+        return Squashed(self.base.detach(), self.low, self.high, self.quadrature)
+
+
+@dataclass(frozen=True)
+class Beta:
+    """Between the bounds ``low`` and ``high`` [A], with alpha and beta of at least one."""
+
+    alpha: Tensor  # [..., A]
+    beta: Tensor  # [..., A]
+    low: Tensor
+    high: Tensor
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        gamma = torch._standard_gamma  # pyright: ignore[reportPrivateImportUsage]
+        a, b = (gamma(x, generator=generator) for x in (self.alpha, self.beta))
+        return self.low + (self.high - self.low) * a / (a + b)
+
+    def mode(self) -> Tensor:
+        return self.low + (self.high - self.low) * (self.alpha - 1) / (self.alpha + self.beta - 2).clamp(min=1e-6)
+
+    def log_normalizer(self) -> Tensor:
+        return self.alpha.lgamma() + self.beta.lgamma() - (self.alpha + self.beta).lgamma()
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        x = into_unit(action, self.low, self.high)
+        density = (self.alpha - 1) * x.log() + (self.beta - 1) * (-x).log1p() - self.log_normalizer()
+        return (density - (self.high - self.low).log()).sum(-1)
+
+    def entropy(self) -> Tensor:
+        total = self.alpha + self.beta
+        own = self.log_normalizer() - (self.alpha - 1) * self.alpha.digamma() - (self.beta - 1) * self.beta.digamma()
+        return (own + (total - 2) * total.digamma() + (self.high - self.low).log()).sum(-1)
+
+    def kl(self, other: Beta) -> Tensor:
+        a, b = self.alpha - other.alpha, self.beta - other.beta
+        means = a * self.alpha.digamma() + b * self.beta.digamma() - (a + b) * (self.alpha + self.beta).digamma()
+        return (other.log_normalizer() - self.log_normalizer() + means).sum(-1)
+
+    def detach(self) -> Beta:
+        return Beta(self.alpha.detach(), self.beta.detach(), self.low, self.high)

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from pgsuite.nn.normalize import Standardize, is_image
-from pgsuite.types import PRIVILEGED, Obs
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Obs
 
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride (Mnih et al., 2015)
 SMALL = ((32, 3, 1), (64, 3, 1))  # for images that the above would leave nothing of
@@ -130,7 +130,7 @@ class Network(nn.Module):
         space, self.keys = obs_norm.space, None
         if isinstance(space, spaces.Dict):
             privileged = privileged and PRIVILEGED in space.spaces
-            self.keys = [key for key in space if (key == PRIVILEGED) == privileged]
+            self.keys = [key for key in space if key != ACTION_MASK and (key == PRIVILEGED) == privileged]
             space = spaces.Dict({key: space[key] for key in self.keys})
         self.obs_norm = obs_norm
         self.encoder, features = encoder(space)

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pgsuite import parallel
-from pgsuite.types import Obs
+from pgsuite.types import ACTION_MASK, Obs
 
 
 class RunningMoments(nn.Module):
@@ -55,7 +55,8 @@ class Standardize(nn.Module):
         super().__init__()
         self.space, self.clip, self.moments = space, clip, None
         if isinstance(space, spaces.Dict):
-            self.parts = nn.ModuleDict({key: Standardize(part, clip, enabled) for key, part in space.items()})
+            parts = {key: Standardize(part, clip, enabled) for key, part in space.items() if key != ACTION_MASK}
+            self.parts = nn.ModuleDict(parts)
         elif enabled and not is_image(space):
             self.moments = RunningMoments(space.shape or ())
 
@@ -69,10 +70,9 @@ class Standardize(nn.Module):
     def update(self, obs: Obs, mask: Tensor) -> None:
         """Take in observations [..., *O] where mask [...] is true."""
         if isinstance(obs, dict):
-            for key, x in obs.items():
-                part = self.parts[key]
+            for key, part in self.parts.items():
                 assert isinstance(part, Standardize)
-                part.update(x, mask)
+                part.update(obs[key], mask)
         elif self.moments is not None:
             self.moments.update(obs, mask)
 

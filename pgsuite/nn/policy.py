@@ -3,18 +3,18 @@ without memory look at obs alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from gymnasium import spaces
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from pgsuite.nn.distributions import Bernoulli, Categorical, Distribution, Gaussian, MultiCategorical
+from pgsuite.nn.distributions import Distribution
+from pgsuite.nn.heads import Sigma, make_head
 from pgsuite.nn.network import Network
 from pgsuite.nn.normalize import Standardize
-from pgsuite.types import Metrics, Obs, Rollout
+from pgsuite.types import ACTION_MASK, Metrics, Obs, Rollout
 
 
 class Seen(Protocol):
@@ -36,76 +36,6 @@ class Choice(NamedTuple):
     memory: Tensor  # [N, H] to carry on with
 
 
-class GaussianHead(nn.Module):
-    """Means [..., A] to a diagonal Gaussian whose sigma is a parameter of its own."""
-
-    def __init__(self, size: int, log_sigma: float) -> None:
-        super().__init__()
-        self.log_sigma = nn.Parameter(torch.full((size,), log_sigma))
-
-    def forward(self, mean: Tensor) -> Gaussian:
-        return Gaussian(mean, self.log_sigma)
-
-    def watch(self) -> Metrics:
-        return {"sigma": self.log_sigma.detach().exp().mean()}
-
-
-class Unwatched(nn.Module):
-    """A head without parameters."""
-
-    def watch(self) -> Metrics:
-        return {}
-
-
-class CategoricalHead(Unwatched):
-    """Logits [..., A] to a categorical distribution."""
-
-    def forward(self, logits: Tensor) -> Categorical:
-        return Categorical(logits.log_softmax(-1))
-
-
-class MultiCategoricalHead(Unwatched):
-    """Logits [..., sum of sizes] to several independent choices."""
-
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def forward(self, logits: Tensor) -> MultiCategorical:
-        return MultiCategorical(tuple(x.log_softmax(-1) for x in logits.split(self.sizes, -1)))
-
-
-class BernoulliHead(Unwatched):
-    """Logits [..., A] to independent yes-or-no choices."""
-
-    def forward(self, logits: Tensor) -> Bernoulli:
-        return Bernoulli(logits)
-
-
-Head = GaussianHead | CategoricalHead | MultiCategoricalHead | BernoulliHead
-
-
-def make_head(space: spaces.Space[Any], log_sigma: float | None) -> tuple[int, Head]:
-    """How many numbers the action space asks of a network, and what makes a distribution of them.
-
-    Raises ValueError for a space with no distribution here, and for a sigma where actions are discrete.
-    """
-    if isinstance(space, spaces.Box) and space.dtype.kind == "f":
-        size = math.prod(space.shape)
-        return size, GaussianHead(size, -0.5 if log_sigma is None else log_sigma)
-    if log_sigma is not None:
-        raise ValueError(f"policy.log_sigma is for continuous actions, and these are {space}: leave it out")
-    if isinstance(space, spaces.Discrete):
-        return int(space.n), CategoricalHead()
-    if isinstance(space, spaces.MultiDiscrete):
-        sizes = tuple(int(n) for n in space.nvec.flatten())
-        return sum(sizes), MultiCategoricalHead(sizes)
-    if isinstance(space, spaces.MultiBinary):
-        size = math.prod(space.shape)
-        return size, BernoulliHead()
-    raise ValueError(f"no policy for actions {space}: Box of floats, Discrete, MultiDiscrete and MultiBinary have one")
-
-
 class Policy(Network):
     """A feed-forward policy over observations [..., *O]."""
 
@@ -119,13 +49,15 @@ class Policy(Network):
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         convolutions: Iterable[Sequence[int]] | None = None,
+        distribution: str = "auto",
         log_sigma: float | None = None,
+        sigma: Sigma = "free",
         generator: Generator | None = None,
     ) -> None:
-        size, head = make_head(action_space, log_sigma)
+        head = make_head(action_space, distribution, log_sigma=log_sigma, sigma=sigma)
         super().__init__(
             obs_norm,
-            size,
+            head.inputs,
             privileged=False,
             last_gain=0.01,
             hidden=hidden,
@@ -144,7 +76,11 @@ class Policy(Network):
         return torch.zeros(num_envs, 0, device=next(self.parameters()).device)
 
     def dist(self, seen: Seen) -> Distribution:
-        return self.head(self.read(seen.obs))
+        return self.look(seen.obs)
+
+    def look(self, obs: Obs) -> Distribution:
+        allowed = obs[ACTION_MASK] if isinstance(obs, dict) and ACTION_MASK in obs else None
+        return self.head(self.read(obs), allowed)
 
     @torch.no_grad()
     def act(
@@ -157,7 +93,7 @@ class Policy(Network):
         deterministic: bool = False,
     ) -> Choice:
         """Sample an action for each environment, or take the likeliest."""
-        dist = self.head(self.read(obs))
+        dist = self.look(obs)
         action = dist.mode() if deterministic else dist.sample(generator)
         return Choice(action, dist.log_prob(action), memory)
 

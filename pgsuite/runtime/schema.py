@@ -19,6 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
+from pgsuite.nn.heads import Sigma
 from pgsuite.runtime.execution import Execution
 from pgsuite.settings import Count, Natural, closest, plain
 
@@ -43,7 +44,9 @@ class Network:
 
 @dataclass(kw_only=True)
 class PolicyNetwork(Network):
-    log_sigma: float | None = None  # initial, for continuous actions; null stands for -0.5
+    distribution: str = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
+    log_sigma: float | None = None  # of Gaussians, initially; null stands for -0.5
+    sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,223 @@
+"""From a network's numbers to a distribution over actions.
+
+A head of your own is one more subclass of ``Head``, in ``HEADS`` under a name or named by its dotted path:
+``policy.distribution=my_package.MyHead``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pgsuite.nn.distributions import (
+    HERMITE,
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Gaussian,
+    MultiCategorical,
+    Squashed,
+)
+from pgsuite.settings import closest
+from pgsuite.types import Metrics
+
+Sigma = Literal["free", "state"]
+FORBIDDEN = -1e8  # the logit of an action that may not be taken: its probability is zero, and no gradient is NaN
+
+
+class Head(nn.Module, ABC):
+    """What makes a distribution of ``inputs`` numbers.  Raises ValueError for a space that it is not for."""
+
+    inputs: int
+
+    @abstractmethod
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        """The distribution for numbers [..., inputs]; where actions are discrete, over those that are allowed, one
+        bool for each in the order of the logits."""
+
+    def watch(self) -> Metrics:
+        """What a practitioner keeps an eye on."""
+        return {}
+
+    def refuse(self, wanted: str, space: spaces.Space[Any]) -> ValueError:
+        name = type(self).__name__.removesuffix("Head").lower()
+        return ValueError(f"policy.distribution={name} is for {wanted}, and actions are {space}")
+
+
+class GaussianHead(Head):
+    """A diagonal Gaussian.  Its log sigma is a parameter of its own, to which the network adds where it is to depend on
+    the ``state``."""
+
+    def __init__(self, space: spaces.Space[Any], log_sigma: float = -0.5, sigma: Sigma = "free") -> None:
+        super().__init__(space)
+        if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+            raise self.refuse("a Box of floats", space)
+        size = math.prod(space.shape)
+        self.state_dependent, self.inputs = sigma == "state", size * (1 + (sigma == "state"))
+        self.log_sigma = nn.Parameter(torch.full((size,), log_sigma))
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        return self.gaussian(numbers)
+
+    def gaussian(self, numbers: Tensor) -> Gaussian:
+        if not self.state_dependent:
+            return Gaussian(numbers, self.log_sigma)
+        mean, more = numbers.chunk(2, -1)
+        return Gaussian(mean, self.log_sigma + more)
+
+    def watch(self) -> Metrics:
+        return {"sigma": self.log_sigma.detach().exp().mean()}
+
+
+class Bounds(nn.Module):
+    """The lowest and the highest action [A] of a bounded Box."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__()
+        assert isinstance(space, spaces.Box)
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.as_tensor(getattr(space, name)).flatten().clone(), persistent=False)
+
+
+def bounded(space: spaces.Space[Any]) -> bool:
+    return isinstance(space, spaces.Box) and space.dtype.kind == "f" and space.is_bounded()
+
+
+class SquashedHead(GaussianHead):
+    """A Gaussian brought into the bounds by tanh."""
+
+    quadrature: Tensor
+
+    def __init__(self, space: spaces.Space[Any], log_sigma: float = -0.5, sigma: Sigma = "free") -> None:
+        super().__init__(space, log_sigma, sigma)
+        if not bounded(space):
+            raise self.refuse("a bounded Box", space)
+        self.bounds = Bounds(space)
+        self.register_buffer("quadrature", HERMITE.float(), persistent=False)
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        return Squashed(self.gaussian(numbers), self.bounds.low, self.bounds.high, self.quadrature)
+
+
+class BetaHead(Head):
+    """A Beta distribution between the bounds, with one peak (Chou et al., 2017)."""
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__(space)
+        if not bounded(space):
+            raise self.refuse("a bounded Box", space)
+        self.bounds = Bounds(space)
+        self.inputs = 2 * len(self.bounds.low)
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        alpha, beta = (1 + softplus(numbers)).chunk(2, -1)
+        return Beta(alpha, beta, self.bounds.low, self.bounds.high)
+
+
+class CategoricalHead(Head):
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__(space)
+        if not isinstance(space, spaces.Discrete):
+            raise self.refuse("Discrete", space)
+        self.inputs = int(space.n)
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        return Categorical(permitted(numbers, allowed).log_softmax(-1))
+
+
+class MultiCategoricalHead(Head):
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__(space)
+        if not isinstance(space, spaces.MultiDiscrete):
+            raise self.refuse("MultiDiscrete", space)
+        self.sizes = tuple(int(n) for n in space.nvec.flatten())
+        self.inputs = sum(self.sizes)
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        logits = permitted(numbers, allowed).split(self.sizes, -1)
+        return MultiCategorical(tuple(x.log_softmax(-1) for x in logits))
+
+
+class BernoulliHead(Head):
+    """What is not allowed is a 1."""
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__(space)
+        if not isinstance(space, spaces.MultiBinary):
+            raise self.refuse("MultiBinary", space)
+        self.inputs = math.prod(space.shape)
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        return Bernoulli(permitted(numbers, allowed))
+
+
+def permitted(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    return logits if allowed is None else logits.masked_fill(~allowed, FORBIDDEN)
+
+
+HEADS: dict[str, type[Head]] = {
+    "gaussian": GaussianHead,
+    "squashed": SquashedHead,
+    "beta": BetaHead,
+    "categorical": CategoricalHead,
+    "multicategorical": MultiCategoricalHead,
+    "bernoulli": BernoulliHead,
+}
+DEFAULTS: Sequence[tuple[type[spaces.Space[Any]], str]] = (
+    (spaces.Box, "gaussian"),
+    (spaces.Discrete, "categorical"),
+    (spaces.MultiDiscrete, "multicategorical"),
+    (spaces.MultiBinary, "bernoulli"),
+)
+
+
+def make_head(space: spaces.Space[Any], distribution: str = "auto", **options: Any) -> Head:
+    """The head of a name, or of the space's kind if that is auto; options that are None or its defaults are left out.
+
+    Raises ValueError for an unknown name, a space that has none, and options that are for other heads.
+    """
+    if distribution == "auto":
+        names = [name for kind, name in DEFAULTS if isinstance(space, kind)]
+        if not names or (isinstance(space, spaces.Box) and space.dtype.kind != "f"):
+            raise ValueError(
+                f"no policy for actions {space}: Box of floats, Discrete, MultiDiscrete and MultiBinary have one"
+            )
+        (distribution,) = names
+    cls = HEADS.get(distribution) or elsewhere(distribution)
+    given = {name: value for name, value in options.items() if value is not None and value != "free"}
+    if given and not issubclass(cls, GaussianHead):
+        raise ValueError(
+            f"policy.{' and policy.'.join(given)} is for Gaussian policies, and this one is {distribution}, for "
+            f"actions {space}: leave it out"
+        )
+    return cls(space, **given)
+
+
+def elsewhere(path: str) -> type[Head]:
+    """A head by its dotted path."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"no policy.distribution {path!r}; {closest(path, ['auto', *HEADS])}")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"policy.distribution={path} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Head)):
+        raise ValueError(f"policy.distribution={path} is no subclass of pgsuite.nn.heads.Head")
+    return found
