@@ -1,6 +1,9 @@
 """What a video shows is what happened, and what cannot be shown is said before anything is played."""
 
+import gc
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +20,8 @@ from toys import PointMass
 
 from pgsuite.envs import Gym, make
 from pgsuite.envs import render as drawing
-from pgsuite.envs.render import camera, choose_gl, picture
-from pgsuite.envs.tasks.mujoco import unwarned
+from pgsuite.envs.render import camera, choose_gl, drawn, picture
+from pgsuite.envs.tasks.mujoco import ASSETS, unwarned
 from pgsuite.testing import random_actions
 
 pytest.importorskip("pygame", reason="needs the video extra")
@@ -52,6 +55,59 @@ def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) ->
     for ours, theirs in frames:
         assert ours.shape == (480, 480, 3) and np.abs(ours - theirs).mean() < 0.05
     assert np.abs(frames[0][0] - frames[-1][0]).mean() > 1
+
+
+ROBOTS = ["Ant", "Humanoid", "InvertedDoublePendulum", "InvertedPendulum", "Pusher", "Reacher", "Swimmer"]
+
+
+@pytest.mark.usefixtures("gl")
+@pytest.mark.parametrize("name", ROBOTS)
+def test_every_robot_is_seen_from_where_gymnasium_looks(name: str) -> None:
+    env: Any = make(name, 1)
+    env.reset()
+    ours = camera(env).shoot()
+    options: dict[str, Any] = {"camera_name": "track"} if name in ("Ant", "Humanoid", "Swimmer") else {}
+    other: Any = gymnasium.make(f"{name}-v5", render_mode="rgb_array", **options).unwrapped
+    other.set_state(env.task.physics.qpos[0].numpy(), env.task.physics.qvel[0].numpy())
+    assert ours.std() > 1 and np.array_equal(ours, other.render())
+    other.close()
+
+
+@pytest.mark.usefixtures("gl")
+def test_a_model_of_ones_own_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where one stands, and with a smaller buffer than a picture needs."""
+    monkeypatch.chdir(tmp_path)
+    xml = (ASSETS / "half_cheetah.xml").read_text()
+    small = '<visual><global offwidth="100" offheight="100"/></visual><worldbody>'
+    Path("my.xml").write_text(xml.replace("<worldbody>", small))
+    mine, gymnasiums = (
+        camera(make("HalfCheetah", 1, xml_file=file)).shoot() for file in ("my.xml", "half_cheetah.xml")
+    )
+    assert np.array_equal(mine, gymnasiums)
+
+
+@pytest.mark.usefixtures("gl")
+def test_a_camera_that_goes_leaves_the_others_alone() -> None:
+    first, second = (camera(make(name, 1)) for name in ("HalfCheetah", "Ant"))
+    before = second.shoot()
+    del first
+    gc.collect()
+    assert before.std() > 1 and np.array_equal(second.shoot(), before)
+
+
+@pytest.mark.usefixtures("gl")
+def test_gymnasiums_robots_draw_themselves_without_a_screen() -> None:
+    """In a process where nothing has chosen how."""
+    code = """
+from pgsuite.envs import Gym, make
+from pgsuite.envs.render import camera
+env = make(Gym(id="Reacher-v5", options={"render_mode": "rgb_array"}), 2)
+env.reset()
+assert camera(env).shoot().std() > 1
+"""
+    bare = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["CartPole", "Pendulum", "Acrobot", "MountainCar", "MountainCarContinuous"])
@@ -157,6 +213,40 @@ def test_what_cannot_be_drawn_is_said() -> None:
         camera(make(Gym(id="CartPole-v1"), 2))
 
 
+def complain() -> None:
+    raise KeyError("no paint")
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (complain, "x cannot be drawn: KeyError: 'no paint'"),
+        (lambda: None, "x cannot be drawn: its render() gives NoneType and not bytes [H, W, 3]"),
+        (lambda: np.zeros((2, 2)), "x cannot be drawn: its render() gives float64 (2, 2) and not bytes"),
+    ],
+)
+def test_drawing_that_fails_is_said(draw: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        drawn("x", draw)
+
+
+def test_an_environment_that_draws_nothing_is_refused_in_one_message(command: Cli) -> None:  # noqa: F811
+    faulty = ["env=gym", "env.id=Faulty-v0", "env.import=test_gym_env", "env.max_episode_steps=9"]
+    assert command("train", *faulty, "hydra.run.dir=run", *TINY)[0] == 0
+    code, _, err = command("evaluate", "run=run", "video=film.mp4")
+    assert code == 1 and err.strip().count("\n") == 0
+    assert "error: video=film.mp4: Faulty-v0 cannot be drawn: it neither renders rgb_array" in err
+
+
+def test_a_gl_that_is_named_and_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLFW without a screen makes a context all the same."""
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(ValueError, match="MuJoCo cannot draw here with MUJOCO_GL=glfw: install libegl1, libegl-mesa0"):
+        choose_gl.__wrapped__()
+
+
 def test_osmesa_is_next_after_egl_and_the_packages_are_named_where_neither_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,12 +257,14 @@ def test_osmesa_is_next_after_egl_and_the_packages_are_named_where_neither_works
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(drawing.sys, "platform", "linux")
+    monkeypatch.setattr(drawing.importlib, "reload", lambda module: module)
     monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.delenv("MUJOCO_GL")
     drawing.choose_gl.__wrapped__()
     assert drawing.os.environ["MUJOCO_GL"] == "osmesa"
     monkeypatch.delenv("MUJOCO_GL")
     works.clear()
-    with pytest.raises(ValueError, match=r"install libegl1 and libgl1-mesa-dri, or libosmesa6 .* MUJOCO_GL=egl"):
+    with pytest.raises(ValueError, match=r"any of egl, osmesa: install libegl1, .* or libosmesa6 for MUJOCO_GL=osmesa"):
         drawing.choose_gl.__wrapped__()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
+import inspect
 import logging
 import os
 import subprocess
@@ -12,16 +15,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
+import mujoco
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import SyncVectorEnv
+from mujoco.rendering.classic import gl_context
 
 from pgsuite.envs.base import VectorEnv
 from pgsuite.envs.gym_env import GymEnv
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.classic import ClassicTask
-from pgsuite.envs.tasks.mujoco import MujocoTask, unwarned
+from pgsuite.envs.tasks.mujoco import MujocoTask
 
 REMEDY = "pip install 'pgsuite[video]'"
+SIDE = 480  # pixels of a robot's picture, as in gymnasium
+TRIAL = """
+import mujoco
+from mujoco.{} import GLContext
+context = GLContext(8, 8)
+context.make_current()
+mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100).free()
+context.free()
+"""  # GLFW, for one, makes what looks like a context where there is no screen
 
 
 @dataclass
@@ -34,12 +49,16 @@ class Camera:
 
 def camera(env: VectorEnv) -> Camera:
     """Raises ValueError for an environment that cannot be drawn, or where a package is missing that draws it."""
+    if not screen():
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame's SDL complains of what it does not need
     if isinstance(env, TaskEnv):
         return of_task(env.task)
     if isinstance(env, GymEnv):
         if isinstance(env.vec, SyncVectorEnv) and env.vec.envs[0].render_mode == "rgb_array":
             first = env.vec.envs[0]
-            return Camera(lambda: np.asarray(guarded(first.render)), first.metadata.get("render_fps", 30))
+            if hasattr(first.unwrapped, "mujoco_renderer"):
+                choose_gl()
+            return Camera(lambda: drawn(env.name, first.render), first.metadata.get("render_fps", 30))
         shape = env.observation_space.shape or ()
         if len(shape) == 3:
             return Camera(lambda: picture(env.last[0].cpu().numpy()), env.vec.metadata.get("render_fps", 15))
@@ -53,63 +72,94 @@ def picture(image: np.ndarray) -> np.ndarray:
 
 
 def of_task(task: Any) -> Camera:
-    """gymnasium's environment, put where the first of ours is."""
+    """gymnasium's drawing of where the first of ours stands."""
     if isinstance(task, MujocoTask):
-        choose_gl()
-        logging.getLogger("OpenGL.acceleratesupport").setLevel(logging.WARNING)  # of which it has much to say
-        cameras = [task.model.camera(i).name for i in range(task.model.ncam)]
-        options: dict[str, Any] = {"xml_file": task.xml_file, "render_mode": "rgb_array"}
-        if "track" in cameras:
-            options["camera_name"] = "track"  # or robots walk out of view
-        with unwarned():
-            made = guarded(lambda: gymnasium.make(task.gymnasium_id, **options))
-        twin: Any = made.unwrapped
+        return of_robot(task)
+    if isinstance(task, ClassicTask) and task.gymnasium_id in gymnasium.registry:
+        twin: Any = gymnasium.make(task.gymnasium_id, render_mode="rgb_array").unwrapped
+        twin.reset()
 
         def shoot() -> np.ndarray:
-            qpos, qvel = (x[0].cpu().double().numpy() for x in (task.physics.qpos, task.physics.qvel))
-            twin.set_state(qpos, qvel)
-            return twin.render()
+            twin.state = task.state[0].cpu().double().numpy()
+            return drawn(task.gymnasium_id, twin.render)
 
-        return Camera(shoot, 1 / task.dt)
-    if isinstance(task, ClassicTask):
-        drawn: Any = guarded(lambda: gymnasium.make(task.gymnasium_id, render_mode="rgb_array")).unwrapped
-        drawn.reset()
-
-        def draw() -> np.ndarray:
-            drawn.state = task.state[0].cpu().double().numpy()
-            return drawn.render()
-
-        guarded(draw)
-        return Camera(draw, drawn.metadata["render_fps"])
+        shoot()  # for what is missing to be said now
+        return Camera(shoot, twin.metadata["render_fps"])
     raise ValueError(f"{type(task).__name__} has no gymnasium environment that draws it")
 
 
-def guarded(work: Callable[[], Any]) -> Any:
-    """What work gives.  Raises ValueError where a package for drawing is missing."""
+def of_robot(task: MujocoTask) -> Camera:
+    """By MuJoCo's own renderer, which, unlike gymnasium's, leaves the pictures of others alone when it goes."""
+    choose_gl()
+    model = copy.copy(task.model)
+    size = model.vis.global_
+    size.offwidth, size.offheight = max(size.offwidth, SIDE), max(size.offheight, SIDE)
+    data, renderer = mujoco.MjData(model), mujoco.Renderer(model, SIDE, SIDE)
+
+    def place() -> None:
+        data.qpos[:], data.qvel[:] = (x[0].cpu().double().numpy() for x in (task.physics.qpos, task.physics.qvel))
+        mujoco.mj_forward(model, data)
+
+    place()
+    view = viewpoint(model, data, task.gymnasium_id)
+
+    def shoot() -> np.ndarray:
+        place()
+        renderer.update_scene(data, view)
+        return renderer.render()
+
+    return Camera(shoot, 1 / task.dt)
+
+
+def viewpoint(model: mujoco.MjModel, data: mujoco.MjData, gymnasium_id: str) -> str | mujoco.MjvCamera:
+    """The model's own camera ``track``, which follows the robot, or a standing one as gymnasium sets it."""
+    if "track" in (model.camera(i).name for i in range(model.ncam)):
+        return "track"
+    view = mujoco.MjvCamera()
+    view.lookat[:], view.distance = np.median(data.geom_xpos, 0), model.stat.extent
+    spec = gymnasium.registry.get(gymnasium_id)
+    if spec is not None and isinstance(spec.entry_point, str):
+        default = inspect.signature(load_env_creator(spec.entry_point)).parameters.get("default_camera_config")
+        for name, value in (default.default or {}).items() if default else ():
+            setattr(view, name, value)
+    return view
+
+
+def drawn(name: str, draw: Callable[[], Any]) -> np.ndarray:
+    """The picture that somebody's code makes.  Raises ValueError where it makes none."""
     try:
-        return work()
+        frame = draw()
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise ValueError(f"drawing needs packages that are not here: {REMEDY} ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be drawn: {type(error).__name__}: {error}") from error
+    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
+        got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise ValueError(f"{name} cannot be drawn: its render() gives {got} and not bytes [H, W, 3]")
+    return frame
+
+
+def screen() -> bool:
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 @functools.cache
 def choose_gl() -> None:
-    """Have MuJoCo draw with what works here: EGL, OSMesa, or, where there is a screen, GLFW; MUJOCO_GL comes first.
+    """Have MuJoCo draw with what works here: EGL, OSMesa, or, where there is a screen, GLFW; or what MUJOCO_GL names.
 
     Each is tried in a process of its own, for one that fails spoils the next.  Raises ValueError if none works.
     """
-    if "MUJOCO_GL" in os.environ:
-        return
-    screen = bool(os.environ.get("DISPLAY")) or sys.platform != "linux"
-    for name in ("egl", "osmesa", "glfw") if screen else ("egl", "osmesa"):
-        trial = (
-            f"from mujoco.{name} import GLContext; context = GLContext(8, 8); context.make_current(); context.free()"
-        )
-        done = subprocess.run([sys.executable, "-c", trial], capture_output=True, check=False)
+    logging.getLogger("OpenGL.acceleratesupport").setLevel(logging.WARNING)  # of which it has much to say
+    wanted = os.environ.get("MUJOCO_GL")
+    names = [wanted] if wanted else ["egl", "osmesa", "glfw"] if screen() else ["egl", "osmesa"]
+    for name in names:
+        done = subprocess.run([sys.executable, "-c", TRIAL.format(name)], capture_output=True, check=False)
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = name
+            importlib.reload(gl_context)  # which reads the name when it is imported, and was
             return
+    tried = f"with MUJOCO_GL={wanted}" if wanted else f"with any of {', '.join(names)}"
     raise ValueError(
-        "MuJoCo cannot draw here, neither with EGL nor with OSMesa: install libegl1 and libgl1-mesa-dri, or libosmesa6 "
-        "(the names in Debian and Ubuntu); MUJOCO_GL=egl or =osmesa picks one"
+        f"MuJoCo cannot draw here {tried}: install libegl1, libegl-mesa0 and libgl1-mesa-dri for MUJOCO_GL=egl, or "
+        "libosmesa6 for MUJOCO_GL=osmesa (the names in Debian and Ubuntu); unset, the first that works is taken"
     )

@@ -79,10 +79,14 @@ def evaluate(cfg: DictConfig) -> None:
     trained = DictConfig(state["config"])
     # On a CPU, auto is the float64 back end; the seed is the evaluation's own.
     run = replace(settings_of(trained), backend="auto", seed=wanted.seed)
-    if wanted.video and locate(trained.env._target_) is Gym and not trained.env.native:
-        trained.env.workers, trained.env.options.render_mode = 0, "rgb_array"  # it is drawn in this process
     torch.set_num_threads(run.torch_threads)
-    env = build_env(trained, run, wanted.episodes, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    if wanted.video is not None and locate(trained.env._target_) is Gym and not trained.env.native:
+        trained.env.workers = 0  # it draws itself in this process, if it can
+        first: Any = build_env(trained, run, 1, cpu)
+        if "rgb_array" in first.vec.metadata.get("render_modes", ()):
+            trained.env.options.render_mode = "rgb_array"
+    env = build_env(trained, run, wanted.episodes, cpu)
     policy, _ = build_networks(env, run)
     try:
         policy.load_state_dict(state["algorithm"]["policy"])
@@ -90,7 +94,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise UserError(f"{path} does not fit the networks of its own configuration: {error}") from error
     generator = seeding.generator(wanted.seed, "acting")
     folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
-    film = filming(env, wanted.video, folder, state["steps"]) if wanted.video else nullcontext(lambda: None)
+    film = filming(env, wanted.video, folder, state["steps"]) if wanted.video is not None else nullcontext(lambda: None)
     with film as watch:
         returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic, watch=watch)
     mean, std = float(returns.mean()), float(returns.std(correction=0))
