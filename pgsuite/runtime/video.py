@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,18 +28,26 @@ def filming(env: VectorEnv, to: str, run: Path, steps: int) -> Iterator[Callable
     before anything is filmed, where that cannot be.
     """
     path = Path(to)
-    if to != TENSORBOARD and path.suffix not in (".mp4", ".gif"):
-        raise UserError(f"video={to} must end in .mp4 or .gif, or be {TENSORBOARD}")
-    if not path.parent.is_dir():
-        raise UserError(f"video={to}: there is no directory {path.parent}")
+    if to != TENSORBOARD:
+        if path.suffix not in (".mp4", ".gif"):
+            raise UserError(f"video={to} must end in .mp4 or .gif, or be {TENSORBOARD}")
+        if not path.parent.is_dir():
+            raise UserError(f"video={to}: there is no directory {path.parent}")
+        if path.is_dir():
+            raise UserError(f"video={to} is a directory")
+    unfinished = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         lens = camera(env)
         every = max(1, round(lens.fps / (MP4_FPS if path.suffix == ".mp4" else GIF_FPS)))
-        film = Mp4(path, lens.fps / every) if path.suffix == ".mp4" else Gif(lens.fps / every)
+        film = Mp4(unfinished, lens.fps / every) if path.suffix == ".mp4" else Gif(lens.fps / every)
+        if to != TENSORBOARD:
+            unfinished.write_bytes(b"")  # now, rather than after minutes of playing
     except ImportError as error:
         raise UserError(f"video={to} needs packages that are not here: {REMEDY} ({error})") from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter from imageio-ffmpeg, where it finds no ffmpeg
         raise UserError(f"video={to}: {error}") from error
+    except OSError as error:
+        raise unwritable(to, error) from error
     seen = itertools.count()
 
     def watch() -> None:
@@ -48,58 +56,65 @@ def filming(env: VectorEnv, to: str, run: Path, steps: int) -> Iterator[Callable
                 film.add(lens.shoot())
             except ValueError as error:
                 raise UserError(f"video={to}: {error}") from error
+            except OSError as error:
+                raise unwritable(to, error) from error
 
     try:
         yield watch
-        if isinstance(film, Mp4):
-            film.finish()
-        elif to == TENSORBOARD:
-            log_gif(run, film, steps)
-        else:
-            replace(path, film.bytes())
-    except OSError as error:
-        raise UserError(f"cannot write video={to}: {error.strerror or error}") from error
+        try:
+            if isinstance(film, Mp4):
+                film.finish()
+            elif to == TENSORBOARD:
+                log_gif(run, film, steps)
+            else:
+                unfinished.write_bytes(film.bytes())
+            if to != TENSORBOARD:
+                unfinished.replace(path)
+        except OSError as error:
+            raise unwritable(to, error) from error
     finally:
         film.close()
+        if to != TENSORBOARD:
+            unfinished.unlink(missing_ok=True)
 
 
-def partial(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.writing{path.suffix}")
-
-
-def replace(path: Path, content: bytes) -> None:
-    partial(path).write_bytes(content)
-    partial(path).replace(path)
+def unwritable(to: str, error: OSError) -> UserError:
+    return UserError(f"cannot write video={to}: {error.strerror or error}")
 
 
 class Mp4:
-    """H.264, written as it comes; even sides, as it wants them."""
+    """H.264, written as it comes; even sides, as it wants them.  Raises OSError, with ffmpeg's words."""
 
     def __init__(self, path: Path, fps: float) -> None:
-        import imageio_ffmpeg
+        from imageio_ffmpeg import get_ffmpeg_exe
 
-        self.ffmpeg, self.path, self.fps = imageio_ffmpeg, path, fps
-        self.writer: Any = None
-        partial(path).touch()  # now, rather than after minutes of playing
+        self.program, self.path, self.fps = get_ffmpeg_exe(), path, fps
+        self.ffmpeg: subprocess.Popen[bytes] | None = None
 
     def add(self, frame: np.ndarray) -> None:
         height, width = (side // 2 * 2 for side in frame.shape[:2])
-        if self.writer is None:
-            self.writer = self.ffmpeg.write_frames(
-                str(partial(self.path)), (width, height), fps=self.fps, macro_block_size=2, quality=7
-            )
-            self.writer.send(None)
-        self.writer.send(np.ascontiguousarray(frame[:height, :width]))
+        if self.ffmpeg is None:
+            frames = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{self.fps:.6f}"]
+            video = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "15", str(self.path)]
+            command = [self.program, "-y", "-v", "error", *frames, "-i", "-", *video]
+            self.ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert self.ffmpeg.stdin is not None
+        try:
+            self.ffmpeg.stdin.write(np.ascontiguousarray(frame[:height, :width]))
+        except BrokenPipeError:
+            self.finish()  # which says why
 
     def finish(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            partial(self.path).replace(self.path)
+        if self.ffmpeg is not None:
+            _, words = self.ffmpeg.communicate()
+            if self.ffmpeg.returncode:
+                said = words.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+                raise OSError(f"ffmpeg failed with code {self.ffmpeg.returncode}: {said[-1]}")
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        partial(self.path).unlink(missing_ok=True)
+        if self.ffmpeg is not None and self.ffmpeg.poll() is None:
+            self.ffmpeg.kill()
+            self.ffmpeg.communicate()
 
 
 class Gif:
@@ -108,8 +123,7 @@ class Gif:
     def __init__(self, fps: float) -> None:
         from PIL import Image
 
-        self.image, self.frames = Image, []
-        self.milliseconds = round(100 / fps) * 10  # it knows hundredths of a second
+        self.image, self.frames, self.fps = Image, [], fps
 
     def add(self, frame: np.ndarray) -> None:
         image = self.image.fromarray(np.ascontiguousarray(frame))
@@ -117,9 +131,12 @@ class Gif:
         self.frames.append(image.quantize(128))
 
     def bytes(self) -> bytes:
+        # It knows hundredths of a second: frames that last one more or less keep the whole at its speed.
+        ends = [10 * round(100 * i / self.fps) for i in range(len(self.frames) + 1)]
+        durations = [end - start for start, end in itertools.pairwise(ends)]
         file = io.BytesIO()
         first, *rest = self.frames
-        first.save(file, "GIF", save_all=True, append_images=rest, duration=self.milliseconds, loop=0)
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
         return file.getvalue()
 
     def close(self) -> None:
