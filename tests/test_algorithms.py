@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import ALL, LQR, Corridor, Endless, FrozenLake, PointMass, Probe, TwoSteps, build, collector
 
 from pgsuite import seeding
-from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.functional import estimators
 from pgsuite.functional import trust_region as tr
@@ -257,7 +257,7 @@ def test_a2c_is_ppo_with_one_epoch_and_one_minibatch() -> None:
             "estimator": GAE(lam=1.0),
             "normalize_advantage": "none",
         }
-        same |= {"epochs": 1, "minibatches": 1} if cls is PPO else {}
+        same |= {"epochs": 1, "minibatches": 1} if issubclass(cls, PPO) else {}
         algorithm = build(cls, env, **same)
         rollouts = collector(algorithm, env, 5)
         for _ in range(5):
@@ -417,6 +417,30 @@ def test_the_value_clip_is_off_unless_asked_for() -> None:
         assert plain == (clip is None)
 
 
+@pytest.mark.parametrize(("lr", "factor"), [(1e-6, 0.5), (3e-2, 2.0)])
+def test_the_price_of_straying_follows_how_far_an_update_went(lr: float, factor: float) -> None:
+    env = PointMass(16)
+    algorithm = build(PPOPenalty, env, lr=lr, beta=0.3)
+    batch = first_batch(algorithm, env)
+    metrics = algorithm.update(batch)
+    kl = (algorithm.policy.dist(batch).log_prob(batch.action) - batch.logp).detach()
+    assert float(metrics["kl"]) == pytest.approx(float((kl.expm1() - kl).mean()), rel=1e-4)
+    assert (float(metrics["kl"]) > 0.015) == (factor > 1) and (float(metrics["kl"]) < 0.01 / 1.5) == (factor < 1)
+    assert float(metrics["beta"]) == pytest.approx(0.3 * factor)
+    other = build(PPOPenalty, env)
+    other.load_state_dict(algorithm.state_dict())
+    assert float(other.price.value) == float(metrics["beta"])
+
+
+def test_straying_is_paid_for_by_the_nat() -> None:
+    """With a large price the surrogate falls by beta times k3, whatever the advantage."""
+    env = PointMass(4)
+    algorithm, ratio = build(PPOPenalty, env, beta=7.0), torch.tensor([0.5, 1.0, 2.0])
+    advantage = torch.tensor([1.0, -1.0, 0.5])
+    expected = ratio * advantage - 7.0 * (ratio - 1 - ratio.log())
+    assert torch.allclose(algorithm.surrogate(ratio, advantage), expected)
+
+
 # REINFORCE's baselines
 
 
@@ -459,6 +483,7 @@ FAST: dict[type[Algorithm], dict[str, Any]] = {
     Reinforce: {"lr": 0.02, "baseline": "critic", "critic_lr": 0.01},
     A2C: {"lr": 0.02, "optim": "adam"},
     PPO: {"lr": 0.01, "epochs": 4, "minibatches": 2},
+    PPOPenalty: {"lr": 0.01, "epochs": 4, "minibatches": 2, "kl_target": 0.05},
     NPG: {"critic_lr": 0.01, "max_kl": 0.05},
     TRPO: {"critic_lr": 0.01, "max_kl": 0.05},
 }
@@ -642,7 +667,7 @@ def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str) -
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{path}.meeting", rank=rank, world_size=world)
     env = PointMass(8, max_episode_steps=20)
-    options: dict[str, Any] = {"minibatches": 1, "epochs": 1} if cls is PPO else {}
+    options: dict[str, Any] = {"minibatches": 1, "epochs": 1} if issubclass(cls, PPO) else {}
     options |= {"critic_minibatches": 1} if issubclass(cls, NPG | Reinforce) else {}
     algorithm = build(cls, env, **options)
     whole = collector(algorithm, env).collect(algorithm.policy)

@@ -233,7 +233,7 @@ def test_sigma_cannot_reach_zero(log_sigma: float) -> None:
 
 def test_clipped_surrogate_agrees_with_rsl_rl() -> None:
     ratio, one = torch.tensor(0.5).exp(), torch.tensor(1.0)
-    assert float(objectives.clipped_surrogate(ratio, one, 0.2)) == pytest.approx(1.2)
+    assert float(objectives.clipped_surrogate(ratio, one, 0.2, 0.2)) == pytest.approx(1.2)
     new, old = torch.tensor([2.0, 1.1]), torch.tensor([1.0, 1.0])
     loss = objectives.clipped_squared_error(new, old, torch.tensor(1.5), 0.2).mean()
     assert float(loss) == pytest.approx(0.205)
@@ -243,8 +243,24 @@ def test_clipping_never_hides_a_mistake() -> None:
     """Outside the clip the objective pays nothing more, but a change for the worse is still felt in full."""
     ratio = torch.tensor([0.5, 0.5, 1.5, 1.5], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    (slope,) = torch.autograd.grad(objectives.clipped_surrogate(ratio, advantage, 0.2).sum(), ratio)
+    (slope,) = torch.autograd.grad(objectives.clipped_surrogate(ratio, advantage, 0.2, 0.2).sum(), ratio)
     assert slope.tolist() == [1.0, 0.0, 0.0, -1.0]
+
+
+def test_two_widths_of_the_clip_and_a_limit_to_what_a_bad_action_costs() -> None:
+    ratio = torch.tensor([0.5, 0.5, 1.5, 1.5, 9.0, 9.0])
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    clipped = objectives.clipped_surrogate(ratio, advantage, 0.2, 0.3)
+    assert torch.allclose(clipped, torch.tensor([0.5, -0.8, 1.3, -1.5, 1.3, -9.0]))
+    limited = objectives.dual_clipped(clipped, advantage, 3.0)
+    assert torch.allclose(limited, torch.tensor([0.5, -0.8, 1.3, -1.5, 1.3, -3.0]))
+
+
+def test_the_huber_error_is_square_inside_and_straight_outside_with_no_kink() -> None:
+    value = torch.tensor([0.0, 0.5, 1.0, 3.0], requires_grad=True)
+    error = objectives.squared_error(value, torch.zeros(4), huber=1.0)
+    assert error.tolist() == [0.0, 0.25, 1.0, 5.0]
+    assert torch.autograd.grad(error.sum(), value)[0].tolist() == [0.0, 1.0, 2.0, 2.0]
 
 
 def test_sampled_kl_is_k3_and_unbiased() -> None:

@@ -10,13 +10,13 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite import seeding
-from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import Collector
 from pgsuite.types import Step
 
-ALL: list[type[Algorithm]] = [Reinforce, A2C, PPO, NPG, TRPO]
+ALL: list[type[Algorithm]] = [Reinforce, A2C, PPO, PPOPenalty, NPG, TRPO]
 
 
 class Toy:

@@ -4,7 +4,8 @@ from pgsuite.algorithms.a2c import A2C
 from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.npg import NPG
 from pgsuite.algorithms.ppo import PPO
+from pgsuite.algorithms.ppo_penalty import PPOPenalty
 from pgsuite.algorithms.reinforce import Reinforce
 from pgsuite.algorithms.trpo import TRPO
 
-__all__ = ["A2C", "NPG", "PPO", "TRPO", "ActorCritic", "Algorithm", "Reinforce"]
+__all__ = ["A2C", "NPG", "PPO", "PPOPenalty", "TRPO", "ActorCritic", "Algorithm", "Reinforce"]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from pgsuite.functional import objectives
 from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split, minibatches
-from pgsuite.settings import Count, Positive
+from pgsuite.settings import Count, Positive, Range
 from pgsuite.types import Batch, Metrics, average, standardize
 
 
@@ -22,6 +22,8 @@ class PPO(A2C):
     optim: Kind = "adam"
     lr: Positive = 3e-4
     clip: Positive = 0.2
+    clip_high: Positive | None = None  # upwards; null stands for clip
+    dual_clip: Annotated[float, Range(1, open=True)] | None = None  # the most that a bad action may cost, in advantages
     epochs: Count = 10
     minibatches: Count = 4
     value_clip: Positive | None = None
@@ -33,12 +35,13 @@ class PPO(A2C):
         check_split(collector.horizon, collector.env.num_envs, self.minibatches, columns=self.policy.sequential)
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        return objectives.clipped_surrogate(ratio, advantage, self.clip)
+        objective = objectives.clipped_surrogate(ratio, advantage, self.clip, self.clip_high or self.clip)
+        return objective if self.dual_clip is None else objectives.dual_clipped(objective, advantage, self.dual_clip)
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
         if self.value_clip is None:
             return super().value_error(value, batch)
-        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip)
+        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber)
 
     def update(self, batch: Batch) -> Metrics:
         steps: list[Metrics] = []
@@ -57,4 +60,5 @@ class PPO(A2C):
         return super().step(batch)
 
     def watch_ratio(self, ratio: Tensor) -> Metrics:
-        return {"clip_fraction": ((ratio - 1).abs() > self.clip).to(ratio.dtype)}
+        outside = (ratio < 1 - self.clip) | (ratio > 1 + (self.clip_high or self.clip))
+        return {"clip_fraction": outside.to(ratio.dtype)}

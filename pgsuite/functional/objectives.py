@@ -11,9 +11,16 @@ def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
     return ratio * advantage
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """The surrogate with no reward for leaving [1 - clip, 1 + clip] (Schulman et al., 2017, equation 7)."""
-    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """The surrogate with no reward for leaving [1 - low, 1 + high] (Schulman et al., 2017, equation 7; with two widths,
+    Yu et al., 2025)."""
+    return torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def dual_clipped(objective: Tensor, advantage: Tensor, limit: float) -> Tensor:
+    """An objective that loses at most limit times a bad action's advantage, however likely it became (Ye et al., 2020,
+    equation 5)."""
+    return torch.where(advantage < 0, torch.max(objective, limit * advantage), objective)
 
 
 def sampled_kl(log_ratio: Tensor) -> Tensor:
@@ -22,11 +29,18 @@ def sampled_kl(log_ratio: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
-def squared_error(value: Tensor, target: Tensor) -> Tensor:
-    return (value - target) ** 2
+def squared_error(value: Tensor, target: Tensor, huber: float | None = None) -> Tensor:
+    """Beyond ``huber``, where that is given, it goes on as a straight line (Huber, 1964)."""
+    error = value - target
+    if huber is None:
+        return error**2
+    size = error.abs()
+    return torch.where(size <= huber, size**2, huber * (2 * size - huber))
 
 
-def clipped_squared_error(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
+def clipped_squared_error(
+    value: Tensor, old_value: Tensor, target: Tensor, clip: float, huber: float | None = None
+) -> Tensor:
     """The worse of the error and that of a value held within clip of the old one (baselines' PPO)."""
     held = old_value + (value - old_value).clamp(-clip, clip)
-    return torch.max((value - target) ** 2, (held - target) ** 2)
+    return torch.max(squared_error(value, target, huber), squared_error(held, target, huber))
