@@ -59,16 +59,13 @@ def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) ->
     assert np.abs(frames[0][0] - frames[-1][0]).mean() > 1
 
 
-ROBOTS = ["Ant", "Humanoid", "InvertedDoublePendulum", "InvertedPendulum", "Pusher", "Reacher", "Swimmer"]
-
-
 @pytest.mark.usefixtures("gl")
-@pytest.mark.parametrize("name", ROBOTS)
+@pytest.mark.parametrize("name", ["Ant", "InvertedPendulum", "Reacher"])
 def test_every_robot_is_seen_from_where_gymnasium_looks(name: str) -> None:
     env: Any = make(name, 1)
     env.reset()
     ours = camera(env).shoot()
-    options: dict[str, Any] = {"camera_name": "track"} if name in ("Ant", "Humanoid", "Swimmer") else {}
+    options: dict[str, Any] = {"camera_name": "track"} if name == "Ant" else {}
     other: Any = gymnasium.make(f"{name}-v5", render_mode="rgb_array", **options).unwrapped
     other.set_state(env.task.physics.qpos[0].numpy(), env.task.physics.qvel[0].numpy())
     assert ours.std() > 1 and np.array_equal(ours, other.render())
@@ -155,8 +152,8 @@ def frames_of(path: Path) -> tuple[int, tuple[int, int], float]:
 
 
 def test_evaluation_films_its_first_episode_and_plays_as_without(command: Cli) -> None:  # noqa: F811
-    """200 steps of Pendulum take gymnasium's 200 / 30 seconds."""
-    assert command("train", "env=Pendulum", "hydra.run.dir=run", *TINY)[0] == 0
+    """60 steps of Pendulum take gymnasium's 2 seconds."""
+    assert command("train", "env=Pendulum", "env.max_episode_steps=60", "hydra.run.dir=run", *TINY)[0] == 0
     assert command("evaluate", "run=run", "episodes=3")[0] == 0
     plain = json.loads((command.folder / "run" / "evaluation.json").read_text())
     for name in ("film.mp4", "film.gif"):
@@ -165,7 +162,7 @@ def test_evaluation_films_its_first_episode_and_plays_as_without(command: Cli) -
         assert json.loads((command.folder / "run" / "evaluation.json").read_text()) == plain
         count, size, seconds = frames_of(command.folder / name)
         assert size == {"film.mp4": (500, 500), "film.gif": (320, 320)}[name]
-        assert seconds == pytest.approx(200 / 30, abs=0.7) and count > 150
+        assert seconds == pytest.approx(2, abs=0.1) and count > 50
     assert sorted(path.name for path in command.folder.iterdir()) == ["film.gif", "film.mp4", "run"]
 
 
@@ -224,19 +221,16 @@ def test_a_gif_keeps_time_although_it_knows_only_hundredths_of_a_second(tmp_path
     assert frames_of(tmp_path / "x.gif")[2] == pytest.approx(60 / fps, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("video", "message"),
-    [
+def test_a_wrong_video_is_refused_before_anything_is_played(command: Cli) -> None:  # noqa: F811
+    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+    for video, message in (
         ("film.avi", "video=film.avi must end in .mp4 or .gif, or be tensorboard"),
         ("nowhere/film.mp4", "there is no directory nowhere"),
         ("", "video= must end in .mp4 or .gif"),
-    ],
-)
-def test_a_wrong_video_is_refused_before_anything_is_played(command: Cli, video: str, message: str) -> None:  # noqa: F811
-    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
-    code, _, err = command("evaluate", "run=run", f"video={video}")
-    assert code == 1 and message in err and err.strip().count("\n") == 0
-    assert not (command.folder / "run" / "evaluation.json").exists()
+    ):
+        code, _, err = command("evaluate", "run=run", f"video={video}")
+        assert code == 1 and message in err and err.strip().count("\n") == 0
+        assert not (command.folder / "run" / "evaluation.json").exists()
 
 
 def test_missing_packages_are_named(command: Cli) -> None:  # noqa: F811
