@@ -9,7 +9,7 @@ train: $(VENV)/.train
 	$(RUN) scripts/train.py algo=ppo env=HalfCheetah $(ARGS)
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
