@@ -151,6 +151,42 @@ def test_worlds_that_ran_out_of_room_are_told_of_once() -> None:
 
 
 @installed
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_world_that_blows_up_begins_again_from_rest_and_harms_no_other(device: str) -> None:
+    physics, whole = (world("Ant", device).task.physics for _ in range(2))
+    for other in (physics, whole):
+        other.load_state_dict(whole.state_dict())
+    physics.qvel[1] = math.nan
+    for other in (physics, whole):
+        other.step(5)
+    rest = torch.as_tensor(physics.model.qpos0, device=device, dtype=torch.float32)
+    assert torch.allclose(physics.qpos[1], rest) and not physics.qvel[1].any()
+    others = [0, 2, 3]
+    assert torch.equal(physics.qpos[others], whole.qpos[others])
+    assert all(x.isfinite().all() for x in physics.outputs.values())
+    with pytest.warns(UserWarning, match="1 of 4 worlds reached numbers that are not finite, and began again"):
+        physics.state_dict()
+
+
+@installed
+@pytest.mark.gpu
+def test_physics_takes_its_turn_on_the_stream_that_torch_is_on() -> None:
+    """Work queued before a step is seen by it, and work queued after sees its result, on a stream of the user's too."""
+    physics = make("InvertedPendulum", 2_048, device="cuda").task.physics  # pyright: ignore[reportAttributeAccessIssue]
+    everywhere = torch.ones(2_048, dtype=torch.bool, device="cuda")
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            for push in (1.0, -1.0):
+                physics.set_state(everywhere, torch.zeros_like(physics.qpos), torch.zeros_like(physics.qvel))
+                busy = torch.randn(4_096, 4_096, device="cuda")
+                physics.ctrl.copy_((busy @ busy).clamp(1, 1)[:2_048, :1] * push)
+                physics.step(2)
+                speed = physics.qvel[:, 0].clone()
+                physics.qvel.zero_()
+                assert bool((speed * push > 0).all())
+
+
+@installed
 def test_how_close_it_comes_is_said() -> None:
     for name, verb in (("HalfCheetah", "rounds"), ("Ant", "approximates"), ("Humanoid", "approximates")):
         assert f"{verb} gymnasium" in make(name, 2, backend="warp").description

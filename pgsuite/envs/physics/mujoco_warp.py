@@ -20,9 +20,10 @@ class WarpPhysics:
     """N worlds of one model on a CUDA device; on a CPU too, slowly, for tests.
 
     A step and a reset are captured graphs, launched on torch's current stream: the host neither waits nor copies.
-    ``room`` is what each world has for contacts and for constraints, None for enough for gymnasium's models; worlds
-    that ran out of it are told of when the state is saved.  A solver that Warp has not is replaced by Newton's.  Raises
-    ValueError where mujoco-warp is not installed, or cannot simulate the model.
+    ``room`` is what each world has for contacts and for constraints, None for enough for gymnasium's models.  A world
+    that blows up is put at rest in the model's own pose, as MuJoCo does.  Of both, ``state_dict`` tells.  A solver that
+    Warp has not is replaced by Newton's.  Raises ValueError where mujoco-warp is not installed, or the driver is too old
+    for it, or it cannot simulate the model.
 
     ``outputs`` are as ``BatchPhysics`` has them.
     """
@@ -45,6 +46,8 @@ class WarpPhysics:
             raise ValueError(f"backend=warp needs mujoco-warp: {REMEDY} ({error})") from error
         warp.config.log_level = warp.LOG_WARNING if device.type == "cuda" else warp.LOG_ERROR
         warp.init()
+        if device.type == "cuda" and not warp.is_conditional_graph_supported():
+            raise ValueError("backend=warp needs a CUDA driver 12.4 or newer: update it, or choose backend=mujoco")
         self.warp, self.mujoco_warp, self.device, self.dtype = warp, mujoco_warp, device, torch.float32
         self.model, self.num_envs = model, num_envs
         self.description = f"warp float32 on {device}, mujoco-warp {mujoco_warp.__version__}"
@@ -72,9 +75,12 @@ class WarpPhysics:
         self.qpos, self.qvel, self.ctrl = (shared(getattr(self.data, name)) for name in ("qpos", "qvel", "ctrl"))
         self.warmstart, self.time = shared(self.data.qacc_warmstart), shared(self.data.time)
         self.overflow = shared(self.data.overflow)  # [N] bits that stay once they are set
+        self.broken = torch.zeros(num_envs, dtype=torch.bool, device=device)  # that ever blew up
         self.told = False
+        self.pose = self.qpos[:1].clone()
         self.derived = {name: shared(getattr(self.data, name)) for name in outputs}
         self.outputs = {name: x.clone() for name, x in self.derived.items()}
+        self.rest = {name: x[:1].clone() for name, x in self.derived.items()}  # in that pose
         self.graphs: dict[int, Any] = {}
         self.refresh = self.capture(lambda: mujoco_warp.forward(self.worlds, self.data)) if outputs else None
 
@@ -116,8 +122,12 @@ class WarpPhysics:
         if substeps not in self.graphs:
             self.graphs[substeps] = self.capture(lambda: self.advance(substeps))
         self.launch(self.graphs[substeps])
+        state = torch.cat([self.qpos, self.qvel], -1)
+        broken = ~(state.abs() <= mujoco.mjMAXVAL).all(-1)  # nor is NaN
+        self.broken |= broken
+        self.put(broken, self.pose, torch.zeros_like(self.qvel))
         for name, x in self.derived.items():
-            self.outputs[name].copy_(x)
+            self.outputs[name].copy_(torch.where(like(broken, x), self.rest[name], x))
 
     def advance(self, substeps: int) -> None:
         for _ in range(substeps):
@@ -126,32 +136,43 @@ class WarpPhysics:
             self.mujoco_warp.rne_postconstraint(self.worlds, self.data)
 
     def set_state(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        rows = mask.unsqueeze(-1)
-        self.qpos.copy_(torch.where(rows, qpos, self.qpos))
-        self.qvel.copy_(torch.where(rows, qvel, self.qvel))
-        self.warmstart.masked_fill_(rows, 0)
-        self.time.masked_fill_(mask, 0)
+        self.put(mask, qpos, qvel)
         if self.refresh is None:
             return
         self.launch(self.refresh)
         for name, x in self.derived.items():
             fresh = torch.zeros_like(x) if name == "cfrc_ext" else x
-            self.outputs[name].copy_(torch.where(mask.view(-1, *[1] * (x.ndim - 1)), fresh, self.outputs[name]))
+            self.outputs[name].copy_(torch.where(like(mask, x), fresh, self.outputs[name]))
 
-    def crowded(self) -> int:
-        """How many worlds have run out of room since the beginning; waits for the device."""
+    def put(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        rows = mask.unsqueeze(-1)
+        self.qpos.copy_(torch.where(rows, qpos, self.qpos))
+        self.qvel.copy_(torch.where(rows, qvel, self.qvel))
+        self.warmstart.masked_fill_(rows, 0)
+        self.time.masked_fill_(mask, 0)
+
+    def tell(self) -> None:
+        """Warn, once, of worlds that were not simulated as they are; waits for the device."""
         kinds = self.mujoco_warp.OverflowType
-        return int((self.overflow & ~int(kinds.ITERATIONS | kinds.LS_ITERATIONS)).ne(0).sum())
+        full = (self.overflow & ~int(kinds.ITERATIONS | kinds.LS_ITERATIONS)) != 0
+        crowded, broken = torch.stack([full, self.broken]).sum(-1).tolist()
+        if crowded:
+            warnings.warn(
+                f"{crowded} of {self.num_envs} worlds ran out of room for contacts or constraints, and ignored some: "
+                f"raise env.warp_contacts above {self.contacts} or env.warp_constraints above {self.constraints}",
+                stacklevel=3,
+            )
+        if broken:
+            warnings.warn(
+                f"{broken} of {self.num_envs} worlds reached numbers that are not finite, and began again from rest",
+                stacklevel=3,
+            )
+        self.told = bool(crowded or broken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Also warns, once, if worlds ran out of room: here the host waits for the device anyway."""
-        if not self.told and (count := self.crowded()):
-            self.told = True
-            warnings.warn(
-                f"{count} of {self.num_envs} worlds ran out of room for contacts or constraints, and ignored some: "
-                f"raise env.warp_contacts above {self.contacts} or env.warp_constraints above {self.constraints}",
-                stacklevel=2,
-            )
+        """Tells, too: here the host waits for the device anyway."""
+        if not self.told:
+            self.tell()
         state = {name: getattr(self, name).clone() for name in STATE}
         return state | {"outputs": {name: x.clone() for name, x in self.outputs.items()}}
 
@@ -160,3 +181,8 @@ class WarpPhysics:
             getattr(self, name).copy_(state[name])
         for name, value in state["outputs"].items():
             self.outputs[name].copy_(value)
+
+
+def like(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask [N] for all dims of x [N, ...]."""
+    return mask.view(-1, *[1] * (x.ndim - 1))
