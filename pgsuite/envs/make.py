@@ -37,7 +37,7 @@ def make(
         world = _named(world, options)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    device, backends = torch.device(device), world.backends
+    device, backends = torch.empty(0, device=device).device, world.backends  # cuda is cuda:0 from here on
     if backend not in ("auto", *backends):
         name = type(world).__name__
         raise ValueError(f"{name} runs on backend {' or '.join(backends)} (or auto), not {backend!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import platform
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -147,9 +148,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
 def versions() -> dict[str, str]:
     """Of everything that a result depends on."""
     found = {"python": platform.python_version(), "pgsuite": pgsuite.__version__}
-    for package in ("torch", "gymnasium", "mujoco", "numpy"):
-        try:
+    for package in ("torch", "gymnasium", "mujoco", "numpy", "mujoco-warp", "warp-lang", "envpool", "ale-py"):
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
     return found

@@ -22,8 +22,8 @@ class WarpPhysics:
     A step and a reset are captured graphs, launched on torch's current stream: the host neither waits nor copies.
     ``room`` is what each world has for contacts and for constraints, None for enough for gymnasium's models.  A world
     that blows up is put at rest in the model's own pose, as MuJoCo does.  Of both, ``state_dict`` tells.  A solver that
-    Warp has not is replaced by Newton's.  Raises ValueError where mujoco-warp is not installed, or the driver is too old
-    for it, or it cannot simulate the model.
+    Warp has not is replaced by Newton's.  Raises ValueError where mujoco-warp is not installed, or it cannot simulate
+    the model, or the driver is too old for it.
 
     ``outputs`` are as ``BatchPhysics`` has them.
     """
