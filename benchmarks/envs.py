@@ -5,8 +5,8 @@
     python benchmarks/envs.py --docs                 # measures nothing: the kept results into docs/environments.md
 
 Random actions, drawn beforehand.  In one process the rows take turns, round after round, so that what else the machine
-does falls on all of them.  Beside complete steps of HalfCheetah stand the batch stepper alone and envpool, and the
-compiled step beside tasks in torch.  Prints medians and spreads; writes benchmarks/results/envs-<device>.json.
+does falls on all of them.  Beside complete steps of HalfCheetah stand those of the batch stepper alone, in the same
+worlds, and envpool's, and the compiled step beside tasks in torch.  Prints medians and spreads; writes benchmarks/results/envs-<device>.json.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pgsuite.testing import random_actions
 Step = Callable[[int], Any]  # the t-th step of all environments
 TASKS = sorted(set(tasks.__all__) - {"Task"})
 ATARI = ("Pong", "Breakout")
+CHEETAH = ("HalfCheetah", 256)  # what is compared
 AHEAD = 16  # batches of random actions
 
 
@@ -46,9 +47,8 @@ def compiled(env: Any) -> Step:
 
 
 def stepper(env: Any) -> Step:
-    """The physics of a task alone."""
+    """The physics of a task alone, from wherever its worlds stand: on their backs they take another time."""
     actions, task = random_actions(env, AHEAD), env.task
-    env.reset()
 
     def step(t: int) -> None:
         task.physics.ctrl.copy_(actions[t % AHEAD])
@@ -77,14 +77,14 @@ def rows(names: list[str], sizes: list[int], device: str) -> dict[tuple[str, str
                     continue
                 env = make(name, size, device=device, backend=backend)
                 found[name, env.backend, size] = complete(env)
+                if (name, size, device) == (*CHEETAH, "cpu"):
+                    found[name, "batch stepper alone", size] = stepper(env)
+                    if importlib.util.find_spec("envpool"):
+                        found[name, "envpool", size] = pool("HalfCheetah-v5", size)
         if issubclass(getattr(tasks, name), ClassicTask):
             for size in {*sizes, 16_384}:
                 env = make(name, size, device=device)
                 found[name, f"{env.backend}, compiled", size] = compiled(env)
-    if device == "cpu" and "HalfCheetah" in names:
-        found["HalfCheetah", "batch stepper alone", 256] = stepper(make("HalfCheetah", 256))
-        if importlib.util.find_spec("envpool"):
-            found["HalfCheetah", "envpool", 256] = pool("HalfCheetah-v5", 256)
     if device == "cpu" and importlib.util.find_spec("ale_py"):
         for name in ATARI:
             for size in (8, 64):
@@ -138,9 +138,6 @@ def ratios(result: dict[str, Any]) -> list[str]:
             spread = f"{statistics.median(each):.2f} (from {min(each):.2f} to {max(each):.2f})"
             lines += [f"Complete steps of HalfCheetah over {other}, 256 environments: {spread}.", ""]
     return lines
-
-
-CHEETAH = ("HalfCheetah", 256)
 
 
 def main() -> None:
