@@ -27,6 +27,8 @@ plots: $(VENV)/.dev
 	$(RUN) benchmarks/plot.py
 	$(RUN) benchmarks/returns.py table --readme
 	$(RUN) benchmarks/throughput.py --readme
+	$(RUN) benchmarks/parity.py --docs
+	$(RUN) benchmarks/envs.py --docs
 
 clean:
 	rm -rf $(VENV) build *.egg-info
