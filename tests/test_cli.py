@@ -239,7 +239,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["policy.hidden=[0]"], "hidden must be a list, each a whole number at least 1, got [0]"),
     (["policy.activation=gelu"], "activation must be one of tanh, relu, elu, silu, got 'gelu'"),
     (["algo=reinforce", "horizon=100"], "whole episodes of HalfCheetah-v5 take up to 1000 steps, so horizon must be"),
-    (["env=CartPole", "policy.log_sigma=-1"], "policy.log_sigma is for continuous actions, and these are Discrete(2)"),
+    (["env=CartPole", "policy.log_sigma=-1"], "policy.log_sigma is for Gaussian policies, and this one is categorical"),
     (["device=gpu"], "no device 'gpu': auto, cpu, cuda or cuda:<number>"),
     (["backend=jax"], "HalfCheetah runs on backend mujoco or warp (or auto), not 'jax'"),
     (["env=gym"], "env.id must name an environment, such as env.id=LunarLander-v3"),

@@ -9,6 +9,7 @@ become [N, C, H, W] under their own keys, and the vector beside them is ``vector
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,7 +91,8 @@ def split(space: spaces.Space[Any]) -> tuple[spaces.Space[Any], dict[str, spaces
     if not isinstance(space, spaces.Dict):
         return space, {}
     apart = {key: space[key] for key in (PRIVILEGED, ACTION_MASK) if key in space.spaces}
-    return spaces.Dict({key: part for key, part in space.items() if key not in apart}), apart
+    rest = OrderedDict((key, part) for key, part in space.items() if key not in apart)  # in the order that they have
+    return spaces.Dict(rest), apart
 
 
 def is_image(space: spaces.Space[Any]) -> bool:
