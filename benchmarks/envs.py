@@ -60,7 +60,7 @@ def stepper(env: Any) -> Step:
 
 def pool(name: str, worlds: int) -> Step:
     """envpool's own loop, in numpy."""
-    import envpool
+    import envpool  # pyright: ignore[reportMissingImports]
 
     env = envpool.make_gymnasium(name, num_envs=worlds)
     env.reset()

@@ -37,7 +37,7 @@ class EnvPool(Foreign):
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> EnvPoolEnv:
         try:
-            import envpool
+            import envpool  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(f"env=envpool needs envpool: pip install 'pgsuite[envpool]' ({error})") from error
         if self.id not in (known := envpool.list_all_envs()):

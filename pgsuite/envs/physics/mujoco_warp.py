@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -40,8 +41,7 @@ class WarpPhysics:
         room: tuple[int | None, int | None] = (None, None),
     ) -> None:
         try:
-            import mujoco_warp
-            import warp
+            warp, mujoco_warp = (importlib.import_module(name) for name in ("warp", "mujoco_warp"))
         except ImportError as error:
             raise ValueError(f"backend=warp needs mujoco-warp: {REMEDY} ({error})") from error
         warp.config.log_level = warp.LOG_WARNING if device.type == "cuda" else warp.LOG_ERROR
