@@ -88,6 +88,8 @@ def test_images_vectors_and_what_is_the_critics_stay_apart() -> None:
     ("space", "message"),
     [
         (spaces.Sequence(spaces.Discrete(2)), "Sequence.* have no fixed size: Box, Discrete, MultiDiscrete"),
+        (spaces.Dict({}), "hold nothing that a policy may see"),
+        (spaces.Dict({"critic_obs": spaces.Box(-1, 1, (3,))}), "hold nothing that a policy may see"),
         (spaces.Dict({"vector": spaces.Box(0, 255, (8, 8), np.uint8)}), "an image of .* is named 'vector'"),
     ],
 )

@@ -48,6 +48,8 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     if vectors:
         low, high = np.concatenate([x.low for x in vectors]), np.concatenate([x.high for x in vectors])
         parts[VECTOR] = spaces.Box(low, high, dtype=np.result_type(low, high).type)
+    if not parts:
+        raise ValueError(f"observations {space} hold nothing that a policy may see")
     for key, part in apart.items():
         shape = tensor_space(part)
         parts[key] = shape if key == PRIVILEGED else spaces.MultiBinary(math.prod(shape.shape or ()))
