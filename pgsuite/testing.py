@@ -11,6 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite.envs.base import VectorEnv
+from pgsuite.envs.spaces import first_action
 from pgsuite.types import Obs, Step, map_obs
 
 
@@ -38,8 +39,7 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200) -> None
 def random_actions(env: VectorEnv, steps: int) -> list[Tensor]:
     """Samples [N, *A] of the action space, the same every time; of discrete spaces counted from zero."""
     env.action_space.seed(0)
-    discrete = isinstance(env.action_space, spaces.Discrete | spaces.MultiDiscrete)
-    first = torch.as_tensor(env.action_space.start) if discrete else 0  # pyright: ignore[reportAttributeAccessIssue]
+    first = torch.as_tensor(first_action(env.action_space))
     rows = [[torch.as_tensor(env.action_space.sample()) - first for _ in range(env.num_envs)] for _ in range(steps)]
     return [torch.stack(row).to(env.device) for row in rows]
 

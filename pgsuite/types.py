@@ -45,12 +45,19 @@ def map_obs(fn: Callable[[Tensor], Tensor], obs: Obs) -> Obs:
 
 
 def write_obs(into: Obs, index: Any, obs: Obs) -> None:
-    """into[index] = obs, entry by entry if they are dictionaries."""
+    """into[index] = obs, of tensors or of arrays, entry by entry if they are dictionaries."""
     if isinstance(obs, dict):
         for key, x in obs.items():
             write_obs(into[key], index, x)
-    elif obs.numel():
+    else:
         into[index] = obs
+
+
+def choose(mask: Tensor, x: Obs, y: Obs) -> Obs:
+    """x [N, ...] where mask [N], and y elsewhere, entry by entry if they are dictionaries."""
+    if isinstance(y, dict):
+        return {key: choose(mask, x[key], y[key]) for key in y}
+    return torch.where(mask.view(-1, *[1] * (y.ndim - 1)), x, y)
 
 
 @dataclass(frozen=True)

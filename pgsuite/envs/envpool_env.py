@@ -15,6 +15,7 @@ from pgsuite import seeding, settings
 from pgsuite.envs.base import Foreign
 from pgsuite.envs.gym_env import GymEnv
 from pgsuite.settings import Count, Natural, closest
+from pgsuite.types import write_obs
 
 UNLIMITED = 2**31 - 1  # what envpool says of episodes that have no limit
 
@@ -81,21 +82,12 @@ class Pool(VectorEnv[Any, Any, Any]):
         if options is None:
             self.obs = obs
         else:
-            write(self.obs, info["env_id"], obs)
+            write_obs(self.obs, info["env_id"], obs)
         return self.obs, info
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         self.obs, reward, terminated, truncated, info = self.pool.step(actions)
         return self.obs, reward, terminated, truncated | (info["elapsed_step"] >= self.limit), info
-
-
-def write(into: Any, rows: np.ndarray, obs: Any) -> None:
-    """into[rows] = obs, entry by entry if they are dictionaries."""
-    if isinstance(into, dict):
-        for key in into:
-            write(into[key], rows, obs[key])
-    else:
-        into[rows] = obs
 
 
 class EnvPoolEnv(GymEnv):

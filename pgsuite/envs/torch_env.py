@@ -20,7 +20,7 @@ from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign
 from pgsuite.envs.spaces import first_action, place, tensor_space, tensors
 from pgsuite.settings import Count, closest
-from pgsuite.types import PRIVILEGED, Obs, Step, map_obs
+from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
 
 GROUPS = {"policy": "policy", PRIVILEGED: "critic"}  # our names, and Isaac Lab's
 
@@ -201,10 +201,3 @@ def find(env: Any, *names: str) -> Any:
         inner = (getattr(env, name, None) for name in ("env", "_env", "unwrapped"))
         env = next((x for x in inner if x is not None and x is not env), None)
     return None
-
-
-def choose(done: Tensor, x: Obs, y: Obs) -> Obs:
-    """x where done [N], and y elsewhere."""
-    if isinstance(y, dict):
-        return {key: choose(done, x[key], y[key]) for key in y}
-    return torch.where(done.view(-1, *[1] * (y.ndim - 1)), x, y)

@@ -13,6 +13,8 @@ import mujoco
 import torch
 from torch import Tensor
 
+from pgsuite.types import choose
+
 REMEDY = "pip install 'pgsuite[gpu]'"
 STATE = ("qpos", "qvel", "ctrl", "warmstart", "time")
 
@@ -127,7 +129,7 @@ class WarpPhysics:
         self.broken |= broken
         self.put(broken, self.pose, torch.zeros_like(self.qvel))
         for name, x in self.derived.items():
-            self.outputs[name].copy_(torch.where(like(broken, x), self.rest[name], x))
+            self.outputs[name].copy_(choose(broken, self.rest[name], x))
 
     def advance(self, substeps: int) -> None:
         for _ in range(substeps):
@@ -142,13 +144,12 @@ class WarpPhysics:
         self.launch(self.refresh)
         for name, x in self.derived.items():
             fresh = torch.zeros_like(x) if name == "cfrc_ext" else x
-            self.outputs[name].copy_(torch.where(like(mask, x), fresh, self.outputs[name]))
+            self.outputs[name].copy_(choose(mask, fresh, self.outputs[name]))
 
     def put(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        rows = mask.unsqueeze(-1)
-        self.qpos.copy_(torch.where(rows, qpos, self.qpos))
-        self.qvel.copy_(torch.where(rows, qvel, self.qvel))
-        self.warmstart.masked_fill_(rows, 0)
+        self.qpos.copy_(choose(mask, qpos, self.qpos))
+        self.qvel.copy_(choose(mask, qvel, self.qvel))
+        self.warmstart.masked_fill_(mask.unsqueeze(-1), 0)
         self.time.masked_fill_(mask, 0)
 
     def tell(self) -> None:
@@ -181,8 +182,3 @@ class WarpPhysics:
             getattr(self, name).copy_(state[name])
         for name, value in state["outputs"].items():
             self.outputs[name].copy_(value)
-
-
-def like(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask [N] for all dims of x [N, ...]."""
-    return mask.view(-1, *[1] * (x.ndim - 1))
