@@ -50,7 +50,7 @@ def ppo(env: VectorEnv, execution: Execution) -> tuple[PPO, StepCollector]:
     algorithm = PPO(
         policy=Policy(norm, env.action_space, generator=generator),
         critic=Critic(norm, generator=generator),
-        reward_scale=RewardScale(ENVS, 0.99),
+        reward_scale=RewardScale(ENVS),
         generator=generator,
         epochs=EPOCHS,
         minibatches=MINIBATCHES,

@@ -15,7 +15,7 @@ import math
 import operator
 import types
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -44,18 +44,42 @@ Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 
 
-def check(obj: Any, label: str | None = None) -> None:
+def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:
     """Raise ValueError, naming the field and what would be right, if a field of dataclass obj breaks its type.
 
     Only numbers, strings, booleans, literals, sequences of them and unions are checked; modules and other
-    parts are not.
+    parts are not, nor are fields to skip.
     """
     hints = get_type_hints(type(obj), include_extras=True)
     prefix = f"{type(obj).__name__}." if label is None else label
-    for field in filter(lambda field: field.init, fields(obj)):
-        value = getattr(obj, field.name)
-        if wanted := _complaint(hints[field.name], value):
-            raise ValueError(f"{prefix}{field.name} must be {wanted}, got {value!r}")
+    for field in fields(obj):
+        if field.init and field.name not in skip:
+            require(hints[field.name], getattr(obj, field.name), f"{prefix}{field.name}")
+
+
+def require(hint: Any, value: Any, name: str) -> None:
+    """Raise ValueError, saying what it must be, if a value breaks the type of the field of this name."""
+    if wanted := _complaint(hint, value):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def number(hint: Any) -> type[float] | type[int] | None:
+    """Which kind of number a field of this type holds, if it does."""
+    if get_origin(hint) is Annotated:
+        return number(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(filter(None, map(number, get_args(hint))), None)
+    return hint if hint in (float, int) else None
+
+
+def closed(hint: Any) -> Any:
+    """The type of a field with the bounds of its range let in: a schedule may come as near to them as it likes."""
+    if get_origin(hint) is Annotated:
+        base, limits = get_args(hint)
+        return Annotated[base, replace(limits, open=False)]
+    if get_origin(hint) in (Union, types.UnionType):
+        return functools.reduce(operator.or_, map(closed, get_args(hint)))
+    return hint
 
 
 def plain(hint: Any) -> Any:

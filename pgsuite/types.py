@@ -21,6 +21,7 @@ from pgsuite import parallel
 
 Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
 Obs = Any  # Tensor, or dict[str, Obs]
+Memory = dict[str, Tensor]  # [..., H] under each name of a network that remembers; empty where none does
 PRIVILEGED, ACTION_MASK = "critic_obs", "action_mask"
 
 
@@ -76,7 +77,7 @@ class Rollout(Experience):
     """What happened: [T, N] experience, as the environments and the acting policy produced it."""
 
     obs: Obs  # [T, N, *O]
-    memory: Tensor  # [T, N, H] what the policy remembered before seeing obs; H is zero without recurrence
+    memory: Memory  # [T, N, H] each, what was remembered before seeing obs
     start: Tensor  # [T, N] bool, an episode begins here
     action: Tensor  # [T, N, *A]
     logp: Tensor  # [T, N] under the policy that acted
@@ -96,7 +97,7 @@ class Batch(Experience):
     """What to learn from: the same cells, with credit assigned."""
 
     obs: Obs  # [..., *O]
-    memory: Tensor  # [..., H]
+    memory: Memory  # [..., H] each
     start: Tensor  # [...] bool
     action: Tensor  # [..., *A]
     logp: Tensor  # [...] under the policy that acted

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 from pgsuite.functional import objectives
 from pgsuite.nn.distributions import Bernoulli, Beta, Categorical, Gaussian, MultiCategorical, Squashed
-from pgsuite.nn.network import Tanh
+from pgsuite.nn.layers import Tanh
 
 SAMPLES = 200_000
 

@@ -19,6 +19,7 @@ from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import BrokenEnvError, Gym, GymEnv, make
 from pgsuite.envs.gym_env import Maker
 from pgsuite.rollout import EpisodeCollector, EpisodeTracker, StepCollector
+from pgsuite.types import Memory
 
 LIMIT, ENVS, STEPS = 13, 3, 60
 CARTPOLE = Gym(id="CartPole-v1", max_episode_steps=LIMIT)
@@ -85,10 +86,10 @@ class Fixed:
 
     sequential = False
 
-    def blank(self, num_envs: int) -> Tensor:
-        return torch.zeros(num_envs, 0)
+    def blank(self, num_envs: int) -> Memory:
+        return {}
 
-    def act(self, obs: Tensor, memory: Tensor, start: Tensor, generator: Any = None) -> Any:
+    def act(self, obs: Tensor, memory: Memory, start: Tensor, generator: Any = None) -> Any:
         from pgsuite.nn.policy import Choice
 
         return Choice(torch.tensor([act(x.tolist()) for x in obs]), torch.zeros(len(obs)), memory)

@@ -44,9 +44,9 @@ def test_standardize_is_the_identity_until_update_and_clips() -> None:
 
 def test_reward_scale_is_the_deviation_of_discounted_returns_across_rollouts() -> None:
     reward, start = torch.randn(12, 3), torch.rand(12, 3) < 0.2
-    scale, mask = RewardScale(3, gamma=0.9), torch.ones(4, 3, dtype=torch.bool)
+    scale, mask = RewardScale(3), torch.ones(4, 3, dtype=torch.bool)
     for i in range(0, 12, 4):
-        scale.update(reward[i : i + 4], start[i : i + 4], mask)
+        scale.update(reward[i : i + 4], start[i : i + 4], mask, 0.9)
     sums, carry = [], torch.zeros(3)
     for r, s in zip(reward, start, strict=True):
         carry = r + 0.9 * carry * ~s

@@ -15,7 +15,7 @@ from pgsuite.algorithms import PPO
 from pgsuite.envs import Gym, make
 from pgsuite.envs.spaces import native_action, tensor_space, tensors
 from pgsuite.nn.heads import make_head
-from pgsuite.nn.network import Convolutions
+from pgsuite.nn.layers import Convolutions
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeTracker, StepCollector
@@ -142,8 +142,8 @@ def networks(space: spaces.Space[Any]) -> tuple[Policy, Critic]:
 
 def influence(network: Any, obs: dict[str, Any], key: str) -> float:
     """How much a network's numbers change with one part of the observation."""
-    before = network.read(obs)
-    return float((network.read(obs | {key: obs[key].flip(0)}) - before).detach().abs().max())
+    before = network.body.encode(obs)
+    return float((network.body.encode(obs | {key: obs[key].flip(0)}) - before).detach().abs().max())
 
 
 def test_the_critic_sees_its_own_part_and_the_policy_the_rest() -> None:

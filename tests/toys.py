@@ -143,22 +143,36 @@ def build(
     scale: bool = True,
     convolutions: Any = None,
     look: Any = None,
+    recurrent: Any = "none",
+    shared: bool = False,
     **fields: Any,
 ) -> Any:
     """An algorithm with small networks, its randomness its own."""
     generator = seeding.generator(seed, "algorithm")
     norm = Standardize(env.observation_space, enabled=standardize)
-    shared: Any = {"convolutions": convolutions, "generator": generator}
-    policy = Policy(norm, env.action_space, hidden=hidden, **shared, **(look or {}))
-    critic = Critic(norm, hidden=(16,), activation="elu", **shared)  # tanh begins as an odd function
+    both: Any = {"convolutions": convolutions, "generator": generator}
+    policy = Policy(norm, env.action_space, hidden=hidden, **both, **(look or {}))
+    both |= {
+        "recurrent": recurrent,
+        "recurrent_size": 16,
+        "num_envs": env.num_envs,
+        "shared": policy if shared else None,
+    }
+    critic = Critic(norm, hidden=(16,), activation="elu", **both)  # tanh begins as an odd function
     if scale:
-        fields["reward_scale"] = RewardScale(env.num_envs, fields.get("gamma", 0.99))
+        fields["reward_scale"] = RewardScale(env.num_envs)
     return cls(policy=policy, critic=critic, generator=generator, **fields)  # pyright: ignore[reportCallIssue]
 
 
 def collector(algorithm: Any, env: Any, horizon: int = 20, seed: int = 0) -> Collector:
     horizon = env.max_episode_steps if algorithm.collector.whole_episodes else horizon
     return algorithm.collector(env, horizon, seed)
+
+
+@torch.no_grad()
+def value(critic: Critic, obs: Tensor) -> Tensor:
+    """What a critic without memory says of observations [..., O], [...]."""
+    return critic.read(critic.body.step(obs, {}, torch.ones(obs.shape[:-1], dtype=torch.bool))[0])
 
 
 class LQR(Toy):

@@ -9,23 +9,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from pgsuite import settings
+from pgsuite import parallel
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.functional import objectives
 from pgsuite.nn.normalize import RewardScale
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
 from pgsuite.settings import Fraction
 from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, masked_mean, standardize
 
 
 @dataclass(kw_only=True, eq=False)
-class Algorithm(ABC):
+class Algorithm(Scheduled, ABC):
     """A rule for turning rollouts into a better policy.
 
-    Hyperparameters are the dataclass fields: a subclass adds its own, and the configuration schema follows.  The
-    fields ``policy``, ``reward_scale`` and ``generator`` are parts that the runtime supplies.
+    Hyperparameters are the dataclass fields: a subclass adds its own, and the configuration schema follows.  Each
+    number among them may be given as a schedule.  The fields ``policy``, ``reward_scale`` and ``generator`` are parts
+    that the runtime supplies.
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
@@ -35,64 +37,114 @@ class Algorithm(ABC):
     generator: Generator | None = None  # draws minibatches
 
     gamma: Fraction = 0.99
-    anneal: bool = False  # learning rates fall linearly to zero over the run
 
     optimizer: Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        settings.check(self)
+        super().__post_init__()
+        self.scheduled: dict[str, Scheduled] = {"": self}
+        self.scheduled |= {f"{name}_": part for name, part in vars(self).items() if isinstance(part, Scheduled)}
+        for part in self.scheduled.values():
+            part.place(next(self.policy.parameters()).device)
 
     def iterate(self, collector: Collector) -> Metrics:
-        """One turn: collect, assign credit, learn.  Running statistics move last, so that the policy that learns is
-        the policy that acted."""
+        """One turn: collect, assign credit, learn.  Statistics and memories move last, so that the policy that learns
+        is the policy that acted."""
         rollout = collector.collect(self.policy)
-        with torch.no_grad():
-            batch = self.estimate(self.scaled(rollout))
-        metrics = self.update(batch) | self.watch(batch)
-        self.policy.observe(rollout)
-        if self.reward_scale is not None:
-            self.reward_scale.update(rollout.reward, rollout.start, rollout.mask)
+        prepared = self.prepare(rollout)
+        metrics = self.learn(prepared)
+        metrics |= self.adapt(prepared)
+        self.observe(rollout)
         return metrics
 
-    def scaled(self, rollout: Rollout) -> Rollout:
-        """The rollout with its rewards brought to unit scale, where that is asked for."""
-        if self.reward_scale is None:
-            return rollout
-        return replace(rollout, reward=self.reward_scale(rollout.reward))
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """The rollout with its rewards brought to unit scale, where that is asked for, and with what the critic
+        remembers."""
+        if self.reward_scale is not None:
+            rollout = replace(rollout, reward=self.reward_scale(rollout.reward))
+        for critic in self.critics:
+            rollout = critic.recall(rollout)
+        return rollout
+
+    def learn(self, rollout: Rollout) -> Metrics:
+        """Assign credit and improve."""
+        batch = self.credit(rollout)
+        return self.update(batch) | self.watch(batch)
+
+    @torch.no_grad()
+    def credit(self, rollout: Rollout) -> Batch:
+        return self.estimate(rollout)
 
     @abstractmethod
     def estimate(self, rollout: Rollout) -> Batch:
-        """Assign credit to every step [T, N]."""
+        """Assign credit to every step [T, N]; called without gradient."""
 
     @abstractmethod
     def update(self, batch: Batch) -> Metrics:
         """Improve the policy."""
 
+    def adapt(self, rollout: Rollout) -> Metrics:
+        """Let what follows the KL follow that of this update, and say where every schedule stands."""
+        metrics: Metrics = {}
+        if adaptive := [schedule for part in self.scheduled.values() for schedule in part.adaptive]:
+            metrics["kl"] = kl = self.strayed(rollout)
+            for schedule in adaptive:
+                schedule.react(kl)
+        for prefix, part in self.scheduled.items():
+            metrics |= {f"{prefix}{name}": schedule.value.clone() for name, schedule in part.schedules.items()}
+        return metrics
+
+    def observe(self, rollout: Rollout) -> None:
+        """Take in what was seen, between one update and the next rollout."""
+        self.policy.observe(rollout)
+        for critic in self.critics:
+            critic.observe(rollout)
+        if self.reward_scale is not None:
+            self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
+
     def watch(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
-            "learning_rate": torch.tensor(self.optimizer.lr),
+            "learning_rate": self.optimizer.lr.clone(),
             "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
         }
         return metrics | self.policy.watch()
+
+    @torch.no_grad()
+    def strayed(self, seen: Rollout | Batch) -> Tensor:
+        """How far the policy has moved from the one that acted: their mean KL over real cells, estimated from the
+        actions."""
+        log_ratio = self.policy.dist(seen).log_prob(seen.action) - seen.logp
+        return parallel.mean(masked_mean(objectives.sampled_kl(log_ratio), seen.mask))
+
+    @property
+    def critics(self) -> list[Critic]:
+        return [part for part in vars(self).values() if isinstance(part, Critic)]
+
+    @property
+    def sequential(self) -> bool:
+        """Whether minibatches must be whole columns in time order."""
+        return any(network.sequential for network in (self.policy, *self.critics))
 
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if rollouts of this collector cannot be learned from."""
 
     def progress(self, fraction: float) -> None:
         """Told before each iteration what fraction of the run is behind."""
-        if self.anneal:
-            for part in vars(self).values():
-                if isinstance(part, Optimizer):
-                    part.scale_lr(max(0.0, 1.0 - fraction))
+        for part in self.scheduled.values():
+            part.follow(fraction)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every part that has any; a subclass adds parts by holding them."""
         state = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
-        return state | ({"generator": self.generator.get_state()} if self.generator else {})
+        state |= {"generator": self.generator.get_state()} if self.generator else {}
+        return state | {"schedules": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state["schedules"])
         for name, part_state in state.items():
+            if name == "schedules":
+                continue
             part = getattr(self, name)
             part.set_state(part_state) if isinstance(part, Generator) else part.load_state_dict(part_state)
 

@@ -8,20 +8,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pgsuite import settings
 from pgsuite.functional import estimators
+from pgsuite.nn.schedules import Scheduled
 from pgsuite.settings import Count, Fraction, Positive
 from pgsuite.types import Rollout
 
 
 @dataclass(kw_only=True, eq=False)
-class Estimator(ABC):
+class Estimator(Scheduled, ABC):
     """Turns a rollout and the critic's opinion of it into credit."""
 
     off_policy: ClassVar[bool] = False  # whether it wants the ratio
-
-    def __post_init__(self) -> None:
-        settings.check(self)
 
     @abstractmethod
     def __call__(

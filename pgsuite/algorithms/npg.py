@@ -35,11 +35,11 @@ class NPG(ActorCritic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optimizer = Optimizer([self.critic], self.critic_lr)
+        self.optimizer = Optimizer([self.critic.own], self.critic_lr)
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
-        check_split(collector.horizon, collector.env.num_envs, self.critic_minibatches, columns=self.policy.sequential)
+        check_split(collector.horizon, collector.env.num_envs, self.critic_minibatches, columns=self.sequential)
 
     def update(self, batch: Batch) -> Metrics:
         return self.improve(batch) | self.regress(batch)
@@ -94,6 +94,6 @@ class NPG(ActorCritic):
             batch,
             epochs=self.critic_epochs,
             count=self.critic_minibatches,
-            columns=self.policy.sequential,
+            columns=self.sequential,
             generator=self.generator,
         )

@@ -12,7 +12,7 @@ from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split, minibatches
 from pgsuite.settings import Count, Positive, Range
-from pgsuite.types import Batch, Metrics, average, standardize
+from pgsuite.types import Batch, Metrics, Rollout, average, standardize
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,15 +27,21 @@ class PPO(A2C):
     epochs: Count = 10
     minibatches: Count = 4
     value_clip: Positive | None = None
+    recompute_advantage: bool = False  # before every epoch but the first, with the critic as it then is
     target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this; read once per epoch
     normalize_advantage: Literal["none", "batch", "minibatch"] = "minibatch"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
-        check_split(collector.horizon, collector.env.num_envs, self.minibatches, columns=self.policy.sequential)
+        check_split(collector.horizon, collector.env.num_envs, self.minibatches, columns=self.sequential)
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """How far below and above one the ratio may go."""
+        return self.clip, self.clip if self.clip_high is None else self.clip_high
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        objective = objectives.clipped_surrogate(ratio, advantage, self.clip, self.clip_high or self.clip)
+        objective = objectives.clipped_surrogate(ratio, advantage, *self.clips)
         return objective if self.dual_clip is None else objectives.dual_clipped(objective, advantage, self.dual_clip)
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
@@ -43,16 +49,21 @@ class PPO(A2C):
             return super().value_error(value, batch)
         return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber)
 
+    def learn(self, rollout: Rollout) -> Metrics:
+        """Epoch after epoch, until the last or one that strays too far."""
+        batch, epochs = self.credit(rollout), []
+        while len(epochs) < self.epochs:
+            if epochs and self.target_kl is not None and bool(parallel.mean(epochs[-1]["kl"]) > self.target_kl):
+                break
+            if epochs and self.recompute_advantage:
+                batch = self.credit(rollout)
+            epochs.append(self.update(batch))
+        return average(epochs) | {"epochs": batch.logp.new_tensor(len(epochs))} | self.watch(batch)
+
     def update(self, batch: Batch) -> Metrics:
-        steps: list[Metrics] = []
-        for epoch in range(self.epochs):
-            for part in minibatches(batch, self.minibatches, columns=self.policy.sequential, generator=self.generator):
-                steps.append(self.step(part))  # noqa: PERF401
-            if self.target_kl is not None and epoch + 1 < self.epochs:
-                kl = average(steps[-self.minibatches :])["kl"]
-                if bool(parallel.mean(kl) > self.target_kl):
-                    break
-        return average(steps) | {"epochs": batch.mask.new_tensor(len(steps) / self.minibatches, dtype=batch.logp.dtype)}
+        """One epoch: a step on each of the minibatches."""
+        parts = minibatches(batch, self.minibatches, columns=self.sequential, generator=self.generator)
+        return average([self.step(part) for part in parts])
 
     def step(self, batch: Batch) -> Metrics:
         if self.normalize_advantage == "minibatch":
@@ -60,5 +71,5 @@ class PPO(A2C):
         return super().step(batch)
 
     def watch_ratio(self, ratio: Tensor) -> Metrics:
-        outside = (ratio < 1 - self.clip) | (ratio > 1 + (self.clip_high or self.clip))
-        return {"clip_fraction": outside.to(ratio.dtype)}
+        low, high = self.clips
+        return {"clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)}

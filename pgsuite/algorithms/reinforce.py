@@ -19,13 +19,16 @@ from pgsuite.types import Batch, Metrics, Rollout, masked_mean, standardize
 class Reinforce(Algorithm):
     """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
 
-    The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  The baseline is
-    nothing, the mean return of the other episodes at the same time, or a critic.
+    The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  An action is paid
+    by the return from it to the end, or, as the method was first written, by that of the whole episode, which has the
+    same mean and more variance.  The baseline is nothing, the mean return of the other episodes at the same time, or a
+    critic.
     """
 
     collector = EpisodeCollector
 
     critic: Critic | None = None
+    returns: Literal["to-go", "total"] = "to-go"
     baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"
     normalize_advantage: bool = False
     optim: Kind = "adam"
@@ -43,7 +46,7 @@ class Reinforce(Algorithm):
         elif self.critic is None:
             raise ValueError("algo.baseline=critic needs a critic")
         else:
-            self.critic_optimizer = Optimizer([self.critic], self.critic_lr)
+            self.critic_optimizer = Optimizer([self.critic.own], self.critic_lr)
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
@@ -51,10 +54,12 @@ class Reinforce(Algorithm):
             raise ValueError("REINFORCE needs whole episodes: collect them with EpisodeCollector")
         if self.critic is not None:
             split = self.critic_minibatches
-            check_split(collector.horizon, collector.env.num_envs, split, columns=self.policy.sequential)
+            check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
 
     def estimate(self, rollout: Rollout) -> Batch:
         returns = estimators.reward_to_go(rollout.reward, rollout.done, gamma=self.gamma)
+        if self.returns == "total":
+            returns = returns[0].expand_as(returns)
         value = torch.zeros_like(returns)
         if self.baseline == "leave-one-out":
             value = estimators.leave_one_out(returns, rollout.mask)
@@ -82,7 +87,7 @@ class Reinforce(Algorithm):
                 batch,
                 epochs=self.critic_epochs,
                 count=self.critic_minibatches,
-                columns=self.policy.sequential,
+                columns=self.sequential,
                 generator=self.generator,
             )
         return metrics

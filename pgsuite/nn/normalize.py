@@ -48,10 +48,10 @@ def is_image(space: spaces.Space[Any]) -> bool:
 
 
 class Standardize(nn.Module):
-    """Observations of a space with running mean and deviation taken out of its vectors, clipped to +-clip; images stay
-    as they are, and so does everything if not ``enabled``."""
+    """Observations of a space with running mean and deviation taken out of its vectors, clipped to +-clip if that is
+    given; images stay as they are, and so does everything if not ``enabled``."""
 
-    def __init__(self, space: spaces.Space[Any], clip: float = 10.0, enabled: bool = True) -> None:
+    def __init__(self, space: spaces.Space[Any], clip: float | None = 10.0, enabled: bool = True) -> None:
         super().__init__()
         self.space, self.clip, self.moments = space, clip, None
         if isinstance(space, spaces.Dict):
@@ -65,7 +65,7 @@ class Standardize(nn.Module):
             return {key: self.parts[key](x) for key, x in obs.items()}
         if self.moments is None:
             return obs
-        return ((obs - self.moments.mean) * self.moments.scale).clamp(-self.clip, self.clip)
+        return held((obs - self.moments.mean) * self.moments.scale, self.clip)
 
     def update(self, obs: Obs, mask: Tensor) -> None:
         """Take in observations [..., *O] where mask [...] is true."""
@@ -77,6 +77,11 @@ class Standardize(nn.Module):
             self.moments.update(obs, mask)
 
 
+def held(x: Tensor, clip: float | None) -> Tensor:
+    """x, held within +-clip if that is given."""
+    return x if clip is None else x.clamp(-clip, clip)
+
+
 class RewardScale(nn.Module):
     """Rewards [T, N] over the running deviation of their discounted sums, so that returns have unit scale.
 
@@ -86,19 +91,19 @@ class RewardScale(nn.Module):
 
     carry: Tensor
 
-    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0) -> None:
+    def __init__(self, num_envs: int, clip: float | None = 10.0) -> None:
         super().__init__()
-        self.gamma, self.clip = gamma, clip
+        self.clip = clip
         self.moments = RunningMoments()
         self.register_buffer("carry", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor) -> Tensor:
-        return (reward * self.moments.scale).clamp(-self.clip, self.clip)
+        return held(reward * self.moments.scale, self.clip)
 
     @torch.no_grad()
-    def update(self, reward: Tensor, start: Tensor, mask: Tensor) -> None:
-        """Take in a rollout's rewards, episode starts and mask, each [T, N]."""
-        decay, sums = self.gamma * (~start).to(reward.dtype), torch.empty_like(reward)
+    def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
+        """Take in a rollout's rewards, episode starts and mask, each [T, N], discounted by gamma."""
+        decay, sums = gamma * (~start).to(reward.dtype), torch.empty_like(reward)
         for t in range(reward.shape[0]):
             self.carry.mul_(decay[t]).add_(reward[t])
             sums[t] = self.carry

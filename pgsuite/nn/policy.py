@@ -1,31 +1,22 @@
-"""Policies and critics.  Both read obs [..., *O], memory [..., H] and start [...] from whatever they are given; those
-without memory look at obs alone."""
+"""Policies and critics.  Both read obs [..., *O], memory and start [...] from whatever they are given; those without
+memory look at obs alone, and those with one want [T, N] cells, in time order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium import spaces
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Sigma, make_head
-from pgsuite.nn.network import Network
+from pgsuite.nn.network import Body, Network, Seen
 from pgsuite.nn.normalize import Standardize
-from pgsuite.types import ACTION_MASK, Metrics, Obs, Rollout
-
-
-class Seen(Protocol):
-    """What a network may look at; a Rollout and a Batch both are one."""
-
-    @property
-    def obs(self) -> Obs: ...
-    @property
-    def memory(self) -> Tensor: ...
-    @property
-    def start(self) -> Tensor: ...
+from pgsuite.nn.recurrent import Kind
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Metrics, Obs, Rollout
 
 
 class Choice(NamedTuple):
@@ -33,13 +24,11 @@ class Choice(NamedTuple):
 
     action: Tensor  # [N, *A]
     logp: Tensor  # [N]
-    memory: Tensor  # [N, H] to carry on with
+    memory: Memory  # to carry on with
 
 
 class Policy(Network):
-    """A feed-forward policy over observations [..., *O]."""
-
-    sequential = False  # whether minibatches must be whole columns in time order
+    """A policy over observations [..., *O]."""
 
     def __init__(
         self,
@@ -49,51 +38,60 @@ class Policy(Network):
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         convolutions: Iterable[Sequence[int]] | None = None,
+        recurrent: Kind = "none",
+        recurrent_size: int = 64,
         distribution: str = "auto",
         log_sigma: float | None = None,
         sigma: Sigma = "free",
         generator: Generator | None = None,
     ) -> None:
         head = make_head(action_space, distribution, log_sigma=log_sigma, sigma=sigma)
-        super().__init__(
+        body = Body(
             obs_norm,
-            head.inputs,
+            "policy",
             privileged=False,
-            last_gain=0.01,
             hidden=hidden,
             activation=activation,
             convolutions=convolutions,
+            recurrent=recurrent,
+            recurrent_size=recurrent_size,
             generator=generator,
         )
+        super().__init__(body, head.inputs, 0.01, generator)
         self.head = head
+
+    @property
+    def obs_norm(self) -> Standardize:
+        return self.body.obs_norm
 
     def observe(self, rollout: Rollout) -> None:
         """Take in what was seen.  Statistics move only here, between one update and the next rollout."""
         self.obs_norm.update(rollout.obs, rollout.mask)
 
-    def blank(self, num_envs: int) -> Tensor:
-        """The memory [N, H] of having seen nothing."""
-        return torch.zeros(num_envs, 0, device=next(self.parameters()).device)
+    def blank(self, num_envs: int) -> Memory:
+        """The memory of having seen nothing."""
+        return self.body.blank(num_envs)
 
     def dist(self, seen: Seen) -> Distribution:
-        return self.look(seen.obs)
+        return self.distribution(self.body.sequence(seen)[0], seen.obs)
 
-    def look(self, obs: Obs) -> Distribution:
+    def distribution(self, features: Tensor, obs: Obs) -> Distribution:
         allowed = obs[ACTION_MASK] if isinstance(obs, dict) and ACTION_MASK in obs else None
-        return self.head(self.read(obs), allowed)
+        return self.head(self.out(features), allowed)
 
     @torch.no_grad()
     def act(
         self,
         obs: Obs,
-        memory: Tensor,
+        memory: Memory,
         start: Tensor,
         generator: Generator | None = None,
         *,
         deterministic: bool = False,
     ) -> Choice:
         """Sample an action for each environment, or take the likeliest."""
-        dist = self.look(obs)
+        features, memory = self.body.step(obs, memory, start)
+        dist = self.distribution(features, obs)
         action = dist.mode() if deterministic else dist.sample(generator)
         return Choice(action, dist.log_prob(action), memory)
 
@@ -103,7 +101,14 @@ class Policy(Network):
 
 
 class Critic(Network):
-    """State values [...] of observations [..., *O]."""
+    """State values [...] of observations [..., *O].
+
+    A ``shared`` critic reads its values off the body of a policy; else it has a body of its own.  A body that remembers
+    goes on, from rollout to rollout, in each of ``num_envs`` environments.  Raises ValueError where a shared body
+    would not see what is for the critic alone.
+    """
+
+    carry: Tensor
 
     def __init__(
         self,
@@ -112,25 +117,64 @@ class Critic(Network):
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         convolutions: Iterable[Sequence[int]] | None = None,
+        recurrent: Kind = "none",
+        recurrent_size: int = 64,
+        shared: Policy | None = None,
+        num_envs: int = 0,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__(
-            obs_norm,
-            1,
-            privileged=True,
-            last_gain=1.0,
-            hidden=hidden,
-            activation=activation,
-            convolutions=convolutions,
-            generator=generator,
+        if shared is not None and isinstance(obs_norm.space, spaces.Dict) and PRIVILEGED in obs_norm.space.spaces:
+            raise ValueError(f"critic.shared=true would hide {PRIVILEGED} from the critic: give it a body of its own")
+        body = (
+            shared.body
+            if shared is not None
+            else Body(
+                obs_norm,
+                "critic",
+                privileged=True,
+                hidden=hidden,
+                activation=activation,
+                convolutions=convolutions,
+                recurrent=recurrent,
+                recurrent_size=recurrent_size,
+                generator=generator,
+            )
         )
+        super().__init__(body, 1, 1.0, generator)
+        self.shared = shared is not None
+        self.register_buffer("carry", body.blank(num_envs)["critic"] if self.remembers else torch.zeros(0))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory of its own, and none that the policy's actions come with."""
+        return self.sequential and not self.shared
+
+    @property
+    def own(self) -> nn.Module:
+        """What of it is no policy's, and may be fitted without moving one."""
+        return self.out if self.shared else self
 
     def forward(self, seen: Seen) -> Tensor:
-        return self.value(seen.obs)
+        return self.read(self.body.sequence(seen)[0])
 
-    def value(self, obs: Obs) -> Tensor:
-        return self.read(obs).squeeze(-1)
+    def read(self, features: Tensor) -> Tensor:
+        return self.out(features).squeeze(-1)
 
     def bootstrap(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The value [T, N] of each step and of its true successor."""
-        return self(rollout), self.value(rollout.next_obs)
+        """The value [T, N] of each step and of its true successor, which a memory reaches before any episode ends."""
+        features, after = self.body.sequence(rollout)
+        following, _ = self.body.step(rollout.next_obs, after, torch.zeros_like(rollout.start))
+        return self.read(features), self.read(following)
+
+    def recall(self, rollout: Rollout) -> Rollout:
+        """The rollout, with what the critic remembers of those before it."""
+        if not self.remembers:
+            return rollout
+        carry = self.carry.expand(len(rollout.start), *self.carry.shape)
+        return replace(rollout, memory=rollout.memory | {"critic": carry})
+
+    @torch.no_grad()
+    def observe(self, rollout: Rollout) -> None:
+        """Remember to the end of a rollout."""
+        if self.remembers:
+            self.carry.copy_(self.body.sequence(self.recall(rollout))[1]["critic"][-1])

@@ -13,7 +13,7 @@ from pgsuite import seeding
 from pgsuite.envs.base import VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.rollout.buffer import RolloutBuffer
-from pgsuite.types import Obs, Rollout, map_obs
+from pgsuite.types import Memory, Obs, Rollout, map_obs
 
 
 class Collector(ABC):
@@ -30,7 +30,7 @@ class Collector(ABC):
         self.begun = False
         self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
         self.obs: Obs
-        self.memory: Tensor
+        self.memory: Memory
         self.start: Tensor
 
     @abstractmethod

@@ -92,10 +92,12 @@ def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) ->
 def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     """Policy and critic, on the environments' device, sharing their observation statistics."""
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
-    norm = Standardize(env.observation_space, enabled=run.standardize_obs)
+    norm = Standardize(env.observation_space, run.clip_obs, run.standardize_obs)
     try:
         policy = Policy(norm, env.action_space, **vars(run.policy), generator=generator)
-        critic = Critic(norm, **vars(run.critic), generator=generator)
+        options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
+        options["recurrent"] = run.critic.recurrent or run.policy.recurrent
+        critic = Critic(norm, **options, generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
     return policy.to(env.device), critic.to(env.device)
@@ -114,7 +116,7 @@ def build(cfg: DictConfig) -> Trainer:
         policy=policy,
         critic=critic,
         generator=seeding.generator(run.seed, "minibatches", device),
-        reward_scale=RewardScale(run.num_envs, cfg.algo.gamma).to(device) if run.scale_reward else None,
+        reward_scale=RewardScale(run.num_envs, run.clip_reward).to(device) if run.scale_reward else None,
     )
     horizon = run.horizon or env.max_episode_steps
     if horizon is None:
@@ -134,10 +136,10 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
     parts = nn.ModuleList([part for part in vars(trainer.algorithm).values() if isinstance(part, nn.Module)])
-    count = sum(p.numel() for p in parts.parameters())
+    count = sum(p.numel() for p in set(parts.parameters()))
     words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
     if critic is not None:
-        words.append(f"critic {critic.shape} {run.critic.activation}")
+        words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []

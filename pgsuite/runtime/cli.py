@@ -30,6 +30,7 @@ def main(task: Callable[[DictConfig], None], config: str) -> None:
     verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
     schema.register()
+    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _replacing(argument)]
 
     def guarded(work: Callable[[], None]) -> None:
         try:
@@ -47,6 +48,12 @@ def main(task: Callable[[DictConfig], None], config: str) -> None:
         guarded(lambda: task(cfg))
 
     guarded(hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job))
+
+
+def _replacing(argument: str) -> list[str]:
+    """A schedule given on the command line stands for what a recipe says; Hydra would merge the two."""
+    setting, given, value = argument.partition("=")
+    return [f"{setting}=null", argument] if given and setting.startswith("algo.") and value[:1] == "{" else [argument]
 
 
 def explain(error: BaseException) -> str:

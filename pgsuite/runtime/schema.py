@@ -20,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.nn.heads import Sigma
+from pgsuite.nn.recurrent import Kind as Recurrent
+from pgsuite.nn.schedules import Scheduled
 from pgsuite.runtime.execution import Execution
-from pgsuite.settings import Count, Natural, closest, plain
+from pgsuite.settings import Count, Natural, Positive, closest, number, plain
 
 GROUP = "schema/"
 
@@ -37,6 +39,7 @@ class Network:
     hidden: list[Count] = field(default_factory=lambda: [64, 64])
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
     convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
+    recurrent_size: Count = 64
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -44,9 +47,16 @@ class Network:
 
 @dataclass(kw_only=True)
 class PolicyNetwork(Network):
+    recurrent: Recurrent = "none"
     distribution: str = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
     log_sigma: float | None = None  # of Gaussians, initially; null stands for -0.5
     sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
+
+
+@dataclass(kw_only=True)
+class CriticNetwork(Network):
+    recurrent: Recurrent | None = None  # null stands for the policy's
+    shared: bool = False  # read values off the policy's network instead; the other settings then say nothing
 
 
 @dataclass(kw_only=True)
@@ -63,10 +73,12 @@ class Run:
     torch_threads: Count = 1  # more only slow small networks and the physics beside them
     execution: Execution = "eager"
     standardize_obs: bool = True
+    clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations
     scale_reward: bool = True
+    clip_reward: Positive | None = 10.0  # scaled ones
     checkpoint_every: Count = 250_000  # steps
     policy: PolicyNetwork = field(default_factory=PolicyNetwork)
-    critic: Network = field(default_factory=Network)
+    critic: CriticNetwork = field(default_factory=CriticNetwork)
     algo: Any = None
     env: Any = None
 
@@ -102,6 +114,8 @@ def schema(cls: type) -> type:
         hint, simple = hints[f.name], plain(hints[f.name])
         if hint is Any or inspect.isabstract(hint):
             options.append((f.name, Any, field(default=None)))
+        elif issubclass(cls, Scheduled) and number(hint):  # which may be a schedule instead, and is checked by cls
+            options.append((f.name, Any, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
         elif is_dataclass(hint) and isinstance(hint, type):
             nested = schema(hint)
             options.append((f.name, nested, field(default_factory=nested)))

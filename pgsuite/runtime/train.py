@@ -28,8 +28,8 @@ def train(cfg: DictConfig) -> None:
         raise
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} already holds a run: give another with hydra.run.dir=")
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     config, console = container(cfg), callbacks.console()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
     checkpoints = callbacks.Checkpoints(folder, config, run.checkpoint_every)
     logs: list[loggers.Logger] = [
         loggers.Csv(folder / "metrics.csv"),

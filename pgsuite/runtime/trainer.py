@@ -52,7 +52,9 @@ class Trainer:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
 
     def __post_init__(self) -> None:
-        self.algorithm.validate(self.collector)
+        for percent in range(101):  # settings may change in the course of the run
+            self.algorithm.progress(percent / 100)
+            self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)
         self.recent: list[float] = []  # returns of the episodes that finished in the last tenth of the steps

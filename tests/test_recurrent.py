@@ -1,0 +1,295 @@
+"""Each test is one claim about memory, of policies and of critics, and about bodies that they share."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from gymnasium import spaces
+from test_algorithms import NothingRead, flat
+from torch import Tensor
+from toys import ALL, PointMass, Toy, build, collector
+
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
+from pgsuite.functional import trust_region as tr
+from pgsuite.nn.policy import Critic
+from pgsuite.nn.recurrent import GRU, LSTM, Recurrence
+from pgsuite.rollout import EpisodeCollector, StepCollector, minibatches
+from pgsuite.runtime.trainer import Trainer
+
+KINDS: list[Any] = ["gru", "lstm"]
+
+
+class Recall(Toy):
+    """A cue of -1 or 1 is shown once; ``delay`` blank steps later, and only then, repeating it pays one, and not one.
+
+    Whoever has forgotten the cue is right half of the time: mean return zero.
+    """
+
+    obs_size = 2
+
+    def __init__(self, num_envs: int, delay: int = 4, seed: int = 0) -> None:
+        self.delay = delay
+        super().__init__(num_envs, delay + 1, seed)
+        self.cue = self.state[:, 0].clone()
+
+    def fresh(self) -> Tensor:
+        cue = 2.0 * torch.randint(2, (self.num_envs,), generator=self.generator) - 1
+        return torch.stack([cue, torch.zeros_like(cue)], -1)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shown = self.state[:, 0]
+        self.cue = torch.where(shown != 0, shown, self.cue)
+        last = self.clock == self.delay
+        reward = torch.where(last, (2 * action - 1) * self.cue, 0.0)
+        following = torch.stack([torch.zeros_like(shown), (self.clock + 1 == self.delay).float()], -1)
+        return following, reward, last
+
+
+def remembering(cls: type[Algorithm], env: Any, kind: Any = "gru", **fields: Any) -> Any:
+    return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, recurrent=kind, **fields)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(GRU, torch.nn.GRUCell), (LSTM, torch.nn.LSTMCell)])
+def test_recurrences_are_torchs_own_and_forget_where_episodes_start(ours: type[Recurrence], theirs: Any) -> None:
+    mine, cell = ours(3, 5).double(), theirs(3, 5).double()
+    with torch.no_grad():
+        for layer, (weight, bias) in ((mine.read, ("weight_ih", "bias_ih")), (mine.recall, ("weight_hh", "bias_hh"))):
+            getattr(cell, weight).copy_(layer.weight)
+            layer.bias.normal_()
+            getattr(cell, bias).copy_(layer.bias)
+    x, start = torch.randn(9, 4, 3, dtype=torch.float64), torch.rand(9, 4) < 0.3
+    memory = first = torch.randn(4, mine.width, dtype=torch.float64)
+    expected = []
+    for t in range(9):
+        memory = memory * ~start[t].unsqueeze(-1)
+        after = cell(x[t], memory if ours is GRU else tuple(memory.chunk(2, -1)))
+        memory = after if ours is GRU else torch.cat(after, -1)
+        expected.append(memory)
+    out, memories = mine(x, first, start)
+    assert torch.allclose(memories, torch.stack(expected)) and torch.equal(out, memories[..., :5])
+
+
+def test_a_poisoned_memory_is_forgotten_too() -> None:
+    net = GRU(3, 5)
+    start = torch.tensor([[True, True]])
+    out, _ = net(torch.randn(1, 2, 3), torch.full((2, 5), torch.nan), start)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", ALL)
+def test_a_policy_that_remembers_learns_as_it_acted(cls: type[Algorithm], kind: Any) -> None:
+    """The ratio is one before the first step of every iteration, though episodes end and rollouts cut them."""
+    env = PointMass(8, max_episode_steps=13)
+    algorithm = remembering(cls, env, kind)
+    rollouts = collector(algorithm, env)
+    for _ in range(3):
+        rollout = rollouts.collect(algorithm.policy)
+        with torch.no_grad():
+            ratio = (algorithm.policy.dist(rollout).log_prob(rollout.action) - rollout.logp).exp()
+            blind = algorithm.policy.dist(replace(rollout, start=torch.ones_like(rollout.start)))
+        assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-5)
+        assert not torch.allclose(blind.log_prob(rollout.action), rollout.logp, atol=1e-5)
+        algorithm.iterate(rollouts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_critic_says_is_what_it_would_have_said_step_by_step(kind: Any) -> None:
+    """Values, and those of true successors before any restart, with a memory that outlasts rollouts."""
+    env = PointMass(6, max_episode_steps=7)
+    algorithm = remembering(A2C, env, kind)
+    critic, rollouts = algorithm.critic, StepCollector(env, 10)
+    memory = critic.body.blank(6)
+    for _ in range(3):
+        rollout = rollouts.collect(algorithm.policy)
+        value, next_value = critic.bootstrap(critic.recall(rollout))
+        for t in range(10):
+            features, memory = critic.body.step(rollout.obs[t], memory, rollout.start[t])
+            assert torch.allclose(critic.read(features), value[t], atol=1e-6)
+            following, _ = critic.body.step(rollout.next_obs[t], memory, torch.zeros(6, dtype=torch.bool))
+            assert torch.allclose(critic.read(following), next_value[t], atol=1e-6)
+        going = ~rollout.done[:-1]
+        assert torch.allclose(next_value[:-1][going], value[1:][going], atol=1e-6)
+        assert rollout.truncated.any() and not torch.allclose(next_value[:-1][~going], value[1:][~going], atol=1e-3)
+        critic.observe(rollout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", [A2C, PPO, NPG])
+def test_minibatches_of_sequences_are_whole_columns(cls: type[Algorithm], kind: Any) -> None:
+    """Each part's log-probabilities and values are those that the same columns have in the whole."""
+    env = PointMass(8, max_episode_steps=9)
+    algorithm = remembering(cls, env, kind)
+    rollouts = collector(algorithm, env)
+    for _ in range(2):
+        algorithm.iterate(rollouts)
+    rollout = rollouts.collect(algorithm.policy)
+    batch = algorithm.credit(algorithm.prepare(rollout))
+    for part in minibatches(batch, 4, columns=algorithm.sequential, generator=torch.Generator().manual_seed(0)):
+        assert part.logp.shape == (20, 2)
+        assert torch.allclose(algorithm.policy.dist(part).log_prob(part.action), part.logp, atol=1e-5)
+        assert torch.allclose(algorithm.critic(part), part.value, atol=1e-5)
+
+
+def test_minibatches_must_divide_the_environments_of_a_policy_that_remembers() -> None:
+    env = PointMass(6)
+    algorithm = remembering(PPO, env, minibatches=4)
+    with pytest.raises(ValueError, match="4 minibatches do not divide a batch of 6"):
+        Trainer(algorithm, collector(algorithm, env), 1000)
+
+
+RATES: dict[Any, dict[str, Any]] = {
+    Reinforce: {"lr": 0.02},
+    A2C: {"lr": 0.01, "optim": "adam"},
+    PPO: {"lr": 5e-3, "epochs": 4, "minibatches": 2},
+    PPOPenalty: {"lr": 5e-3, "epochs": 4, "minibatches": 2},
+    NPG: {"max_kl": 0.03, "damping": 0.01},
+    TRPO: {"max_kl": 0.03, "damping": 0.01},
+}
+
+
+def remembered(cls: type[Algorithm], kind: Any, iterations: int = 120) -> float:
+    """Mean return over ten iterations on Recall, the last ones or the first that show it solved."""
+    env = Recall(64)
+    algorithm = remembering(cls, env, kind, standardize=False, scale=False, gamma=1.0, **RATES[cls])
+    rollouts, returns = collector(algorithm, env, 15), []
+    for _ in range(iterations):
+        algorithm.iterate(rollouts)
+        rollout = rollouts.buffer.read()
+        returns.append(float(rollout.reward[rollout.done & rollout.mask].mean()))
+        if len(returns) >= 10 and sum(returns[-10:]) > 9.2:
+            break
+    return sum(returns[-10:]) / 10
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_method_learns_to_remember(cls: type[Algorithm]) -> None:
+    assert remembered(cls, "gru") > 0.9
+
+
+def test_a_long_memory_learns_it_too() -> None:
+    assert remembered(PPO, "lstm") > 0.9
+
+
+@pytest.mark.parametrize("cls", [PPO, TRPO])
+def test_without_a_memory_it_cannot_be_learned(cls: type[Algorithm]) -> None:
+    assert abs(remembered(cls, "none", 60)) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trust_region_holds_for_a_policy_that_remembers(kind: Any) -> None:
+    env = PointMass(64, max_episode_steps=15)
+    algorithm = remembering(TRPO, env, kind)
+    rollouts = collector(algorithm, env, 25)
+    for _ in range(6):
+        metrics = algorithm.iterate(rollouts)
+        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["improvement"] > 0
+
+
+@pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, PPOPenalty, NPG])
+def test_an_iteration_with_memory_reads_nothing_back(cls: type[Algorithm]) -> None:
+    env = PointMass(8)
+    options: dict[str, Any] = {"baseline": "critic"} if cls is Reinforce else {}
+    algorithm = remembering(cls, env, **options)
+    rollouts = collector(algorithm, env)
+    if isinstance(rollouts, EpisodeCollector):
+        rollouts.poll = rollouts.horizon
+    algorithm.iterate(rollouts)
+    with NothingRead():
+        algorithm.iterate(rollouts)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_memory_is_restored_with_the_rest(cls: type[Algorithm]) -> None:
+    """Bit for bit, from the middle of episodes, with every parameter and buffer where it was."""
+    env, twin_env = PointMass(8, 30), PointMass(8, 30, seed=5)
+    options: dict[str, Any] = {"baseline": "critic"} if cls is Reinforce else {}
+    algorithm, twin = remembering(cls, env, **options), remembering(cls, twin_env, seed=7, **options)
+    one, two = collector(algorithm, env), collector(twin, twin_env, seed=3)
+    parts = [algorithm.policy, algorithm.critic]
+    addresses = [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
+    for _ in range(2):
+        algorithm.iterate(one)
+    assert addresses == [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
+    assert cls is Reinforce or algorithm.critic.carry.any()
+    twin.load_state_dict(copy.deepcopy(algorithm.state_dict()))
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for a, c in ((algorithm, one), (twin, two)):
+        for _ in range(2):
+            a.iterate(c)
+    assert torch.equal(flat(algorithm), flat(twin))
+    assert torch.equal(algorithm.critic.carry, twin.critic.carry)
+
+
+# Bodies that are shared
+
+
+def sharing(cls: type[Algorithm], env: Any, kind: Any = "none", **fields: Any) -> Any:
+    return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, shared=True, **fields)
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize("cls", ALL)
+def test_a_shared_body_learns_and_only_a_joint_loss_moves_it_for_the_critic(cls: type[Algorithm], kind: Any) -> None:
+    env = PointMass(16, max_episode_steps=15)
+    options: dict[str, Any] = {"baseline": "critic"} if cls is Reinforce else {}
+    algorithm = sharing(cls, env, kind, **options)
+    assert algorithm.critic.body is algorithm.policy.body
+    rollouts = collector(algorithm, env)
+    for _ in range(2):
+        assert all(x.isfinite() for x in algorithm.iterate(rollouts).values())
+    algorithm = sharing(cls, env, kind, **options)  # with no momentum yet
+    batch = algorithm.credit(algorithm.prepare(collector(algorithm, env).collect(algorithm.policy)))
+    batch = replace(batch, advantage=torch.zeros_like(batch.advantage), target=batch.value + 1)
+    before, said = flat(algorithm), algorithm.critic(batch).detach()
+    algorithm.update(batch)
+    assert torch.equal(before, flat(algorithm)) == (cls not in (A2C, PPO, PPOPenalty))
+    assert (algorithm.critic(batch) - said).mean() > 0
+
+
+def test_a_shared_trust_region_is_the_policys_alone() -> None:
+    env = PointMass(32, max_episode_steps=15)
+    algorithm = sharing(TRPO, env, "gru")
+    rollouts = collector(algorithm, env, 25)
+    for _ in range(5):
+        metrics = algorithm.iterate(rollouts)
+        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["improvement"] > 0
+
+
+def test_what_is_for_the_critic_alone_is_not_shared() -> None:
+    env = PointMass(4)
+    env.observation_space = spaces.Dict({"obs": spaces.Box(-1, 1, (3,)), "critic_obs": spaces.Box(-1, 1, (2,))})
+    with pytest.raises(ValueError, match="would hide critic_obs from the critic"):
+        sharing(PPO, env)
+
+
+def test_the_gradient_flows_back_through_time() -> None:
+    """The chance of the last action depends on the first observation, by finite differences."""
+    env = PointMass(1, max_episode_steps=50)
+    policy = remembering(A2C, env, "lstm").policy.double()
+    rollout = StepCollector(env, 6).collect(policy)
+    rollout = replace(rollout.map(lambda x: x.double() if x.is_floating_point() else x), action=rollout.action.double())
+    params = list(policy.parameters())
+
+    def last() -> Tensor:
+        return policy.dist(rollout).log_prob(rollout.action)[-1, 0]
+
+    gradient, start = tr.flat_grad(last(), params), tr.flatten(params).detach()
+    direction = torch.randn_like(start)
+    ends = []
+    for eps in (1e-5, -1e-5):
+        tr.assign(params, start + eps * direction)
+        ends.append(float(last()))
+    assert float(gradient @ direction) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+    obs = rollout.obs.clone().requires_grad_()
+    tr.assign(params, start)
+    dist = policy.dist(replace(rollout, obs=obs))
+    assert torch.autograd.grad(dist.log_prob(rollout.action)[-1, 0], obs)[0][0].any()
+
+
+def test_critics_without_a_memory_of_their_own_carry_nothing() -> None:
+    env = PointMass(4)
+    for critic in (build(A2C, env).critic, sharing(A2C, env, "gru").critic):
+        assert isinstance(critic, Critic) and critic.carry.numel() == 0 and not critic.remembers
