@@ -390,6 +390,39 @@ def test_a_parameter_has_one_optimizer() -> None:
         first.step(layer.weight.sum())
 
 
+def test_credit_is_assigned_anew_before_each_epoch_where_asked() -> None:
+    """With the critic as it then is, and never for the first; the acting policy's log-probabilities stay."""
+    for recompute in (False, True):
+        env = PointMass(16)
+        algorithm = build(PPO, env, epochs=3, lr=0.01, recompute_advantage=recompute)
+        rollout, seen, update = collector(algorithm, env).collect(algorithm.policy), [], algorithm.update
+
+        def watched(batch: Batch, seen: Any = seen, update: Any = update, critic: Any = algorithm.critic) -> Any:
+            seen.append((batch, critic(batch).detach()))
+            return update(batch)
+
+        algorithm.update = watched
+        algorithm.learn(rollout)
+        for epoch, (batch, said) in enumerate(seen):
+            assert torch.equal(batch.logp, rollout.logp)
+            assert torch.allclose(batch.value, said, atol=1e-6) == (recompute or epoch == 0)
+        assert len(seen) == 3 and torch.equal(seen[0][0].target, seen[2][0].target) != recompute
+
+
+def test_the_total_return_pays_every_action_alike() -> None:
+    """Each real step of an episode is paid its whole discounted return; less that of the others, if they are asked."""
+    env = Corridor(64, 12, (0.6, 0.9))
+    for baseline in ("none", "leave-one-out"):
+        algorithm = build(Reinforce, env, gamma=0.9, returns="total", baseline=baseline, scale=False)
+        rollout = EpisodeCollector(env, 12).collect(algorithm.policy)
+        batch = algorithm.estimate(rollout)
+        total = (rollout.reward * rollout.mask * 0.9 ** torch.arange(12.0).unsqueeze(-1)).sum(0)
+        live = rollout.mask.sum(1, keepdim=True)
+        others = ((total * rollout.mask).sum(1, keepdim=True) - total) / (live - 1).clamp(min=1)
+        expected = total - others * (live > 1) * (baseline != "none")
+        assert torch.allclose(batch.advantage[rollout.mask], expected.expand(12, 64)[rollout.mask], atol=1e-4)
+
+
 def test_the_value_clip_is_off_unless_asked_for() -> None:
     env = PointMass(16)
     for clip in (None, 1e-3):

@@ -68,3 +68,9 @@ def test_explained_variance_of_perfect_and_constant_critics() -> None:
     assert float(explained_variance(target, target, mask)) == 1.0
     assert abs(float(explained_variance(torch.full_like(target, 5.0), target, mask))) < 1e-5
     assert float(explained_variance(-target, target, mask)) < -1
+
+
+def test_what_is_not_to_be_clipped_is_not() -> None:
+    norm, scale = Standardize(spaces.Box(-9, 9, (2,)), clip=None), RewardScale(3, clip=None)
+    assert float(norm(torch.full((1, 2), 1e9)).max()) == float(scale(torch.tensor(1e9))) == 1e9
+    assert float(RewardScale(3)(torch.tensor(1e9))) == 10
