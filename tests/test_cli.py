@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from toys import PointMass, build, collector
 
@@ -166,6 +167,51 @@ def test_every_recipe_begins_a_run(command: Cli, recipe: str) -> None:
     algo, env = recipe.split("-")
     code, out, err = command("train", f"algo={algo}", f"env={env}", "total_steps=1")
     assert code == 0 and f"recipe {recipe}" in out, err
+
+
+@pytest.mark.parametrize("algo", ["reinforce", "a2c", "ppo", "ppo_penalty", "npg", "trpo"])
+def test_what_remembers_is_trained_and_evaluated(command: Cli, algo: str) -> None:
+    """The critic remembers as the policy does unless it is told otherwise, and may be on the same body."""
+    memory = ["policy.recurrent=gru", "policy.recurrent_size=8", "critic.recurrent_size=8"]
+    episodes = "horizon=null" if algo == "reinforce" else "horizon=16"
+    short = ["env=CartPole", "env.max_episode_steps=20", "num_envs=4", "total_steps=200", episodes]
+    short += ["algo.minibatches=2"] if "ppo" in algo else []
+    code, out, err = command("train", f"algo={algo}", *memory, *short, "hydra.run.dir=run")
+    assert code == 0 and "policy 4 > gru 8 > 8-64-64-2" in out, err
+    assert algo == "reinforce" or "critic 4 > gru 8 > 8-64-64-1" in out
+    code, out, err = command("evaluate", "run=run", "episodes=3")
+    assert code == 0 and "return" in out, err
+    code, out, err = command("train", f"algo={algo}", *memory, "critic.shared=true", *short, "hydra.run.dir=shared")
+    assert code == 0 and (algo == "reinforce" or "critic on the same body" in out), err
+    code, out, err = command("train", f"algo={algo}", *memory, "critic.recurrent=none", *short, "hydra.run.dir=blind")
+    assert code == 0 and (algo == "reinforce" or "critic 4-64-64-1" in out), err
+
+
+def test_schedules_are_written_replaced_and_logged(command: Cli) -> None:
+    """In a recipe, over a recipe's, inside an estimator, and by a part of one."""
+    schedules = ["algo.lr={cosine: [1e-3, 0]}", "algo.estimator.lam={linear: [0.8, 0.9]}", "algo.beta.adaptive.kl=0.02"]
+    recipe = command.folder / "tuned" / "ppo_penalty-CartPole.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("# @package _global_\nalgo: {lr: {linear: [1e-2, 0]}, entropy_coef: {linear: [0.01, 0]}}\n")
+    given = ["--config-dir", str(command.folder), "algo=ppo_penalty", "env=CartPole", *TINY, *schedules]
+    code, _, err = command("train", *given, "hydra.run.dir=run")
+    assert code == 0, err
+    config = yaml.safe_load((command.folder / "run/config.yaml").read_text())["algo"]
+    assert config["lr"] == {"cosine": [1e-3, 0]} and config["entropy_coef"] == {"linear": [0.01, 0]}
+    assert config["beta"]["adaptive"] == {
+        "start": 1.0,
+        "kl": 0.02,
+        "factor": 0.5,
+        "band": 1.5,
+        "low": 1e-6,
+        "high": 1e6,
+    }
+    with (command.folder / "run/metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    fraction = 1 - 64 / 1000
+    assert float(last["algorithm/entropy_coef"]) == pytest.approx(0.01 * (1 - fraction), abs=4e-4)
+    assert float(last["algorithm/estimator_lam"]) == pytest.approx(0.8 + 0.1 * fraction, abs=4e-3)
+    assert {"algorithm/lr", "algorithm/beta", "algorithm/learning_rate"} <= set(last)
 
 
 def test_without_a_recipe_none_is_claimed(command: Cli) -> None:
