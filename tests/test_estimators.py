@@ -86,15 +86,15 @@ def picked(case: dict[str, Any], *names: str) -> list[Any]:
 
 @given(cases(), st.integers(1, 9))
 def test_every_estimator_is_the_sum_it_says(case: dict[str, Any], n: int) -> None:
-    ends, gamma, lam = picked(case, "reward", "next_value", "terminated", "done"), case["gamma"], case["lam"]
+    r, nv, terminated, done = picked(case, "reward", "next_value", "terminated", "done")
+    ends, gamma, lam = (r, nv, terminated, done), case["gamma"], case["lam"]
     assert torch.allclose(est.td_lambda(*ends, gamma=gamma, lam=lam), written_out(*ends, gamma, lambdas(lam)))
     expected = written_out(*ends, gamma, lambda k, last: float(k == min(n, last)))
     assert torch.allclose(est.n_step(*ends, gamma=gamma, n=n), expected)
     whole = written_out(*ends, gamma, lambda k, last: float(k == last))
     assert torch.allclose(est.monte_carlo(*ends, gamma=gamma), whole)
-    nothing = torch.zeros_like(case["reward"])
-    alone = written_out(ends[0], nothing, ends[2], ends[3], gamma, lambda k, last: float(k == last))
-    assert torch.allclose(est.reward_to_go(ends[0], ends[3], gamma=gamma), alone)
+    alone = written_out(r, torch.zeros_like(r), terminated, done, gamma, lambda k, last: float(k == last))
+    assert torch.allclose(est.reward_to_go(r, done, gamma=gamma), alone)
 
 
 def discounts(case: dict[str, Any], factor: Tensor, t: int, n: int) -> list[tuple[int, Tensor]]:
