@@ -25,6 +25,7 @@ from pgsuite.types import Batch, Rollout, map_obs
 Case = tuple[type[Algorithm], dict[str, Any]]
 
 REINFORCE: list[Case] = [(Reinforce, {"baseline": "none"}), (Reinforce, {"baseline": "critic"})]
+WHOLE: Case = (Reinforce, {"baseline": "none", "returns": "total"})  # the same mean, if undiscounted
 CRITICS: list[Case] = [
     *((A2C, {"estimator": estimator}) for estimator in (GAE(lam=0.0), GAE(), GAE(lam=1.0), TDLambda(), MonteCarlo())),
     *((A2C, {"estimator": estimator}) for estimator in (NStep(n=1), NStep(n=2), VTrace(), VTrace(lam=0.7))),
@@ -233,7 +234,7 @@ def check(algorithm: Any, found: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS[:1], ids=lambda w: w[0])
-@pytest.mark.parametrize(("cls", "options"), [*REINFORCE, *CRITICS], ids=named)
+@pytest.mark.parametrize(("cls", "options"), [*REINFORCE, WHOLE, *CRITICS], ids=named)
 @pytest.mark.parametrize("truncated", [False, True], ids=["terminated", "truncated"])
 def test_every_method_ascends_the_expected_return(
     cls: type[Algorithm], options: dict[str, Any], world: tuple[str, int], truncated: bool
@@ -436,7 +437,7 @@ def test_the_gradient_on_a_regulator_is_riccatis(cls: type[Algorithm], options: 
     check(algorithm, first_gradient(algorithm, rollout), exact)
 
 
-@pytest.mark.parametrize(("cls", "options"), [*REINFORCE, *CRITICS[1:3], *CRITICS[-7:]], ids=named)
+@pytest.mark.parametrize(("cls", "options"), [*REINFORCE, WHOLE, *CRITICS[1:3], *CRITICS[-7:]], ids=named)
 def test_every_method_ascends_the_expected_cost_of_a_finite_regulator(
     cls: type[Algorithm], options: dict[str, Any]
 ) -> None:

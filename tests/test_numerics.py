@@ -352,6 +352,7 @@ SWITCHES: list[tuple[type[Algorithm], dict[str, Any]]] = [
     (A2C, {"huber": 0.5, "entropy_coef": 0.01}),
     *((PPO, {"normalize_advantage": where}) for where in ("none", "batch", "minibatch")),
     (PPO, {"value_clip": 0.2, "huber": 0.5, "clip_high": 0.3, "dual_clip": 3.0, "estimator": VTrace()}),
+    (PPO, {"recompute_advantage": True}),
     (PPOPenalty, {"value_clip": 0.2}),
     (NPG, {"estimator": VTrace()}),
     *((Reinforce, {"baseline": b, "normalize_advantage": True}) for b in ("none", "leave-one-out", "critic")),
