@@ -686,7 +686,7 @@ def test_a_restored_algorithm_goes_on_identically(cls: type[Algorithm]) -> None:
     assert torch.equal(flat(algorithm), flat(twin))
 
 
-def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str) -> None:
+def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str, memory: Any = "none") -> None:
     """Two updates from the same rollout, of which each process sees its own, unequal, environments."""
     import torch.distributed as dist
 
@@ -696,11 +696,12 @@ def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str) -
     env = PointMass(8, max_episode_steps=20)
     options: dict[str, Any] = {"minibatches": 1, "epochs": 1} if issubclass(cls, PPO) else {}
     options |= {"critic_minibatches": 1} if issubclass(cls, NPG | Reinforce) else {}
-    algorithm = build(cls, env, **options)
+    algorithm = build(cls, env, look={"recurrent": memory, "recurrent_size": 8}, recurrent=memory, **options)
     whole = collector(algorithm, env).collect(algorithm.policy)
     whole.mask[10:, ::3] = False  # so that shares are unequal
     share = whole[:, rank::world]
-    algorithm.reward_scale.carry = algorithm.reward_scale.carry[rank::world]
+    for part in (algorithm.reward_scale, *algorithm.critics):
+        part.carry = part.carry[rank::world]
 
     class Given:
         def collect(self, policy: Any) -> Any:
@@ -711,16 +712,17 @@ def learn_from_a_share(rank: int, world: int, cls: type[Algorithm], path: str) -
     if rank == 0:
         parts = [algorithm.policy, algorithm.critic] if algorithm.critic else [algorithm.policy]
         scale = algorithm.reward_scale.moments
-        torch.save([x.detach() for p in (*parts, scale) for x in (*p.parameters(), *p.buffers())], path)
+        kept = [(name, x) for p in (*parts, scale) for name, x in (*p.named_parameters(), *p.named_buffers())]
+        torch.save([x.detach() for name, x in kept if name != "carry"], path)
     if world > 1:
         dist.barrier()
         os._exit(0)  # gloo's threads abort now and then on a polite exit
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_two_processes_equal_one(cls: type[Algorithm], tmp_path: Any) -> None:
+@pytest.mark.parametrize(("cls", "memory"), [*((cls, "none") for cls in ALL), (PPO, "gru"), (TRPO, "gru")])
+def test_two_processes_equal_one(cls: type[Algorithm], memory: str, tmp_path: Any) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    learn_from_a_share(0, 1, cls, one)
-    torch.multiprocessing.spawn(learn_from_a_share, (2, cls, two), nprocs=2)  # pyright: ignore
+    learn_from_a_share(0, 1, cls, one, memory)
+    torch.multiprocessing.spawn(learn_from_a_share, (2, cls, two, memory), nprocs=2)  # pyright: ignore
     for a, b in zip(torch.load(one), torch.load(two), strict=True):
         assert torch.allclose(a, b, atol=2e-5), float((a - b).abs().max())
