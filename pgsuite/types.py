@@ -108,8 +108,11 @@ class Batch(Experience):
 
     @classmethod
     def of(cls, rollout: Rollout, *, value: Tensor, advantage: Tensor, target: Tensor) -> Batch:
+        """A rollout with its credit; cells where nothing real happened are zero, for what is not finite there would
+        reach gradients, though no mean."""
         r = rollout
-        return cls(r.obs, r.memory, r.start, r.action, r.logp, value, advantage, target, r.mask)
+        logp, value, advantage, target = (x.where(r.mask, 0.0) for x in (r.logp, value, advantage, target))
+        return cls(r.obs, r.memory, r.start, r.action, logp, value, advantage, target, r.mask)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -289,31 +289,6 @@ def test_vtrace_agrees_with_rlax() -> None:
     assert torch.allclose(advantage, expected, rtol=1e-3)
 
 
-def test_vtrace_at_ratio_one_is_gae() -> None:
-    r, v, nv, term, trunc = random_rollout()
-    done = term | trunc
-    advantage, target = est.vtrace(r, v, nv, term, done, torch.ones_like(r), gamma=0.97, lam=0.8)
-    expected = est.gae(r, v, nv, term, done, gamma=0.97, lam=0.8)
-    assert torch.allclose(advantage, expected) and torch.allclose(target, expected + v)
-
-
-def test_no_credit_crosses_into_the_next_episode() -> None:
-    r, v, nv, term, trunc = random_rollout()
-    trunc[5] = ~term[5]
-    done = term | trunc
-    later = r.clone()
-    later[6:] += 3.0
-    for credit in (
-        lambda x: est.gae(x, v, nv, term, done, gamma=0.97, lam=0.9),
-        lambda x: est.n_step(x, nv, term, done, gamma=0.97, n=4),
-        lambda x: est.td_lambda(x, nv, term, done, gamma=0.97, lam=0.9),
-        lambda x: est.monte_carlo(x, nv, term, done, gamma=0.97),
-        lambda x: est.vtrace(x, v, nv, term, done, torch.ones_like(x), gamma=0.97)[0],
-    ):
-        assert torch.equal(credit(r)[:6], credit(later)[:6])
-        assert not torch.equal(credit(r)[6:], credit(later)[6:])
-
-
 def test_leave_one_out_is_the_mean_of_the_others() -> None:
     returns = torch.tensor([[1.0, 2.0, 6.0], [3.0, 9.0, 100.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])

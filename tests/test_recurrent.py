@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from test_algorithms import NothingRead, flat
+from reads import NothingRead
+from test_algorithms import flat
 from torch import Tensor
 from toys import ALL, PointMass, Toy, build, collector
 

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from test_algorithms import NothingRead
+from reads import NothingRead
 from toys import ALL, PointMass, build, collector
 
 from pgsuite import settings

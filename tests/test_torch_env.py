@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch_worlds
 from gymnasium import spaces
-from test_algorithms import NothingRead
+from reads import NothingRead
 from torch import Tensor
 from torch_worlds import LIMIT, Points, dynamics
 from toys import build

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_algorithms import NothingRead
+from reads import NothingRead
 from toys import build
 
 from pgsuite.algorithms import PPO

@@ -37,7 +37,7 @@ class A2C(ActorCritic):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and what to watch."""
         dist = self.policy.dist(batch)
-        log_ratio = dist.log_prob(batch.action) - batch.logp
+        log_ratio = objectives.log_ratio(dist.log_prob(batch.action), batch.logp)
         ratio = log_ratio.exp()
         cells = {
             "policy_loss": -self.surrogate(ratio, batch.advantage),

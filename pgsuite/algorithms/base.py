@@ -114,7 +114,7 @@ class Algorithm(Scheduled, ABC):
     def strayed(self, seen: Rollout | Batch) -> Tensor:
         """How far the policy has moved from the one that acted: their mean KL over real cells, estimated from the
         actions."""
-        log_ratio = self.policy.dist(seen).log_prob(seen.action) - seen.logp
+        log_ratio = objectives.log_ratio(self.policy.dist(seen).log_prob(seen.action), seen.logp)
         return parallel.mean(masked_mean(objectives.sampled_kl(log_ratio), seen.mask))
 
     @property
@@ -161,7 +161,7 @@ class ActorCritic(Algorithm):
         value, next_value = self.critic.bootstrap(rollout)
         ratio = torch.ones_like(value)
         if self.estimator.off_policy:
-            ratio = (self.policy.dist(rollout).log_prob(rollout.action) - rollout.logp).exp()
+            ratio = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
         advantage, target = self.estimator(rollout, value, next_value, ratio, gamma=self.gamma)
         if self.normalize_advantage == "batch":
             advantage = standardize(advantage, rollout.mask)

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def log_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """log new - log old, held within +-20: where the policies differ by more, an exponential could overflow and says
+    nothing, and near saturation rounding alone may amount to as much."""
+    return (logp - old_logp).clamp(-20.0, 20.0)
+
+
 def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
     """Importance-weighted advantage; at ratio one its gradient is the policy gradient."""
     return ratio * advantage

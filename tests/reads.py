@@ -1,0 +1,44 @@
+"""A guard against reading tensors back to Python, which is what stalls an accelerator; it works on any device."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NothingAsked(TorchFunctionMode):
+    """Forbids the calls that on a CPU read memory and tell no dispatcher."""
+
+    FORBIDDEN = ("tolist", "numpy", "__array__", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in self.FORBIDDEN, name
+        return func(*args, **(kwargs or {}))
+
+
+class NothingRead(TorchDispatchMode):
+    """Forbids every way of a tensor's value, or of a shape that depends on one, to the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "argwhere")
+    FORBIDDEN += ("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount")
+
+    def __enter__(self):
+        self.asked = NothingAsked()
+        self.asked.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.asked.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.FORBIDDEN, name
+        if name.startswith(("index", "_index", "_unsafe_index")):
+            for index in args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ():
+                assert index is None or index.dtype not in (torch.bool, torch.uint8), f"{name} by a mask"
+        if name == "_to_copy" and str((kwargs or {}).get("device", "")) == "cpu":
+            assert args[0].device.type == "cpu", "a copy to the host"
+        if name == "repeat_interleave":
+            assert (kwargs or {}).get("output_size") is not None, name
+        return func(*args, **(kwargs or {}))
