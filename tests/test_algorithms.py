@@ -57,18 +57,18 @@ def test_a_search_that_fails_changes_no_bit() -> None:
     env = PointMass(16)
     algorithm = build(TRPO, env)
     batch = first_batch(algorithm, env)
-    tried = []
+    before, tried = flat(algorithm), []
 
-    def refuse(move):
-        for fraction in (1.0, 0.5):
-            move(fraction)
-            tried.append(flat(algorithm))
-        return 0.0, {}
+    def refuse(attempt, whole):
+        for fraction in (whole, 0.5 * whole):
+            tried.append(float(attempt(fraction)[1]))
+            assert torch.equal(before, flat(algorithm))
+        return 0 * whole, {}
 
     algorithm.search = refuse
-    before = flat(algorithm)
-    assert float(algorithm.improve(batch)["step_fraction"]) == 0
-    assert torch.equal(before, flat(algorithm)) and not torch.equal(before, tried[0])
+    metrics = algorithm.improve(batch)
+    assert float(metrics["accepted"]) == float(metrics["step_fraction"]) == float(metrics["step_norm"]) == 0
+    assert torch.equal(before, flat(algorithm)) and tried[0] > tried[1] > 1e-3
 
 
 @pytest.mark.parametrize("cls", [NPG, TRPO])

@@ -1,21 +1,18 @@
 """Natural gradients, against dense linear algebra and the softmax bandit, where everything is known."""
 
+import itertools
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.distributions import Categorical
-from pgsuite.nn.normalize import Standardize
-from pgsuite.nn.policy import Policy
 
 THETA = torch.tensor([0.0, 0.5, -0.5], dtype=torch.float64)
 REWARD = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+FORMS = pytest.mark.parametrize("form", ["double-backward", "gauss-newton"])
 GRADIENT = torch.tensor([-0.27006445, 0.06121938, 0.20884507], dtype=torch.float64)
 
 
@@ -25,10 +22,13 @@ def bandit() -> tuple[Tensor, Tensor]:
     return THETA.clone().requires_grad_(), torch.diag(pi) - torch.outer(pi, pi)
 
 
-def bandit_product(damping: float):
+def bandit_product(form: str, damping: float):
     theta, fisher = bandit()
     old = Categorical(THETA.log_softmax(-1))
-    return tr.fisher_product(old.kl(Categorical(theta.log_softmax(-1))), [theta], damping), fisher
+    if form == "double-backward":
+        return tr.fisher_product(old.kl(Categorical(theta.log_softmax(-1))), [theta], damping), fisher
+    product = tr.gauss_newton_product(lambda x: Categorical(x.log_softmax(-1)), lambda p, q: p.kl(q), THETA, damping)
+    return product, fisher
 
 
 def test_conjugate_gradient_solves_like_a_dense_solver() -> None:
@@ -50,83 +50,80 @@ def test_conjugate_gradient_past_convergence_changes_nothing() -> None:
     assert torch.equal(tr.conjugate_gradient(lambda v: v, torch.zeros(5), 10), torch.zeros(5))
 
 
-def test_fisher_product_of_the_bandit_is_its_fisher_matrix() -> None:
-    product, fisher = bandit_product(damping=0.0)
+def spread(condition: float, size: int = 30) -> tuple[Tensor, Tensor, Tensor]:
+    """A symmetric matrix with eigenvalues from 1 to condition, a right side, and the solution."""
+    q = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    a = q @ torch.diag(torch.logspace(0, math.log10(condition), size, dtype=torch.float64)) @ q.T
+    b = torch.randn(size, dtype=torch.float64)
+    return a, b, torch.linalg.solve(a, b)
+
+
+@pytest.mark.parametrize("condition", [10.0, 1000.0])
+def test_conjugate_gradient_nears_the_solution_as_fast_as_theory_says(condition: float) -> None:
+    """In the norm of A, the error falls below 2 ((sqrt k - 1) / (sqrt k + 1))^n of the first, and never rises."""
+    a, b, x = spread(condition)
+    rate = (math.sqrt(condition) - 1) / (math.sqrt(condition) + 1)
+    errors = [x - tr.conjugate_gradient(lambda v: a @ v, b, n, tol=0.0) if n else x for n in range(21)]
+    norms = [math.sqrt(float(e @ a @ e)) for e in errors]
+    assert all(norm <= 2 * rate**n * norms[0] for n, norm in enumerate(norms))
+    assert all(later < sooner for sooner, later in itertools.pairwise(norms))
+
+
+def test_a_tolerance_stops_conjugate_gradient_where_the_residual_has_fallen_to_it() -> None:
+    a, b, x = spread(100.0)
+    tol = 1e-3 * float(b @ b)
+    all_steps = [tr.conjugate_gradient(lambda v: a @ v, b, n, tol=0.0) for n in range(1, 31)]
+    residuals = [float((b - a @ y).square().sum()) for y in all_steps]
+    arrival = next(n for n, rr in enumerate(residuals) if rr <= tol)
+    got = tr.conjugate_gradient(lambda v: a @ v, b, 30, tol)
+    assert 1 < arrival < 20 and torch.equal(got, all_steps[arrival])
+    assert float((got - x).norm()) <= math.sqrt(tol)  # over the least eigenvalue, which is one
+
+
+@FORMS
+def test_fisher_product_of_the_bandit_is_its_fisher_matrix(form: str) -> None:
+    product, fisher = bandit_product(form, damping=0.0)
     assert torch.allclose(torch.stack([product(e) for e in torch.eye(3, dtype=torch.float64)]), fisher)
 
 
-BOX = spaces.Box(-1.0, 1.0, (2,))
-
-
-@pytest.mark.parametrize(
-    ("actions", "options"),
-    [
-        (BOX, {}),
-        (BOX, {"sigma": "state"}),
-        (BOX, {"distribution": "squashed"}),
-        (BOX, {"distribution": "squashed", "sigma": "state"}),
-        (BOX, {"distribution": "beta"}),
-        (spaces.Discrete(3), {}),
-        (spaces.MultiDiscrete([2, 3]), {}),
-        (spaces.MultiBinary(2), {}),
-    ],
-    ids=str,
-)
-def test_fisher_product_is_the_hessian_of_the_kl_of_a_network(
-    actions: spaces.Space[Any], options: dict[str, Any]
-) -> None:
-    norm = Standardize(spaces.Box(-9.0, 9.0, (4,)), enabled=False)
-    policy = Policy(norm, actions, hidden=(3,), **options).double()
-    seen = SimpleNamespace(obs=torch.randn(16, 4, dtype=torch.float64))
-    params, old = list(policy.parameters()), policy.dist(seen).detach()  # pyright: ignore[reportArgumentType]
-    product = tr.fisher_product(old.kl(policy.dist(seen)).mean(), params, damping=0.3)  # pyright: ignore
-    names = [name for name, _ in policy.named_parameters()]
-
-    class Dist(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.policy = policy
-
-        def forward(self):
-            return self.policy.dist(seen)  # pyright: ignore[reportArgumentType]
-
-    def kl(flat: Tensor) -> Tensor:
-        chunks = flat.split([p.numel() for p in params])
-        state = {f"policy.{n}": c.view_as(p) for n, c, p in zip(names, chunks, params, strict=True)}
-        return old.kl(torch.func.functional_call(Dist(), state, ())).mean()
-
-    hessian = torch.autograd.functional.hessian(kl, tr.flatten(params).detach())
-    v = torch.randn(len(hessian), dtype=torch.float64)  # pyright: ignore[reportArgumentType]
-    assert torch.allclose(product(v), hessian @ v + 0.3 * v, atol=1e-8)
-
-
-def test_the_natural_gradient_of_the_bandit() -> None:
-    product, _ = bandit_product(damping=0.0)
+@FORMS
+def test_the_natural_gradient_of_the_bandit(form: str) -> None:
+    product, _ = bandit_product(form, damping=0.0)
     natural = tr.conjugate_gradient(product, GRADIENT, iters=10, tol=1e-20)
     assert torch.allclose(natural, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), atol=1e-6)
-    damped, _ = bandit_product(damping=0.1)
+    damped, _ = bandit_product(form, damping=0.1)
     expected = torch.tensor([-0.71950586, 0.03864646, 0.68085940], dtype=torch.float64)
     assert torch.allclose(tr.conjugate_gradient(damped, GRADIENT, iters=10, tol=1e-20), expected, atol=1e-6)
 
 
-def test_the_full_step_of_the_bandit_overshoots_and_one_backtrack_mends_it() -> None:
-    product, _ = bandit_product(damping=0.0)
+@FORMS
+def test_the_full_step_of_the_bandit_overshoots_and_one_backtrack_mends_it(form: str) -> None:
+    product, _ = bandit_product(form, damping=0.0)
     delta, direction = 0.01, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     step = direction * math.sqrt(2 * delta / float(direction @ product(direction)))
     old, tried = Categorical(THETA.log_softmax(-1)), []
 
-    def accept(fraction: float) -> bool:
-        tried.append(float(old.kl(Categorical((THETA + fraction * step).log_softmax(-1)))))
+    def accept(fraction: Tensor) -> Tensor:
+        tried.append(old.kl(Categorical((THETA + fraction * step).log_softmax(-1))))
         return tried[-1] <= delta
 
-    assert tr.backtrack(accept, shrink=0.8, tries=10) == 0.8
+    assert float(tr.backtrack(accept, 0.8 ** torch.arange(10.0))) == pytest.approx(0.8)
     assert tried[0] == pytest.approx(0.01006207, abs=1e-8) and len(tried) == 2
 
 
-def test_backtracking_does_not_compound_and_gives_up() -> None:
-    tried: list[float] = []
-    assert tr.backtrack(lambda f: bool(tried.append(f)), shrink=0.5, tries=4) == 0.0
-    assert tried == [1.0, 0.5, 0.25, 0.125]
+@pytest.mark.parametrize("accepted", [[0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], ids=str)
+def test_both_searches_take_the_first_that_is_acceptable_or_none(accepted: list[int]) -> None:
+    fractions, tried = 0.5 ** torch.arange(5.0), []
+    table = dict(zip(fractions.tolist(), accepted, strict=True))
+
+    def accept(fraction: Tensor) -> Tensor:
+        tried.append(fraction.tolist())
+        return torch.tensor(table[tried[-1]] > 0)
+
+    expected = next((f for f, good in table.items() if good), 0.0)
+    assert float(tr.backtrack(accept, fractions)) == expected
+    assert tried == [f for f in table if f >= expected]
+    assert float(tr.backtrack_at_once(lambda f: torch.tensor(accepted) > 0, fractions)) == expected
 
 
 def test_assigning_what_was_flattened_changes_no_bit_and_no_address() -> None:

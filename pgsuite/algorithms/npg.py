@@ -2,20 +2,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pgsuite import parallel
 from pgsuite.algorithms.base import ActorCritic, fit_critic
-from pgsuite.functional import trust_region
+from pgsuite.functional import objectives, trust_region
 from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.stateless import of_vector
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_mean
 
-Move = Callable[[float], tuple[Tensor, Tensor]]  # fraction of the step -> improvement, KL(old || new)
+# Fractions [] or [K] of the step -> improvement and KL(old || new) there, of the same shape; the policy stays put.
+Attempt = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,11 +27,16 @@ class NPG(ActorCritic):
 
     The step is sqrt(2 max_kl / d'Fd) d, with F d = gradient solved by conjugate gradient: the quadratic model of
     KL(old || new) equals max_kl at its end.
+
+    The Fisher matrix F is multiplied by double backward through the network, or as Gauss-Newton's, which differentiates
+    the network forward and back, and its backward never; both are exact.
     """
 
     max_kl: Positive = 0.01
     damping: NonNegative = 0.1
     cg_iters: Count = 10
+    cg_tol: NonNegative = 1e-10  # the squared residual at which conjugate gradient has arrived
+    fisher: Literal["double-backward", "gauss-newton"] = "double-backward"
     critic_lr: Positive = 1e-3
     critic_epochs: Count = 10
     critic_minibatches: Count = 4
@@ -47,44 +55,57 @@ class NPG(ActorCritic):
     def improve(self, batch: Batch) -> Metrics:
         """Move the policy, or leave it bit for bit where it was if the step is refused or not finite."""
         params = list(self.policy.parameters())
-        start, old = trust_region.flatten(params).detach(), self.policy.dist(batch).detach()
+        start = trust_region.flatten(params).detach()
+        dist_at = of_vector(self.policy, lambda: self.policy.dist(batch))
+        with torch.no_grad():
+            old = dist_at(start)
 
-        def gain_and_kl() -> tuple[Tensor, Tensor]:
-            dist = self.policy.dist(batch)
-            ratio = (dist.log_prob(batch.action) - batch.logp).exp()
+        def outcome(vector: Tensor) -> tuple[Tensor, Tensor]:
+            """Improvement and KL(old || new) of parameters [P], this process's share."""
+            new = dist_at(vector)
+            ratio = objectives.log_ratio(new.log_prob(batch.action), batch.logp).exp()
             gain = self.surrogate(ratio, batch.advantage) - batch.advantage
-            return masked_mean(gain, batch.mask), masked_mean(old.kl(dist), batch.mask)
-
-        gain, kl = gain_and_kl()
-        gradient = trust_region.flat_grad(gain, params, retain_graph=True)
-        product = trust_region.fisher_product(kl, params, self.damping)
-        direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters)
-        image = product(direction)
-        step = direction * (2 * self.max_kl / (direction @ image).clamp(min=1e-12)).sqrt()
-        finite = step.isfinite().all()
+            return masked_mean(gain, batch.mask), masked_mean(old.kl(new), batch.mask)
 
         @torch.no_grad()
-        def move(fraction: float) -> tuple[Tensor, Tensor]:
-            moved = torch.where(finite, start + fraction * step, start) if fraction else start
-            trust_region.assign(params, moved)
-            gain, kl = gain_and_kl()
+        def attempt(fraction: Tensor) -> tuple[Tensor, Tensor]:
+            there = start + fraction.unsqueeze(-1) * step
+            gain, kl = torch.vmap(outcome)(there) if fraction.ndim else outcome(there)
             return parallel.mean(gain), parallel.mean(kl)
 
-        fraction, metrics = self.search(move)
-        gain, kl = move(fraction)
+        theta = start.clone().requires_grad_()
+        gain, kl = outcome(theta)
+        gradient = trust_region.flat_grad(gain, [theta], retain_graph=True)
+        if self.fisher == "gauss-newton":
+            product = trust_region.gauss_newton_product(
+                dist_at, lambda p, q: masked_mean(p.kl(q), batch.mask), start, self.damping
+            )
+        else:
+            product = trust_region.fisher_product(kl, [theta], self.damping)
+        direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
+        image = product(direction)
+        step = direction * (2 * self.max_kl / (direction @ image).clamp(min=1e-12)).sqrt()
+
+        fraction, metrics = self.search(attempt, start.new_ones(()))
+        accepted = (fraction > 0) & step.isfinite().all()
+        moved = torch.where(accepted, start + fraction * step, start)
+        trust_region.assign(params, moved)
+        with torch.no_grad():
+            gain, kl = outcome(moved)
         return metrics | {
-            "improvement": gain,
-            "kl": kl,
-            "step_fraction": torch.full_like(kl, fraction).where(finite, 0.0),
-            "step_norm": fraction * step.norm(),
+            "improvement": parallel.mean(gain),
+            "kl": parallel.mean(kl),
+            "accepted": accepted.to(start.dtype),
+            "step_fraction": fraction.where(accepted, 0.0),
+            "step_norm": (moved - start).norm(),
             "cg_residual": (image - gradient).norm() / gradient.norm().clamp(min=1e-12),
             "entropy": masked_mean(old.entropy(), batch.mask),
             "grad_norm": gradient.norm(),
         }
 
-    def search(self, move: Move) -> tuple[float, Metrics]:
-        """How much of the step to keep, and what is worth knowing about the search."""
-        return 1.0, {}
+    def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
+        """Which fraction of the step to take, ``whole`` being 1 on the device, and what is worth knowing about it."""
+        return whole, {}
 
     def regress(self, batch: Batch) -> Metrics:
         """Fit the critic, which no trust region confines."""

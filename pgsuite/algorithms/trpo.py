@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from pgsuite.algorithms.npg import NPG, Move
-from pgsuite.functional.trust_region import backtrack
+from pgsuite.algorithms.npg import NPG, Attempt
+from pgsuite.functional.trust_region import backtrack, backtrack_at_once
 from pgsuite.settings import Count, Shrink
 from pgsuite.types import Metrics
 
@@ -14,20 +16,20 @@ from pgsuite.types import Metrics
 class TRPO(NPG):
     """The natural step, shortened until it truly improves within the KL budget (Schulman et al., 2015).
 
-    The search reads one bit per try back to the host.
+    The sequential search stops at the first step that does, and reads one bit per try back to the host.  The batched
+    one tries all at once, in ``tries`` times the memory, and reads nothing.
     """
 
     shrink: Shrink = 0.8
     tries: Count = 10
+    line_search: Literal["sequential", "batched"] = "sequential"
 
-    def search(self, move: Move) -> tuple[float, Metrics]:
-        tried = 0
+    def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
+        def accept(fraction: Tensor) -> Tensor:
+            gain, kl = attempt(fraction)
+            return (gain > 0) & (kl <= self.max_kl)
 
-        def accept(fraction: float) -> bool:
-            nonlocal tried
-            tried += 1
-            gain, kl = move(fraction)
-            return bool((gain > 0) & (kl <= self.max_kl))
-
-        fraction = backtrack(accept, self.shrink, self.tries)
-        return fraction, {"backtracks": torch.tensor(float(tried - 1 if fraction else tried))}
+        fractions = self.shrink ** torch.arange(self.tries, dtype=whole.dtype, device=whole.device)
+        find = backtrack_at_once if self.line_search == "batched" else backtrack
+        fraction = find(accept, fractions)
+        return fraction, {"backtracks": (fractions > fraction).sum(dtype=whole.dtype)}

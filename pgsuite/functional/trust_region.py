@@ -6,12 +6,20 @@ parameters.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from pgsuite import parallel
+
+D = TypeVar("D")
+Product = Callable[[Tensor], Tensor]  # v [P] -> A v [P]
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -31,7 +39,7 @@ def flat_grad(y: Tensor, params: Sequence[Tensor], *, retain_graph: bool = False
     return parallel.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph, materialize_grads=True)))
 
 
-def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Callable[[Tensor], Tensor]:
+def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Product:
     """v [P] -> (F + damping I) v [P], with F the Hessian of kl at the point where kl is zero, which is the Fisher
     matrix (Schulman et al., 2015, appendix C).  Uses double backward."""
     grad = flatten(torch.autograd.grad(kl, params, create_graph=True))
@@ -42,7 +50,68 @@ def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Call
     return product
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iters: int, tol: float = 1e-10) -> Tensor:
+def remake(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """x, a nest of dataclasses, tuples, lists, dictionaries and tensors, with fn applied to every tensor in it."""
+
+    def node(y: Any) -> Any:
+        if isinstance(y, Tensor):
+            return fn(y)
+        if isinstance(y, type) or not is_dataclass(y):
+            return y
+        twin = copy.copy(y)  # not constructed anew, which might compute something
+        for name, value in vars(y).items():
+            object.__setattr__(twin, name, remake(fn, value))  # frozen ones too
+        return twin
+
+    return pytree.tree_map(node, x)
+
+
+def tensors(x: Any) -> list[Tensor]:
+    """Every tensor that remake reaches, in its order."""
+    found: list[Tensor] = []
+    remake(lambda y: found.append(y) or y, x)
+    return found
+
+
+def gauss_newton_product(
+    fn: Callable[[Tensor], D], divergence: Callable[[D, D], Tensor], at: Tensor, damping: float
+) -> Product:
+    """v [P] -> (F + damping I) v [P] of a model fn(parameters [P]) = numbers, as J' M J v: forward through the model,
+    across the divergence, back through the model (Martens, 2020, section 8).
+
+    J is the Jacobian of the numbers, here all tensors of fn's result, and M = -d2 divergence(p, q) / dp dq at p = q.
+    Unlike the Hessian in q, these mixed derivatives keep their meaning for numbers that are redundant or bound to one
+    another, as normalized logits are: the divergence in q alone is linear in those.  The model is differentiated once
+    in each direction, and its backward never.
+
+    Raises TypeError if fn's result depends on the parameters through anything but tensors that ``remake`` reaches.
+    """
+    at = at.detach().requires_grad_()
+    model = fn(at)
+    moves = [x.requires_grad for x in tensors(model)]
+
+    def numbers(x: D) -> list[Tensor]:
+        return [y for y, moving in zip(tensors(x), moves, strict=True) if moving]
+
+    p, q = (remake(lambda x: x.detach().requires_grad_(x.requires_grad), model) for _ in range(2))
+    value = divergence(p, q)
+    if not any(moves) or torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)[0] is not None:
+        raise TypeError(f"a Gauss-Newton product needs a dataclass of tensors, which {type(model).__name__} is not")
+    slopes = torch.autograd.grad(value, numbers(q), create_graph=True, materialize_grads=True)
+
+    def product(v: Tensor) -> Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            pushed = [forward_ad.unpack_dual(x) for x in numbers(fn(forward_ad.make_dual(at.detach(), v)))]
+            tangents = [torch.zeros_like(x.primal) if x.tangent is None else x.tangent for x in pushed]
+        across = torch.stack([(x * y).sum() for x, y in zip(slopes, tangents, strict=True)]).sum()
+        curved = torch.autograd.grad(-across, numbers(p), retain_graph=True, materialize_grads=True)
+        back = torch.autograd.grad(numbers(model), at, curved, retain_graph=True)
+        return parallel.mean(back[0]) + damping * v
+
+    return product
+
+
+def conjugate_gradient(product: Product, b: Tensor, iters: int, tol: float = 1e-10) -> Tensor:
     """An approximate solution x [P] of A x = b from x = 0 (Hestenes and Stiefel, 1952).
 
     Iterations after the squared residual has fallen to tol change nothing, so none is skipped and nothing is read back
@@ -60,9 +129,16 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iters: in
     return x
 
 
-def backtrack(accept: Callable[[float], bool], shrink: float, tries: int) -> float:
-    """The first of 1, shrink, shrink^2, ... (tries of them) that is acceptable, or zero."""
-    for i in range(tries):
-        if accept(fraction := shrink**i):
+def backtrack(accept: Callable[[Tensor], Tensor], fractions: Tensor) -> Tensor:
+    """The first of fractions [K] that is acceptable, or zero.  Tries one at a time, and reads one bit of each back to
+    the host."""
+    for fraction in fractions:
+        if accept(fraction):
             return fraction
-    return 0.0
+    return torch.zeros_like(fractions[0])
+
+
+def backtrack_at_once(accept: Callable[[Tensor], Tensor], fractions: Tensor) -> Tensor:
+    """The same by one call of accept for all [K], from which nothing is read back."""
+    accepted = accept(fractions)
+    return fractions.where(accepted & (accepted.cumsum(0) == 1), 0.0).sum()
