@@ -53,6 +53,9 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "multicategorical, masked": lambda: choosy(spaces.MultiDiscrete([2, 3]), 5),
     "bernoulli": lambda: plain(spaces.MultiBinary(2)),
     "bernoulli, masked": lambda: choosy(spaces.MultiBinary(2), 2),
+    "gaussian, remembering": lambda: plain(BOX, recurrent="gru", recurrent_size=3),
+    "beta, remembering": lambda: plain(BOX, distribution="beta", recurrent="lstm", recurrent_size=2),
+    "categorical, remembering": lambda: plain(spaces.Discrete(3), recurrent="lstm", recurrent_size=2),
 }
 
 
@@ -63,7 +66,7 @@ def look(policy: Policy, steps: int = 5, envs: int = 4) -> Any:
         allowed = torch.rand(steps, envs, policy.head.inputs) < 0.6
         allowed[..., ::2] = True  # of every choice, something
         obs = {"obs": obs, ACTION_MASK: allowed}
-    memory = policy.blank(envs).double().expand(steps, envs, -1)
+    memory = {name: torch.rand(steps, *x.shape, dtype=torch.float64) for name, x in policy.blank(envs).items()}
     start = torch.rand(steps, envs) < 0.3
     return SimpleNamespace(obs=obs, memory=memory, start=start, mask=torch.rand(steps, envs) < 0.8)
 
@@ -262,14 +265,19 @@ def test_every_step_that_is_taken_improves_within_the_budget(world: Any, switche
 # The search
 
 
-@pytest.mark.parametrize("world", [point_mass, cart_pole])
-def test_the_batched_search_is_the_sequential_one(world: Any) -> None:
+@pytest.mark.parametrize(
+    ("world", "parts"),
+    [(point_mass, {}), (cart_pole, {}), (cart_pole, {"recurrent": "gru"}), (point_mass, {"shared": True})],
+)
+def test_the_batched_search_is_the_sequential_one(world: Any, parts: dict[str, Any]) -> None:
     """In every iteration of a run whose quadratic model often lies."""
     twins, backtracks = [], set()
     for line_search in ("sequential", "batched"):
         env = world()
-        algorithm = build(TRPO, env, max_kl=0.3, damping=1e-4, line_search=line_search)
-        twins.append((algorithm, collector(algorithm, env, 25)))
+        look = {"recurrent": "gru", "recurrent_size": 8} if "recurrent" in parts else {}
+        options: dict[str, Any] = {"max_kl": 0.3, "damping": 1e-4, "line_search": line_search}
+        algorithm = build(TRPO, env, look=look, **parts, **options)
+        twins.append((algorithm, collector(algorithm, env, 8 if look else 25)))
     for _ in range(8):
         one, other = (algorithm.iterate(rollouts) for algorithm, rollouts in twins)
         assert torch.equal(flat(twins[0][0]), flat(twins[1][0]))
@@ -310,7 +318,7 @@ def test_a_failed_search_and_a_poisoned_batch_change_no_bit(
     env = PointMass(16)
     algorithm = build(Timid if poison is None else TRPO, env, fisher=fisher, line_search=line_search)
     with torch.no_grad():
-        algorithm.policy.net[-1].bias.fill_(-0.0)  # which 0 * step, added, would make 0.0
+        algorithm.policy.out.bias.fill_(-0.0)  # which 0 * step, added, would make 0.0
     batch = first_batch(algorithm, env)
     if poison is not None:
         batch.advantage.fill_(poison)
