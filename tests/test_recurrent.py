@@ -294,3 +294,31 @@ def test_critics_without_a_memory_of_their_own_carry_nothing() -> None:
     env = PointMass(4)
     for critic in (build(A2C, env).critic, sharing(A2C, env, "gru").critic):
         assert isinstance(critic, Critic) and critic.carry.numel() == 0 and not critic.remembers
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_an_exported_policy_takes_its_statistics_and_its_memory_along(kind: Any) -> None:
+    """torch.export holds the normalizer, frozen; memory goes in and comes out."""
+    env = PointMass(4)
+    algorithm = remembering(A2C, env, kind)
+    rollouts, policy = collector(algorithm, env), algorithm.policy
+    for _ in range(2):
+        algorithm.iterate(rollouts)
+
+    class Acting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, obs: Tensor, memory: Any, start: Tensor) -> Any:
+            features, memory = self.policy.body.step(obs, memory, start)
+            return self.policy.distribution(features, obs).mode(), memory
+
+    seen = (rollouts.obs.clone(), dict(rollouts.memory), rollouts.start.clone())
+    exported = torch.export.export(Acting(), seen).module()
+    assert any("moments.mean" in name for name, _ in exported.named_buffers())
+    expected = policy.act(*seen, deterministic=True)
+    action, memory = exported(*seen)
+    assert torch.allclose(action, expected.action) and memory.keys() == expected.memory.keys()
+    assert all(torch.allclose(memory[name], x) for name, x in expected.memory.items())
+    assert not torch.allclose(action, exported(seen[0] + 1, *seen[1:])[0])
