@@ -52,7 +52,7 @@ class Trainer:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
 
     def __post_init__(self) -> None:
-        for percent in range(101):  # settings may change in the course of the run
+        for percent in reversed(range(101)):  # settings may change in the course of the run
             self.algorithm.progress(percent / 100)
             self.algorithm.validate(self.collector)
         env = self.collector.env
