@@ -151,7 +151,7 @@ def build(
     generator = seeding.generator(seed, "algorithm")
     norm = Standardize(env.observation_space, enabled=standardize)
     both: Any = {"convolutions": convolutions, "generator": generator}
-    policy = Policy(norm, env.action_space, hidden=hidden, **both, **(look or {}))
+    policy = Policy(norm, env.action_space, hidden=hidden, **both | (look or {}))
     both |= {
         "recurrent": recurrent,
         "recurrent_size": 16,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
@@ -26,6 +26,17 @@ class Seen(Protocol):
     def start(self) -> Tensor: ...
 
 
+class Shape(TypedDict, total=False):
+    """What a body may be told about itself, and the generator that draws its parameters."""
+
+    hidden: Sequence[int]
+    activation: str
+    convolutions: Iterable[Sequence[int]] | None
+    recurrent: Kind
+    recurrent_size: int
+    generator: Generator | None
+
+
 class Body(nn.Module):
     """``size`` features of each observation: what may be seen of it is standardized, images go through convolutions,
     and all that through a memory, if there is one, and hidden layers.
@@ -40,12 +51,12 @@ class Body(nn.Module):
         name: str,
         *,
         privileged: bool,
-        hidden: Sequence[int],
-        activation: str,
-        convolutions: Iterable[Sequence[int]] | None,
-        recurrent: Kind,
-        recurrent_size: int,
-        generator: Generator | None,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        convolutions: Iterable[Sequence[int]] | None = None,
+        recurrent: Kind = "none",
+        recurrent_size: int = 64,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
 

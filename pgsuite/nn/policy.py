@@ -3,9 +3,8 @@ memory look at obs alone, and those with one want [T, N] cells, in time order.""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from gymnasium import spaces
@@ -13,9 +12,8 @@ from torch import Generator, Tensor, nn
 
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Sigma, make_head
-from pgsuite.nn.network import Body, Network, Seen
+from pgsuite.nn.network import Body, Network, Seen, Shape
 from pgsuite.nn.normalize import Standardize
-from pgsuite.nn.recurrent import Kind
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Metrics, Obs, Rollout
 
 
@@ -35,29 +33,13 @@ class Policy(Network):
         obs_norm: Standardize,
         action_space: spaces.Space[Any],
         *,
-        hidden: Sequence[int] = (64, 64),
-        activation: str = "tanh",
-        convolutions: Iterable[Sequence[int]] | None = None,
-        recurrent: Kind = "none",
-        recurrent_size: int = 64,
         distribution: str = "auto",
         log_sigma: float | None = None,
         sigma: Sigma = "free",
-        generator: Generator | None = None,
+        **shape: Unpack[Shape],
     ) -> None:
         head = make_head(action_space, distribution, log_sigma=log_sigma, sigma=sigma)
-        body = Body(
-            obs_norm,
-            "policy",
-            privileged=False,
-            hidden=hidden,
-            activation=activation,
-            convolutions=convolutions,
-            recurrent=recurrent,
-            recurrent_size=recurrent_size,
-            generator=generator,
-        )
-        super().__init__(body, head.inputs, 0.01, generator)
+        super().__init__(Body(obs_norm, "policy", privileged=False, **shape), head.inputs, 0.01, shape.get("generator"))
         self.head = head
 
     @property
@@ -114,33 +96,14 @@ class Critic(Network):
         self,
         obs_norm: Standardize,
         *,
-        hidden: Sequence[int] = (64, 64),
-        activation: str = "tanh",
-        convolutions: Iterable[Sequence[int]] | None = None,
-        recurrent: Kind = "none",
-        recurrent_size: int = 64,
         shared: Policy | None = None,
         num_envs: int = 0,
-        generator: Generator | None = None,
+        **shape: Unpack[Shape],
     ) -> None:
         if shared is not None and isinstance(obs_norm.space, spaces.Dict) and PRIVILEGED in obs_norm.space.spaces:
             raise ValueError(f"critic.shared=true would hide {PRIVILEGED} from the critic: give it a body of its own")
-        body = (
-            shared.body
-            if shared is not None
-            else Body(
-                obs_norm,
-                "critic",
-                privileged=True,
-                hidden=hidden,
-                activation=activation,
-                convolutions=convolutions,
-                recurrent=recurrent,
-                recurrent_size=recurrent_size,
-                generator=generator,
-            )
-        )
-        super().__init__(body, 1, 1.0, generator)
+        body = Body(obs_norm, "critic", privileged=True, **shape) if shared is None else shared.body
+        super().__init__(body, 1, 1.0, shape.get("generator"))
         self.shared = shared is not None
         self.register_buffer("carry", body.blank(num_envs)["critic"] if self.remembers else torch.zeros(0))
 
