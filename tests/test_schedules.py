@@ -84,7 +84,7 @@ def test_a_schedule_that_makes_no_sense_is_refused_in_one_message(options: Any, 
 def test_minibatches_that_cannot_be_later_on_are_refused_before_the_run() -> None:
     env = PointMass(8)
     algorithm = build(PPO, env, minibatches={"linear": [4, 8]})
-    with pytest.raises(ValueError, match="6 minibatches do not divide"):
+    with pytest.raises(ValueError, match="7 minibatches do not divide"):
         Trainer(algorithm, collector(algorithm, env), 1000)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from test_algorithms import NothingRead, first_batch, flat, learn_from_a_share
+from reads import NothingRead
+from test_algorithms import first_batch, flat
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from toys import PointMass, build, collector
@@ -343,19 +344,3 @@ def test_hyperparameters_may_be_tensors(fisher: Any, line_search: Any) -> None:
         each.improve(batch)
         ends.append(flat(each))
     assert torch.allclose(ends[0], ends[1], atol=1e-6)
-
-
-@dataclass(kw_only=True, eq=False)
-class Other(TRPO):
-    """Every switch the other way."""
-
-    fisher: Any = "gauss-newton"
-    line_search: Any = "batched"
-
-
-def test_two_processes_equal_one_with_every_switch_the_other_way(tmp_path: Any) -> None:
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    learn_from_a_share(0, 1, Other, one)
-    torch.multiprocessing.spawn(learn_from_a_share, (2, Other, two), nprocs=2)  # pyright: ignore
-    for a, b in zip(torch.load(one), torch.load(two), strict=True):
-        assert torch.allclose(a, b, atol=2e-5), float((a - b).abs().max())
