@@ -30,6 +30,7 @@ METHODS = ("ppo", "trpo", "npg", "a2c", "reinforce")
 def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """One run in a process of its own."""
     algo, env = name.split("-", 1)
+    begun_at = commit()  # before the run: the tree may move on meanwhile
     arguments = [f"algo={algo}", f"env={env}", f"seed={seed}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "scripts/train.py", *arguments, "env_threads=1", f"hydra.run.dir={folder}/run"]
@@ -42,7 +43,7 @@ def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
             rows = [(int(row["steps"]), row["episode/return"]) for row in csv.DictReader(file) if row["episode/return"]]
     return {
         "command": f"python scripts/train.py {' '.join(arguments)}",
-        "commit": commit(),
+        "commit": begun_at,
         "machine": machine(),
         "summary": summary,
         "curve": {"steps": [s for s, _ in rows], "return": [round(float(r), 2) for _, r in rows]},
@@ -107,7 +108,7 @@ def main() -> None:
         if args.readme:
             write_table("README.md", "returns.py table --readme", table())
     else:
-        recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*.yaml"))
+        recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*-[A-Z]*.yaml"))
         run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)
 
 
