@@ -5,7 +5,8 @@
     python benchmarks/returns.py table
 
 ``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the command, the
-commit and the machine.  ``table`` prints means and deviations over seeds of what is there.
+commit and the machine.  ``table`` sets what is there beside the figures of published.csv: interquartile means over
+seeds with 95% bootstrap intervals.  Marks compare the plain mean, as published ones are plain means.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import RESULTS, ROOT, commit, machine, write_table
 
 RUNS = RESULTS / "returns"
-METHODS = ("ppo", "trpo", "npg", "a2c", "reinforce")
+PUBLISHED = ROOT / "benchmarks" / "published.csv"
+METHODS = ("reinforce", "a2c", "npg", "trpo", "ppo")
+ENVIRONMENTS = (
+    *("CartPole", "Acrobot", "Pendulum", "MountainCarContinuous"),
+    *("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum", "Reacher"),
+)
+MARKS = {"above": "▲", "within": "≈", "short": "▼", "": ""}
+RESAMPLES = 10_000
 
 
 def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -74,22 +83,86 @@ def load() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def published() -> dict[str, dict[str, str]]:
+    """What others report, by environment and method, as ``HalfCheetah/ppo``."""
+    with PUBLISHED.open(newline="") as file:
+        return {f"{row['environment']}/{row['method']}": row for row in csv.DictReader(file)}
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis without its lowest and highest quarter (Agarwal et al., 2021)."""
+    cut = values.shape[-1] // 4
+    return np.sort(values)[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% of the interquartile means of seeds drawn again with replacement."""
+    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
+    low, high = np.quantile(interquartile_mean(drawn), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def verdict(mean: float, figure: dict[str, str] | None) -> str:
+    """How a mean compares with a published one."""
+    if figure is None:
+        return ""
+    level, deviation = float(figure["mean"]), float(figure["deviation"])
+    return "above" if mean >= level else "within" if mean >= level - deviation else "short"
+
+
+def cells() -> dict[str, dict[str, str]]:
+    """Everything that is said of an environment and a method, formatted, in the order of the table."""
+    results, figures, found = load(), published(), {}
+    for env in (*ENVIRONMENTS, *sorted({key.split("/")[0] for key in results} - set(ENVIRONMENTS))):
+        for method in METHODS:
+            key = f"{env}/{method}"
+            if key not in results:
+                continue
+            summaries = [result["summary"] for result in results[key]]
+            means = np.array([summary["return_mean"] for summary in summaries])
+            low, high = interval(means)
+            figure = figures.get(key)
+            digits = 0 if max(abs(means)) >= 1000 else 1
+            found[key] = {
+                "steps": f"{round(summaries[0]['steps'], -4):,}",
+                "seeds": str(len(means)),
+                "iqm": f"{interquartile_mean(means):,.{digits}f}",
+                "interval": f"[{low:,.{digits}f}, {high:,.{digits}f}]",
+                "mean": f"{means.mean():,.{digits}f}",
+                "speed": f"{statistics.median(s['steps_per_second'] for s in summaries):,.0f}",
+                "published": f"{float(figure['mean']):,.4g} ± {float(figure['deviation']):,.4g}" if figure else "-",
+                "source": f"{figure['source']}, {int(figure['steps']):,} steps, {figure['over']}" if figure else "-",
+                "verdict": verdict(float(means.mean()), figure),
+            }
+    return found
+
+
 def table() -> str:
-    """A Markdown table of what is kept."""
-    lines = ["| environment | method | steps | return | each seed | steps/s |", "|---|---|---|---|---|---|"]
-    results = load()
-    for key in sorted(results, key=lambda key: (key.split("/")[0], METHODS.index(key.split("/")[1]))):
-        summaries = [result["summary"] for result in results[key]]
-        means = [summary["return_mean"] for summary in summaries]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        speed = statistics.median(summary["steps_per_second"] for summary in summaries)
-        env, algo = key.split("/")
-        seeds = ", ".join(f"{mean:,.0f}" for mean in means)
-        steps = f"{round(summaries[0]['steps'], -4):,}"
-        lines.append(
-            f"| {env} | {algo} | {steps} | {statistics.mean(means):,.0f} ± {spread:,.0f} | {seeds} | {speed:,.0f} |"
-        )
-    return "\n".join(lines)
+    """In Markdown: a line an environment, and folded beneath it a line a method with all that is known."""
+    found = cells()
+    lines = [f"| | {' | '.join(method.upper() for method in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+    for env in ENVIRONMENTS:
+        row = []
+        for cell in (found.get(f"{env}/{method}") for method in METHODS):
+            ours = f"{cell['iqm']} {cell['interval']} {MARKS[cell['verdict']]}".strip() if cell else "-"
+            row.append(f"{ours}<br>{cell['published']}" if cell else ours)
+        lines.append(f"| {env} | {' | '.join(row)} |")
+    verdicts = [cell["verdict"] for cell in found.values() if cell["verdict"]]
+    count = {kind: verdicts.count(kind) for kind in ("above", "within", "short")}
+    lines += [
+        "",
+        f"Of {len(verdicts)} published means {count['above']} are reached ({MARKS['above']}), {count['within']} missed "
+        f"by at most a published deviation ({MARKS['within']}) and {count['short']} by more ({MARKS['short']}).",
+        "",
+        "<details><summary>Every cell: steps, seeds, mean, source, speed</summary>",
+        "",
+        "| environment | method | steps | seeds | interquartile mean | 95% | mean | published | by | | steps/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    columns = ("steps", "seeds", "iqm", "interval", "mean", "published", "source", "verdict", "speed")
+    for key, cell in found.items():
+        lines.append(f"| {' | '.join((*key.split('/'), *(cell[column] for column in columns)))} |")
+    return "\n".join([*lines, "", "</details>"])
 
 
 def main() -> None:
