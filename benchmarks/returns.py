@@ -127,7 +127,7 @@ def cells() -> dict[str, dict[str, str]]:
                 "steps": f"{round(summaries[0]['steps'], -4):,}",
                 "seeds": str(len(means)),
                 "iqm": f"{interquartile_mean(means):,.{digits}f}",
-                "interval": f"[{low:,.{digits}f}, {high:,.{digits}f}]",
+                "interval": f"[{low:,.{digits}f}, {high:,.{digits}f}]" if len(means) > 1 else "-",
                 "mean": f"{means.mean():,.{digits}f}",
                 "speed": f"{statistics.median(s['steps_per_second'] for s in summaries):,.0f}",
                 "published": f"{float(figure['mean']):,.4g} ± {float(figure['deviation']):,.4g}" if figure else "-",
@@ -144,8 +144,7 @@ def table() -> str:
     for env in ENVIRONMENTS:
         row = []
         for cell in (found.get(f"{env}/{method}") for method in METHODS):
-            ours = f"{cell['iqm']} {cell['interval']} {MARKS[cell['verdict']]}".strip() if cell else "-"
-            row.append(f"{ours}<br>{cell['published']}" if cell else ours)
+            row.append(_short(cell) if cell else "-")
         lines.append(f"| {env} | {' | '.join(row)} |")
     verdicts = [cell["verdict"] for cell in found.values() if cell["verdict"]]
     count = {kind: verdicts.count(kind) for kind in ("above", "within", "short")}
@@ -163,6 +162,13 @@ def table() -> str:
     for key, cell in found.items():
         lines.append(f"| {' | '.join((*key.split('/'), *(cell[column] for column in columns)))} |")
     return "\n".join([*lines, "", "</details>"])
+
+
+def _short(cell: dict[str, str]) -> str:
+    """A cell in two lines; the number of seeds is said where it is not five."""
+    seeds = "" if cell["seeds"] == "5" else "1 seed" if cell["seeds"] == "1" else f"{cell['seeds']} seeds"
+    spread = cell["interval"] if cell["interval"] != "-" else ""
+    return f"{' '.join(filter(None, (cell['iqm'], spread, MARKS[cell['verdict']], seeds)))}<br>{cell['published']}"
 
 
 def main() -> None:
