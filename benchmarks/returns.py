@@ -142,9 +142,7 @@ def table() -> str:
     found = cells()
     lines = [f"| | {' | '.join(method.upper() for method in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     for env in ENVIRONMENTS:
-        row = []
-        for cell in (found.get(f"{env}/{method}") for method in METHODS):
-            row.append(_short(cell) if cell else "-")
+        row = [_short(found[key]) if key in found else "-" for key in (f"{env}/{method}" for method in METHODS)]
         lines.append(f"| {env} | {' | '.join(row)} |")
     verdicts = [cell["verdict"] for cell in found.values() if cell["verdict"]]
     count = {kind: verdicts.count(kind) for kind in ("above", "within", "short")}
@@ -166,7 +164,7 @@ def table() -> str:
 
 def _short(cell: dict[str, str]) -> str:
     """A cell in two lines; the number of seeds is said where it is not five."""
-    seeds = "" if cell["seeds"] == "5" else "1 seed" if cell["seeds"] == "1" else f"{cell['seeds']} seeds"
+    seeds = "" if cell["seeds"] == "5" else "(1 seed)" if cell["seeds"] == "1" else f"({cell['seeds']} seeds)"
     spread = cell["interval"] if cell["interval"] != "-" else ""
     return f"{' '.join(filter(None, (cell['iqm'], spread, MARKS[cell['verdict']], seeds)))}<br>{cell['published']}"
 
