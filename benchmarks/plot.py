@@ -8,21 +8,23 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from record import ROOT
-from returns import METHODS, load
+from returns import ENVIRONMENTS, METHODS, load
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
-COLORS = dict(zip(METHODS, ("#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f"), strict=True))
+COLORS = dict(zip(METHODS, ("#7f7f7f", "#ff7f0e", "#9467bd", "#2ca02c", "#1f77b4"), strict=True))
 POINTS = 60
+COLUMNS = 4
 
 
 def draw(out: Path) -> None:
     """One panel an environment: mean over seeds, with a band of one standard deviation."""
     results = load()
-    envs = sorted({key.split("/")[0] for key in results}, key=lambda env: (env != "HalfCheetah", env))
-    figure, panels = plt.subplots(1, len(envs), figsize=(5.2 * len(envs), 4), squeeze=False)
-    for panel, env in zip(panels[0], envs, strict=True):
+    rows = -(-(len(ENVIRONMENTS) + 1) // COLUMNS)  # one place more, for the legend
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(3.3 * COLUMNS, 2.7 * rows), squeeze=False)
+    for panel, env in zip(axes.flat, ENVIRONMENTS, strict=False):
         for method in METHODS:
             runs = results.get(f"{env}/{method}", [])
             if not runs:
@@ -31,15 +33,18 @@ def draw(out: Path) -> None:
             grid = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), POINTS)
             values = np.stack([np.interp(grid, s, _smooth(v)) for s, v in curves])
             mean, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
-            final = np.mean([r["summary"]["return_mean"] for r in runs])
-            panel.plot(grid, mean, color=COLORS[method], label=f"{method}: {final:,.0f}")
+            panel.plot(grid, mean, color=COLORS[method])
             panel.fill_between(grid, mean - spread, mean + spread, color=COLORS[method], alpha=0.15, linewidth=0)
-        seeds = max(len(results[key]) for key in results if key.startswith(f"{env}/"))
-        panel.set(title=f"{env}, {seeds} seeds", xlabel="environment steps", ylabel="return of training episodes")
+        panel.set_title(env)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
-        panel.legend(frameon=False)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes.flat[len(ENVIRONMENTS) :]:
+        panel.set_axis_off()
+    lines = [Line2D([], [], color=COLORS[method], label=method.upper()) for method in METHODS]
+    axes.flat[len(ENVIRONMENTS)].legend(handles=lines, frameon=False, loc="center", fontsize="large")
+    figure.supxlabel("environment steps")
+    figure.supylabel("return of training episodes")
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

@@ -5,7 +5,8 @@
     python benchmarks/returns.py table
 
 ``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the command, the
-commit and the machine.  ``table`` prints means and deviations over seeds of what is there.
+commit and the machine.  ``table`` sets what is there beside the figures of published.csv: interquartile means over
+seeds with 95% bootstrap intervals.  Marks compare the plain mean, as published ones are plain means.
 """
 
 from __future__ import annotations
@@ -21,15 +22,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import RESULTS, ROOT, commit, machine, write_table
 
 RUNS = RESULTS / "returns"
-METHODS = ("ppo", "trpo", "npg", "a2c", "reinforce")
+PUBLISHED = ROOT / "benchmarks" / "published.csv"
+METHODS = ("reinforce", "a2c", "npg", "trpo", "ppo")
+ENVIRONMENTS = (
+    *("CartPole", "Acrobot", "Pendulum", "MountainCarContinuous"),
+    *("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum", "Reacher"),
+)
+MARKS = {"above": "▲", "within": "≈", "short": "▼", "": ""}
+RESAMPLES = 10_000
 
 
 def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """One run in a process of its own."""
     algo, env = name.split("-", 1)
+    begun_at = commit()  # before the run: the tree may move on meanwhile
     arguments = [f"algo={algo}", f"env={env}", f"seed={seed}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "scripts/train.py", *arguments, "env_threads=1", f"hydra.run.dir={folder}/run"]
@@ -42,7 +52,7 @@ def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
             rows = [(int(row["steps"]), row["episode/return"]) for row in csv.DictReader(file) if row["episode/return"]]
     return {
         "command": f"python scripts/train.py {' '.join(arguments)}",
-        "commit": commit(),
+        "commit": begun_at,
         "machine": machine(),
         "summary": summary,
         "curve": {"steps": [s for s, _ in rows], "return": [round(float(r), 2) for _, r in rows]},
@@ -73,22 +83,90 @@ def load() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def published() -> dict[str, dict[str, str]]:
+    """What others report, by environment and method, as ``HalfCheetah/ppo``."""
+    with PUBLISHED.open(newline="") as file:
+        return {f"{row['environment']}/{row['method']}": row for row in csv.DictReader(file)}
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis without its lowest and highest quarter (Agarwal et al., 2021)."""
+    cut = values.shape[-1] // 4
+    return np.sort(values)[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% of the interquartile means of seeds drawn again with replacement."""
+    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
+    low, high = np.quantile(interquartile_mean(drawn), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def verdict(mean: float, steps: int, figure: dict[str, str] | None) -> str:
+    """How a mean compares with a published one, where that took as many steps (a last rollout apart) or more."""
+    if figure is None or steps > 1.05 * int(figure["steps"]):
+        return ""
+    level, deviation = float(figure["mean"]), float(figure["deviation"])
+    return "above" if mean >= level else "within" if mean >= level - deviation else "short"
+
+
+def cells() -> dict[str, dict[str, str]]:
+    """Everything that is said of an environment and a method, formatted, in the order of the table."""
+    results, figures, found = load(), published(), {}
+    for env in (*ENVIRONMENTS, *sorted({key.split("/")[0] for key in results} - set(ENVIRONMENTS))):
+        for method in METHODS:
+            key = f"{env}/{method}"
+            if key not in results:
+                continue
+            summaries = [result["summary"] for result in results[key]]
+            means = np.array([summary["return_mean"] for summary in summaries])
+            low, high = interval(means)
+            figure = figures.get(key)
+            digits = 0 if max(abs(means)) >= 1000 else 1
+            found[key] = {
+                "steps": f"{round(summaries[0]['steps'], -4):,}",
+                "seeds": str(len(means)),
+                "iqm": f"{interquartile_mean(means):,.{digits}f}",
+                "interval": f"[{low:,.{digits}f}, {high:,.{digits}f}]" if len(means) > 1 else "-",
+                "mean": f"{means.mean():,.{digits}f}",
+                "speed": f"{statistics.median(s['steps_per_second'] for s in summaries):,.0f}",
+                "published": f"{float(figure['mean']):,.4g} ± {float(figure['deviation']):,.4g}" if figure else "-",
+                "source": f"{figure['source']}, {int(figure['steps']):,} steps, {figure['over']}" if figure else "-",
+                "verdict": verdict(float(means.mean()), summaries[0]["steps"], figure),
+            }
+    return found
+
+
 def table() -> str:
-    """A Markdown table of what is kept."""
-    lines = ["| environment | method | steps | return | each seed | steps/s |", "|---|---|---|---|---|---|"]
-    results = load()
-    for key in sorted(results, key=lambda key: (key.split("/")[0], METHODS.index(key.split("/")[1]))):
-        summaries = [result["summary"] for result in results[key]]
-        means = [summary["return_mean"] for summary in summaries]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        speed = statistics.median(summary["steps_per_second"] for summary in summaries)
-        env, algo = key.split("/")
-        seeds = ", ".join(f"{mean:,.0f}" for mean in means)
-        steps = f"{round(summaries[0]['steps'], -4):,}"
-        lines.append(
-            f"| {env} | {algo} | {steps} | {statistics.mean(means):,.0f} ± {spread:,.0f} | {seeds} | {speed:,.0f} |"
-        )
-    return "\n".join(lines)
+    """In Markdown: a line an environment, and folded beneath it a line a method with all that is known."""
+    found = cells()
+    lines = [f"| | {' | '.join(method.upper() for method in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+    for env in ENVIRONMENTS:
+        row = [_short(found[key]) if key in found else "-" for key in (f"{env}/{method}" for method in METHODS)]
+        lines.append(f"| {env} | {' | '.join(row)} |")
+    verdicts = [cell["verdict"] for cell in found.values() if cell["verdict"]]
+    count = {kind: verdicts.count(kind) for kind in ("above", "within", "short")}
+    lines += [
+        "",
+        f"Of {len(verdicts)} published means {count['above']} are reached ({MARKS['above']}), {count['within']} missed "
+        f"by at most a published deviation ({MARKS['within']}) and {count['short']} by more ({MARKS['short']}).",
+        "",
+        "<details><summary>Every cell: steps, seeds, mean, source, speed</summary>",
+        "",
+        "| environment | method | steps | seeds | interquartile mean | 95% | mean | published | by | | steps/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    columns = ("steps", "seeds", "iqm", "interval", "mean", "published", "source", "verdict", "speed")
+    for key, cell in found.items():
+        lines.append(f"| {' | '.join((*key.split('/'), *(cell[column] for column in columns)))} |")
+    return "\n".join([*lines, "", "</details>"])
+
+
+def _short(cell: dict[str, str]) -> str:
+    """A cell in two lines; the number of seeds is said where it is not five."""
+    seeds = "" if cell["seeds"] == "5" else "(1 seed)" if cell["seeds"] == "1" else f"({cell['seeds']} seeds)"
+    spread = cell["interval"] if cell["interval"] != "-" else ""
+    return f"{' '.join(filter(None, (cell['iqm'], spread, MARKS[cell['verdict']], seeds)))}<br>{cell['published']}"
 
 
 def main() -> None:
@@ -107,7 +185,7 @@ def main() -> None:
         if args.readme:
             write_table("README.md", "returns.py table --readme", table())
     else:
-        recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*.yaml"))
+        recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*-[A-Z]*.yaml"))
         run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)
 
 
