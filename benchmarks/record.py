@@ -23,15 +23,13 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit, with a plus where the working tree differs from it."""
+    """The commit, with a plus where the working tree differs from it in more than results."""
+    git = ["git", "-C", str(ROOT)]
     described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        [*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, check=True
     )
-    return described.stdout.strip()
+    differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False)
+    return described.stdout.strip() + "+" * bool(differs.returncode)
 
 
 def source() -> dict[str, Any]:
