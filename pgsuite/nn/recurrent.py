@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from pgsuite.nn.layers import orthogonal, tanh
+from pgsuite.nn.layers import linear, tanh
 
 Kind = Literal["none", "gru", "lstm"]
 
@@ -25,10 +25,8 @@ class Recurrence(nn.Module):
     def __init__(self, inputs: int, size: int, generator: Generator | None = None) -> None:
         super().__init__()
         self.size = size
-        self.read = nn.Linear(inputs, self.gates * size, device="meta")
-        self.recall = nn.Linear(size, self.gates * size, device="meta")
-        for layer in (self.read, self.recall):
-            orthogonal(layer, 1.0, generator)
+        self.read = linear(inputs, self.gates * size, 1.0, generator)
+        self.recall = linear(size, self.gates * size, 1.0, generator)
 
     def step(self, drive: Tensor, memory: Tensor) -> Tensor:
         """The memory [..., width] after a step that drives it by [..., gates * size]."""

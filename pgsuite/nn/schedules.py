@@ -1,10 +1,10 @@
-"""Numbers that change in the course of a run, written where a method expects a number:
+"""Numbers that change in the course of a run, written where a method expects a number.
 
-{constant: 0.01}
-{linear: [3e-4, 0]}                      straight from one to the other over the run
-{cosine: [3e-4, 0]}                      along half a cosine (Loshchilov and Hutter, 2017)
-{piecewise: {0: 0, 0.1: 3e-4, 1: 0}}     straight between values at fractions of the run
-{adaptive: {start: 3e-4, kl: 0.01}}      smaller after an update whose KL is large, greater after a small one
+- ``{constant: 0.01}``
+- ``{linear: [3e-4, 0]}``: straight from one to the other over the run
+- ``{cosine: [3e-4, 0]}``: along half a cosine (Loshchilov and Hutter, 2017)
+- ``{piecewise: {0: 0, 0.1: 3e-4, 1: 0}}``: straight between values at fractions of the run
+- ``{adaptive: {start: 3e-4, kl: 0.01}}``: smaller after an update whose KL is large, greater after a small one
 """
 
 from __future__ import annotations
