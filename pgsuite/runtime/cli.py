@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite.envs.base import BrokenEnvError
-from pgsuite.runtime import schema
+from pgsuite.runtime import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import closest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+MENDABLE = (UserError, BrokenEnvError, HydraException, OmegaConfBaseException, OSError)
 
 
 def main(task: Callable[[DictConfig], Any], config: str) -> None:
@@ -38,17 +41,30 @@ def main(task: Callable[[DictConfig], Any], config: str) -> None:
             work()
         except KeyboardInterrupt:
             sys.exit(130)
-        except (UserError, BrokenEnvError, HydraException, OmegaConfBaseException, OSError) as error:
+        except MENDABLE as error:
             if verbose:
                 raise
             sys.exit(f"error: {explain(error)}")
 
     # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
     @functools.wraps(task)
-    def job(cfg: DictConfig) -> None:
-        guarded(lambda: task(cfg))
+    def job(cfg: DictConfig) -> Any:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return _one_of_many(task, cfg)
+        return guarded(lambda: task(cfg))
 
     guarded(hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job))
+
+
+def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """A job of a sweep.  What fails is said at once and by Hydra at the end, when the others have had their turn."""
+    try:
+        return task(cfg)
+    except MENDABLE as error:
+        hydra_cfg = HydraConfig.get()
+        job = f"job {hydra_cfg.job.num} ({' '.join(hydra_cfg.overrides.task)})"
+        print(f"error: {job}: {explain(error)}", file=sys.stderr, flush=True)
+        raise UserError(f"{job} failed, and perhaps others, as said above: {explain(error)}") from None
 
 
 def _replacing(argument: str) -> list[str]:
