@@ -14,8 +14,9 @@ from pgsuite.runtime.schema import UserError, Wandb
 from pgsuite.runtime.video import Gif, log_gif
 
 # What the Custom Scalars tab shows side by side, by regular expressions, since each method has diagnostics of its own.
+EVALUATION = "evaluation return"
 CHARTS = {
-    "evaluation return": "evaluation/(return|stochastic_return)",
+    EVALUATION: "evaluation/(return|stochastic_return)",
     "KL": "algorithm/kl",
     "entropy": "algorithm/entropy",
     "explained variance": "algorithm/explained_variance",
@@ -51,49 +52,40 @@ class TensorBoard:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
-        self.drawn: dict[str, Any] = {}
+        self.results: dict[str, float] = {}
         shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
         shown = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in shown.items()}
         # Without the summary of the experiment, for TensorBoard takes the columns of all runs from the first it finds.
         _, session, self.end = hparams(shown, {})
         if after is None:
             self.writer._get_file_writer().add_summary(session)
+            evaluated = hyperparameters.get("evaluation.every") is not None
+            charts = {
+                title: ["Multiline", [f"^{tag}$"]] for title, tag in CHARTS.items() if evaluated or title != EVALUATION
+            }
+            charts = {"return, and one deviation among episodes": ["Margin", list(BAND)]} | charts
+            self.writer.add_custom_scalars({"Returns beside diagnostics": charts})
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
         scalars = dict(scalars)
         if {"episode/return", "episode/return_std"} <= scalars.keys():
             mean, std = scalars["episode/return"], scalars["episode/return_std"]
             scalars |= dict(zip(BAND, (mean, mean - std, mean + std), strict=True))
+        if "evaluation/return" in scalars:
+            self.results["evaluation_return"] = scalars["evaluation/return"]
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, steps)
-        self.lay_out(scalars)
         self.writer.flush()
         self.steps = steps
-
-    def lay_out(self, scalars: Mapping[str, float]) -> None:
-        """Draw the charts that there is something for.  TensorBoard joins the layouts of all runs that it shows."""
-        new = {
-            title: ["Multiline", [f"^{tag}$"]]
-            for title, tag in CHARTS.items()
-            if any(re.fullmatch(tag, x) for x in scalars)
-        }
-        if BAND[1] in scalars:
-            new["return, and one deviation among episodes"] = ["Margin", list(BAND)]
-        if new.keys() <= self.drawn.keys():
-            return
-        self.drawn |= new
-        order = ["return, and one deviation among episodes", *CHARTS]
-        charts = {title: self.drawn[title] for title in order if title in self.drawn}
-        self.writer.add_custom_scalars({"Returns beside diagnostics": charts})
 
     def animate(self, film: Gif, steps: int) -> None:
         """Show a moving picture among the images."""
         log_gif(self.writer, film, steps)
 
     def close(self, results: Mapping[str, float]) -> None:
-        for name, value in results.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(f"result/{name}", value, getattr(self, "steps", 0))
+        for name, value in (self.results | dict(results)).items() if results else ():
+            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few
+                self.writer.add_scalar(f"Result/{name}", value, getattr(self, "steps", 0))
         if results:
             self.writer._get_file_writer().add_summary(self.end)
         self.writer.close()
@@ -139,7 +131,7 @@ class Csv:
 
 
 class WandB:
-    """A run on Weights & Biases, or in the run's directory with WANDB_MODE=offline; a resumed run goes on with its own."""
+    """A run on Weights & Biases, in the run's directory with WANDB_MODE=offline; resumed runs go on with their own."""
 
     def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], wanted: Wandb) -> None:
         """Raises UserError without the package, and where wandb will not begin."""
@@ -170,5 +162,5 @@ class WandB:
         self.run.log({"steps": steps} | dict(scalars))
 
     def close(self, results: Mapping[str, float]) -> None:
-        self.run.summary.update({f"result/{name}": value for name, value in results.items() if math.isfinite(value)})
+        self.run.summary.update({f"Result/{name}": value for name, value in results.items() if math.isfinite(value)})
         self.run.finish()
