@@ -26,14 +26,14 @@ def layout(found: EventAccumulator) -> dict[str, Any]:
     return {chart.title: chart for category in stored.category for chart in category.chart}
 
 
-def test_returns_have_a_band_of_one_deviation_and_stand_first(tmp_path: Path) -> None:
+def test_returns_stand_first_and_have_a_band_of_one_deviation(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path, SETTINGS)
     board.write(10, {"episode/return": 5.0, "episode/return_std": 2.0})
     board.close({})
     found = read(tmp_path)
-    title, chart = next(iter(layout(found).items()))
-    series = chart.margin.series[0]
-    assert title.startswith("return")
+    charts = layout(found)
+    series = charts["return, and one deviation among episodes"].margin.series[0]
+    assert next(iter(charts)) == "return"
     assert [found.Scalars(tag)[0].value for tag in (series.value, series.lower, series.upper)] == [5.0, 3.0, 7.0]
 
 

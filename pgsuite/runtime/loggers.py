@@ -16,6 +16,7 @@ from pgsuite.runtime.video import Gif, log_gif
 # What the Custom Scalars tab shows side by side, by regular expressions, since each method has diagnostics of its own.
 EVALUATION = "evaluation return"
 CHARTS = {
+    "return": "episode/return",
     EVALUATION: "evaluation/(return|stochastic_return)",
     "KL": "algorithm/kl",
     "entropy": "algorithm/entropy",
@@ -63,7 +64,7 @@ class TensorBoard:
             charts = {
                 title: ["Multiline", [f"^{tag}$"]] for title, tag in CHARTS.items() if evaluated or title != EVALUATION
             }
-            charts = {"return, and one deviation among episodes": ["Margin", list(BAND)]} | charts
+            charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # drawn last wherever it stands
             self.writer.add_custom_scalars({"Returns beside diagnostics": charts})
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
