@@ -141,12 +141,14 @@ class Checkpoints(Callback):
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         minutes, every = self.wanted.minutes, self.wanted.every
         late = minutes is not None and parallel.any_of(perf_counter() - self.at > 60 * minutes)
-        if late or report.passes(every or math.inf):
+        if late or (report.passes(every or math.inf) and trainer.steps > self.saved):
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         if trainer.steps > self.saved:
             self.save(trainer)
+        elif parallel.rank() == 0 and self.saved:
+            checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to
 
     def save(self, trainer: Trainer) -> Path | None:
         """Write what every process holds, and the callbacks, and the facts; the path, for the first process."""
@@ -183,6 +185,11 @@ class Evaluate(Callback):
         self.checkpoints, self.wanted = checkpoints, wanted
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
+        if parallel.rank() == 0 and best.exists():
+            checkpoint.crown(best)  # which a run that was killed may not have come to
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         wanted, due = self.wanted, report.steps >= trainer.total_steps

@@ -31,6 +31,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        self.steps = after or 0
         self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
         simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
         experiment, session, self.end = hparams(simple, {f"result/{name}": math.nan for name in results})
@@ -52,7 +53,7 @@ class TensorBoard:
     def close(self, results: Mapping[str, float]) -> None:
         for name, value in results.items():
             if math.isfinite(value):
-                self.writer.add_scalar(f"result/{name}", value, getattr(self, "steps", 0))
+                self.writer.add_scalar(f"result/{name}", value, self.steps + 1)  # dropped where the run goes on
         if results:
             self.writer._get_file_writer().add_summary(self.end)
         self.writer.close()

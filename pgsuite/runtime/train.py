@@ -38,7 +38,7 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return _train(cfg, hydra, made)
     finally:
-        for folder in (made, made.parent):  # Hydra made them; a run that never began here leaves nothing behind
+        for folder in (made, *made.parents[:2]):  # Hydra made them; a run that never began here leaves nothing behind
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -54,7 +54,7 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
     before = past(cfg, hydra, say)
     if before is not None:
         folder, cfg = before.folder, before.cfg
-        if before.steps >= cfg.total_steps:
+        if before.steps >= cfg.total_steps and finished(folder):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return objective(folder)
     trainer, run = build(cfg), settings_of(cfg)
@@ -125,13 +125,22 @@ def answering_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(each, other)
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    """What a run says of itself, if it does."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def finished(folder: Path) -> bool:
+    return summary_of(folder).get("status") == "finished"
+
+
 def objective(folder: Path) -> float | None:
     """What a run came to: its last evaluation's return, or its mean return over the last tenth of the steps."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary["return_mean"] if summary["evaluation"] is None else summary["evaluation"]["return"]
+    summary = summary_of(folder)
+    return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
 def _recipe(hydra: HydraConf) -> list[str]:
