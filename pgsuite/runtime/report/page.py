@@ -11,8 +11,19 @@ from html import escape
 
 from pgsuite.runtime.report import pictures
 from pgsuite.runtime.report.pictures import Look
-from pgsuite.runtime.report.runs import FACTS, FEW, Group, differences, listed, short, show
-from pgsuite.runtime.report.scores import ALL, MANY, Comparison, Ends, Score, comparisons, overall, scores, shared, verdict
+from pgsuite.runtime.report.runs import FACTS, FEW, Group, differences, listed, show
+from pgsuite.runtime.report.scores import (
+    ALL,
+    MANY,
+    Comparison,
+    Ends,
+    Score,
+    comparisons,
+    overall,
+    scores,
+    shared,
+    verdict,
+)
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #5f6368; --line: #dfe1e5; --ground: #f6f7f8 }
@@ -28,14 +39,15 @@ li { margin: .25rem 0; overflow-wrap: anywhere }
 .soft, figcaption, caption { color: var(--soft); font-size: .875rem }
 .box { background: var(--ground); border-radius: 8px; padding: .75rem 1.1rem; margin: 1rem 0; max-width: 48.2rem }
 .box h2 { border: 0; margin: 0; padding: 0; font-size: 1rem }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 1.25rem 2rem; margin: 1rem 0 }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr));
+  gap: 1.25rem 2rem; margin: 1rem 0 }
 figure { margin: 0; break-inside: avoid; max-width: 36rem }
 img { width: 100%; height: auto; display: block }
 .table { overflow-x: auto; margin: .75rem 0; max-width: 100% }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding-bottom: .4rem }
 th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 1px solid #9aa0a6 }
+thead th { white-space: normal; color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 1px solid #9aa0a6 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 tbody th { font-weight: 400 }
 tbody th[scope=rowgroup] { font-weight: 700; padding-top: .9rem }
@@ -63,31 +75,45 @@ dd { margin: 0; max-width: 46rem }
 }
 """
 
-SEEDS = (
-    "Every method was trained several times with the same settings and different random seeds, because one training run says "
-    "little: luck moves its outcome. The <em>return</em> is the sum of rewards in an episode; more is better. A run's "
-    "<em>score</em> is its mean return over the training episodes that ended in the last tenth of its steps. This page shows "
-    "which scores were reached, how the return grew on the way there, over steps and over time, and how sure one can be that "
-    "one method is better than another. Brackets and shaded bands say how far a number may move by the luck of the seeds: "
-    "where two of them overlap much, the difference may be luck."
+INTRODUCTION = (
+    "Every method was trained several times with the same settings and different random seeds, because one "
+    "training run says little: luck moves its outcome. The <em>return</em> is the sum of rewards in an "
+    "episode; more is better. A run's <em>score</em> is its mean return over the training episodes that ended "
+    "in the last tenth of its steps. This page shows which scores were reached, how the return grew on the "
+    "way there, over steps and over time, and how sure one can be that one method is better than another. "
+    "Brackets and shaded bands say how far a number may move by the luck of the seeds: where two of them "
+    "overlap much, the difference may be luck."
 )
 
 TERMS = {
-    "Interquartile mean": "the mean of the middle half of the scores, without the lowest and the highest quarter (each "
-    "rounded down to whole runs). One lucky or failed run moves it less than the mean.",
-    "95% interval": "runs are drawn again with replacement 10,000 times, and the middle 95% of what comes out is shown "
-    "(percentile bootstrap). Over several environments, each environment's runs are drawn among themselves (stratified). "
-    "With fewer than ten seeds such intervals are too narrow.",
-    "Deviation": "standard deviation of the scores over seeds.",
-    "Probability of improvement": "the share of all pairs of runs, one of each method, in which the first has the higher "
-    "score; a tie counts half. 50% means that neither is better. Over several environments it is the mean of theirs. "
-    "It says how often one method wins, not by how much.",
-    "Normalized score": "over several environments scores are scaled first, so that 0 is the lowest and 1 the highest run "
-    "on this page in each environment. It compares the methods here, and nothing else.",
-    "Learning curves": "from four seeds on, the interquartile mean at each point and its 95% interval; for two or three "
-    "the mean, and the range from the lowest to the highest seed. Training returns are means over a window of 3% of the "
-    "steps. A curve ends where the shortest of its runs does. Unfinished runs are drawn only where no run of their group has finished.",
-    "Steps per second": "environment steps over training time, median over seeds. It depends on the machine and what else ran on it.",
+    "Interquartile mean": (
+        "the mean of the middle half of the scores, without the lowest and the highest quarter (each rounded "
+        "down to whole runs). One lucky or failed run moves it less than the mean."
+    ),
+    "95% interval": (
+        "runs are drawn again with replacement 10,000 times, and the middle 95% of what comes out is shown "
+        "(percentile bootstrap). Over several environments, each environment's runs are drawn among "
+        "themselves (stratified). With fewer than ten seeds such intervals are too narrow."
+    ),
+    "Deviation": ("standard deviation of the scores over seeds."),
+    "Probability of improvement": (
+        "the share of all pairs of runs, one of each method, in which the first has the higher score; a tie "
+        "counts half. 50% means that neither is better. Over several environments it is the mean of theirs. "
+        "It says how often one method wins, not by how much."
+    ),
+    "Normalized score": (
+        "over several environments scores are scaled first, so that 0 is the lowest and 1 the highest run on "
+        "this page in each environment. It compares the methods here, and nothing else."
+    ),
+    "Learning curves": (
+        "from four seeds on, the interquartile mean at each point and its 95% interval; for two or three the "
+        "mean, and the range from the lowest to the highest seed. Training returns are means over a window of "
+        "3% of the steps. A curve ends where the shortest of its runs does. Unfinished runs are drawn only "
+        "where no run of their group has finished."
+    ),
+    "Steps per second": (
+        "environment steps over training time, median over seeds. It depends on the machine and what else ran on it."
+    ),
 }
 
 
@@ -117,7 +143,7 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{_extent(groups)}</p>',
-        f"<p>{SEEDS}</p>",
+        f"<p>{INTRODUCTION}</p>",
         _box("In short", _verdicts(ranking, compared)),
         _box("Before you read on", [escape(line) for line in words]),
         "<h2>Final scores</h2>",
@@ -125,7 +151,8 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
         _show(score_pictures),
         _section(
             "Learning curves",
-            "Return of training episodes over environment steps: the higher the better, the further left the less experience it took.",
+            "Return of training episodes over environment steps: the higher the better, and the earlier it rises the less "
+            "experience it took.",
             curves["training", "steps"],
         ),
         _section(
@@ -143,13 +170,16 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
         _origins(groups),
         "<h2>How the numbers are made</h2>",
         "<dl>" + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in TERMS.items()) + "</dl>",
-        '<p class="soft">After Agarwal et al. (2021), Deep Reinforcement Learning at the Edge of the Statistical Precipice.</p>',
+        '<p class="soft">After Agarwal et al. (2021), Deep Reinforcement Learning at the Edge of the Statistical '
+        "Precipice.</p>",
         f'<p class="soft">Made by <code>{escape(command)}</code></p>',
     ]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(filter(None, parts))
+        + "\n</body>\n</html>\n"
     )
     every = [*score_pictures, *chances, *(p for some in curves.values() for p in some)]
     markdown = _markdown(title, ranking, compared, words)
@@ -201,16 +231,19 @@ def _verdicts(ranking: Sequence[Score], compared: Sequence[Comparison]) -> list[
             lines.append(f"<strong>{escape(env)}</strong>: {escape(best)} reaches a score of {value}.")
             continue
         level = [s.method for s in here if number(s.center, digits(here)) == number(here[0].center, digits(here))]
-        said = [f"{listed(level)} {'have' if len(level) > 1 else 'has'} the highest {what}, {value}"]
-        said += [f"clearly better than {listed(names)}" for names in [others["clear"]] if names]
-        said += [f"not clearly better than {listed(names)}" for names in [_but(others["unclear"], level)] if names]
-        said += [f"too few seeds to tell from {listed(names)}" for names in [_but(others["few"], level)] if names]
+        if len(level) > 1:
+            said = [f"{listed(level)} have the same highest {what}, {number(here[0].center, digits(here))}"]
+        else:
+            said = [f"{best} has the highest {what}, {value}"]
+        for kind, words in (
+            ("clear", "clearly better than"),
+            ("unclear", "not clearly better than"),
+            ("few", "too few seeds to tell from"),
+        ):
+            if names := [name for name in others[kind] if name not in level]:
+                said.append(f"{words} {listed(names)}")
         lines.append(f"<strong>{escape(env[0].upper() + env[1:])}</strong>: {escape('; '.join(said))}.")
     return lines
-
-
-def _but(names: Sequence[str], level: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in level]
 
 
 # --- numbers
@@ -244,17 +277,18 @@ def percents(ends: Ends) -> str:
 def _cells(ranking: Sequence[Score]) -> tuple[list[str], list[tuple[Score, list[str]]]]:
     """Columns and rows of the score table, after the method."""
     evaluated = any(s.evaluated for s in ranking)
-    columns = ["seeds", "interquartile mean", "95% interval", "mean", "deviation"]
+    columns = ["interquartile mean", "95% interval", "mean", "deviation"]
     columns += ["evaluation", "95% interval"] if evaluated else []
-    columns += ["steps", "steps/s"]
+    columns += ["seeds", "steps", "steps/s"]
     rows = []
     for s in ranking:
         d = digits([r for r in ranking if r.env == s.env])
-        row = [f"{s.seeds} runs" if s.env == ALL else str(s.seeds), number(s.center, d), between(s.ends, d)]
+        row = [number(s.center, d), between(s.ends, d)]
         row += [number(s.mean, d), number(s.deviation, d)]
         if evaluated:
             partly = f" ({s.evaluated} of {s.seeds})" if 0 < s.evaluated < s.seeds else ""
             row += [number(s.evaluation, d) + partly, between(s.evaluation_ends, d)]
+        row += [f"{s.seeds} runs" if s.env == ALL else str(s.seeds)]
         row += [f"{s.steps:,}" if s.steps else "-", number(s.speed, 0)]
         rows.append((s, row))
     return columns, rows
@@ -267,13 +301,23 @@ def _score_table(ranking: Sequence[Score], look: Look) -> str:
         body += f'<tbody><tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(_heading(env))}</th></tr>'
         for s, row in rows:
             if s.env == env:
-                body += f'<tr><th scope="row">{_key(s.method, look)}</th>{"".join(f"<td>{escape(x)}</td>" for x in row)}</tr>'
+                body += _row(_key(s.method, look), row)
         body += "</tbody>"
     head = "".join(f'<th scope="col">{escape(c)}</th>' for c in ["method", *columns])
     caption = "Score of a run: mean return of training episodes in the last tenth of its steps. Best first."
     if "evaluation" in columns:
         caption += " Evaluation: interquartile mean of the runs' last evaluation."
     return f'<div class="table"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>{body}</table></div>'
+
+
+def _row(heading: str, cells: Sequence[str]) -> str:
+    """heading: HTML.  cells: text."""
+    return f'<tr><th scope="row">{heading}</th>{"".join(f"<td>{escape(x)}</td>" for x in cells)}</tr>'
+
+
+def _table(head: str, body: str, *, words: bool = False) -> str:
+    kind = ' class="words"' if words else ""
+    return f'<div class="table"><table{kind}><thead><tr>{head}</tr></thead>{body}</table></div>'
 
 
 def _heading(env: str) -> str:
@@ -292,12 +336,11 @@ def _chance_section(compared: Sequence[Comparison], shown: Sequence[Picture], lo
         body += f'<tbody><tr><th scope="rowgroup" colspan="3">{escape(env[0].upper() + env[1:])}</th></tr>'
         for c in compared:
             if c.env == env:
-                name = f"{_key(c.x, look)} over {escape(c.y)}"
-                body += f'<tr><th scope="row">{name}</th><td>{percent(c.probability)}</td><td>{percents(c.ends)}</td></tr>'
+                body += _row(f"{_key(c.x, look)} over {escape(c.y)}", (percent(c.probability), percents(c.ends)))
         body += "</tbody>"
     return (
-        "<h2>Probability of improvement</h2><p>How often a run of the first method scores higher than a run of the second. "
-        "50% means that neither is better; an interval that holds 50% leaves it open.</p>"
+        "<h2>Probability of improvement</h2><p>How often a run of the first method scores higher than a run of the "
+        "second. 50% means that neither is better; an interval that holds 50% leaves it open.</p>"
         '<div class="table"><table><thead><tr><th scope="col">first over second</th><th scope="col">probability</th>'
         f'<th scope="col">95% interval</th></tr></thead>{body}</table></div>{_show(shown)}'
     )
@@ -314,12 +357,9 @@ def _configurations(groups: Sequence[Group], look: Look) -> str:
             continue
         head = "".join(f'<th scope="col">{_key(g.method, look)}</th>' for g in here)
         body = "".join(
-            f'<tr><th scope="row"><code>{escape(key)}</code></th>'
-            + "".join(f"<td>{escape(show(s[key])) if key in s else '-'}</td>" for s in settings)
-            + "</tr>"
-            for key in keys
+            _row(f"<code>{escape(key)}</code>", [show(s[key]) if key in s else "-" for s in settings]) for key in keys
         )
-        table = f'<div class="table"><table><thead><tr><th scope="col">setting</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        table = _table(f'<th scope="col">setting</th>{head}', f"<tbody>{body}</tbody>")
         tables.setdefault(table, []).append(env)
     if not tables:
         return ""
@@ -343,17 +383,19 @@ def _origins(groups: Sequence[Group]) -> str:
             holders += [g] if g not in holders else []
     body = ""
     for key, values in found.items():
-        said = [escape(v) if len(values) == 1 else f"{escape(v)} ({escape(_where(g, groups))})" for v, g in values.items()]
-        body += f'<tr><th scope="row">{escape({"backend": "back end"}.get(key, key))}</th><td>{"<br>".join(said)}</td></tr>'
-    kept = "".join(
-        f'<tr><th scope="row">{escape(g.name)}</th><td>{"<br>".join(f"<code>{escape(str(r.folder))}</code>" for r in (*g.runs, *g.others))}</td></tr>'
-        for g in groups
-    )
-    return (
-        '<h2>Where it comes from</h2><div class="table"><table class="words"><thead><tr><th scope="col">what</th>'
-        f'<th scope="col">as the runs recorded it</th></tr></thead><tbody>{body}</tbody></table></div>'
-        f'<details><summary>Run directories</summary><div class="table"><table class="words"><tbody>{kept}</tbody></table></div></details>'
-    )
+        said = [
+            escape(v) if len(values) == 1 else f"{escape(v)} ({escape(_where(g, groups))})" for v, g in values.items()
+        ]
+        body += (
+            f'<tr><th scope="row">{escape({"backend": "back end"}.get(key, key))}</th><td>{"<br>".join(said)}</td></tr>'
+        )
+    kept = ""
+    for g in groups:
+        folders = "<br>".join(f"<code>{escape(str(run.folder))}</code>" for run in (*g.runs, *g.others))
+        kept += f'<tr><th scope="row">{escape(g.name)}</th><td>{folders}</td></tr>'
+    origins = _table('<th scope="col">what</th><th scope="col">as recorded</th>', f"<tbody>{body}</tbody>", words=True)
+    folders = _table('<th scope="col">group</th><th scope="col">runs</th>', f"<tbody>{kept}</tbody>", words=True)
+    return f"<h2>Where it comes from</h2>{origins}<details><summary>Run directories</summary>{folders}</details>"
 
 
 def _where(some: Sequence[Group], groups: Sequence[Group]) -> str:
@@ -380,7 +422,8 @@ def _markdown(title: str, ranking: Sequence[Score], compared: Sequence[Compariso
         lines += ["", "Probability that a run of the first method scores higher than one of the second:", ""]
         lines += ["| environment | first | second | probability | 95% interval |", "|---|---|---|---:|---:|"]
         lines += [
-            f"| {' | '.join(map(_pipe, (c.env, c.x, c.y, percent(c.probability), percents(c.ends))))} |" for c in compared
+            f"| {' | '.join(map(_pipe, (c.env, c.x, c.y, percent(c.probability), percents(c.ends))))} |"
+            for c in compared
         ]
     if words:
         lines += ["", *(f"- {line}" for line in words)]
@@ -404,7 +447,9 @@ def _curve_pictures(groups: Sequence[Group], look: Look, of: str, against: str) 
         here = [g for g in groups if g.env == env]
         if (drawn := pictures.curves(here, look, of=of, against=against)) is not None:
             kind = {"steps": "learning", "seconds": "time"}[against] + ("" if of == "training" else "-evaluation")
-            what = f"Return of {of.removesuffix('s')} episodes on {env} over {against}: {listed([g.method for g in here])}"
+            what = (
+                f"Return of {of.removesuffix('s')} episodes on {env} over {against}: {listed([g.method for g in here])}"
+            )
             found.append(Picture(_file(kind, env), drawn[0], what, f"{env}: {drawn[1]}"))
     return found
 
@@ -429,7 +474,9 @@ def _chance_pictures(compared: Sequence[Comparison], look: Look) -> list[Picture
     for env in dict.fromkeys(c.env for c in compared):
         here = [c for c in compared if c.env == env]
         rows = [(f"{c.x} over {c.y}", look[c.x][0], c.probability, c.ends) for c in here]
-        png = pictures.intervals(env[0].upper() + env[1:], rows, "probability of improvement, 95% interval", probability=True)
+        png = pictures.intervals(
+            env[0].upper() + env[1:], rows, "probability of improvement, 95% interval", probability=True
+        )
         said = "; ".join(f"{c.x} over {c.y} {percent(c.probability)} {percents(c.ends)}" for c in here)
         found.append(Picture(_file("improvement", env), png, f"Probability of improvement on {env}: {said}"))
     return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
-import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from pgsuite.runtime import statistics
 from pgsuite.runtime.report.runs import Curve, Group
@@ -20,7 +21,7 @@ LINES = ("-", "--", ":", "-.")
 POINTS = 150
 WIDTH = 0.03  # of a curve's window, as a share of the run
 
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": "#888888",
@@ -83,7 +84,7 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
     axes.set_xlabel("environment steps" if against == "steps" else f"training time in {unit} (median over seeds)")
     axes.xaxis.set_major_formatter(lambda x, _: _steps(x) if against == "steps" else f"{x / scale:,.4g}")
     if against == "seconds":
-        axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(_tick(last / scale) * scale))
+        axes.xaxis.set_major_locator(MultipleLocator(_tick(last / scale) * scale))
     axes.set_ylabel("return of training episodes" if of == "training" else "return of evaluation episodes")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.6g}")
     axes.set_xlim(left=0)
@@ -119,6 +120,7 @@ def intervals(
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     else:
         axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
     return _png(figure)
 

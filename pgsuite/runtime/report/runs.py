@@ -28,7 +28,7 @@ WORDS = 3  # settings that a group's name may spell out
 FEW = 5  # seeds; fewer say little
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """A directory that cannot be read as a run; says why."""
 
 
@@ -102,7 +102,9 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
     """
     runs, skipped, seen = [], [], set()
     for path in paths:
-        matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
+        matches = (
+            sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
+        )
         if not matches:
             raise UserError(f"nothing matches {path!r}")
         for match in map(Path, matches):
@@ -118,7 +120,7 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
                 seen.add(real)
                 try:
                     runs.append(read(each))
-                except Damaged as error:
+                except DamagedError as error:
                     skipped.append(f"{each}: {error}")
     if not runs:
         raise UserError("no run to report on; skipped " + "; skipped ".join(skipped))
@@ -139,12 +141,12 @@ def _beneath(folder: Path) -> Iterator[Path]:
 
 
 def read(folder: Path) -> Run:
-    """One run directory.  Raises Damaged."""
+    """One run directory.  Raises DamagedError."""
     config, summary = _config(folder / "config.yaml"), _summary(folder / "summary.json")
     algo = config.get("algo")
     target = algo.get("_target_") if isinstance(algo, dict) else None
     if not isinstance(target, str) or not isinstance(config.get("env"), dict):
-        raise Damaged("its config.yaml is not one of pgsuite's: it names no algo and env")
+        raise DamagedError("its config.yaml is not one of pgsuite's: it names no algo and env")
     env = config["env"]
     # Choices such as gym stand for many tasks; their id says which.
     task = env.get("id") or env.get("entry") or summary.get("env") or _last(str(env.get("_target_")))
@@ -201,11 +203,11 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
-        raise Damaged("it has no config.yaml") from error
+        raise DamagedError("it has no config.yaml") from error
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise Damaged(f"its config.yaml cannot be read ({_first_line(error)})") from error
+        raise DamagedError(f"its config.yaml cannot be read ({_first_line(error)})") from error
     if not isinstance(config, dict):
-        raise Damaged("its config.yaml holds no settings")
+        raise DamagedError("its config.yaml holds no settings")
     return {str(key): value for key, value in config.items()}
 
 
@@ -216,14 +218,14 @@ def _summary(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
-        raise Damaged(f"its summary.json cannot be read ({_first_line(error)})") from error
+        raise DamagedError(f"its summary.json cannot be read ({_first_line(error)})") from error
     if not isinstance(summary, dict):
-        raise Damaged("its summary.json holds no summary")
+        raise DamagedError("its summary.json holds no summary")
     return summary
 
 
 def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
-    """The rows of a CSV file that have a return.  None where there is none; raises Damaged."""
+    """The rows of a CSV file that have a return.  None where there is none; raises DamagedError."""
     rows: list[tuple[float, float, float, float]] = []
     clock, before = 0.0, 0.0
     try:
@@ -241,7 +243,7 @@ def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
     except FileNotFoundError:
         return None
     except (csv.Error, ValueError, OSError) as error:
-        raise Damaged(f"its {path.name} cannot be read ({_first_line(error)})") from error
+        raise DamagedError(f"its {path.name} cannot be read ({_first_line(error)})") from error
     kept: list[tuple[float, float, float, float]] = []
     for row in reversed(rows):  # what was written again after a resume counts
         if not kept or row[0] < kept[-1][0]:
@@ -271,7 +273,8 @@ def _last(path: str) -> str:
 
 
 def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted names; a part counts as a setting, whose value is its class (a foreign one with its module)."""
+    """Nested settings as one level with dotted names; a part is a setting whose value is its class.  Not so its module,
+    unless that is foreign."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -306,7 +309,9 @@ def group(runs: list[Run]) -> tuple[list[Group], list[str]]:
         )
         remarks += lines
     for algo in sorted(algo for algo, keys in differing.items() if len(keys) > WORDS):
-        remarks.append(f"Groups of {algo} differ in {len(differing[algo])} settings and are numbered; see Configurations.")
+        remarks.append(
+            f"Groups of {algo} differ in {len(differing[algo])} settings and are numbered; see Configurations."
+        )
     groups.sort(key=lambda g: (g.env.lower(), g.method.lower()))
     return groups, [*_apart(groups), *[line for g in groups for line in _shortcomings(g)], *remarks]
 
@@ -344,7 +349,8 @@ def _once(members: list[Run], name: str) -> tuple[list[Run], list[str]]:
     for run in sorted(members, key=lambda r: (r.finished, r.steps, str(r.folder))):
         if run.seed in best:
             lines.append(
-                f"Seed {run.seed} of {name} is there more than once; {run.folder} counts, {best[run.seed].folder} does not."
+                f"Seed {run.seed} of {name} is there more than once; {run.folder} counts, "
+                f"{best[run.seed].folder} does not."
             )
         best[run.seed] = run
     return [best[seed] for seed in sorted(best)], lines
@@ -364,10 +370,14 @@ def _apart(groups: list[Group]) -> list[str]:
             )
         task = [k for k in differences(identities) if k.split(".")[0] == "env"]
         if task:
-            lines.append(f"The task {env} itself differs between groups ({listed(task)}): their returns may not compare.")
+            lines.append(
+                f"The task {env} itself differs between groups ({listed(task)}): their returns may not compare."
+            )
         if len(lengths := {g.runs[0].total_steps for g in here}) > 1:
             spans = [f"{n:,}" if n else "unknown" for n in sorted(lengths, key=lambda n: n or 0)]
-            lines.append(f"Runs on {env} are of different lengths ({listed(spans)} steps); scores are those at their ends.")
+            lines.append(
+                f"Runs on {env} are of different lengths ({listed(spans)} steps); scores are those at their ends."
+            )
     return lines
 
 
@@ -377,7 +387,9 @@ def _shortcomings(g: Group) -> list[str]:
         of = f" of {run.total_steps:,}" if run.total_steps else ""
         lines.append(f"Seed {run.seed} of {g.name} {run.status}, at {run.steps:,}{of} steps. It has no final score.")
     if silent := [str(r.seed) for r in g.runs if r.finished and r.score is None]:
-        lines.append(f"No episode of {g.name} ended in the last tenth of the steps with seed {listed(silent)}: no score.")
+        lines.append(
+            f"No episode of {g.name} ended in the last tenth of the steps with seed {listed(silent)}: no score."
+        )
     if bare := [str(r.seed) for r in g.runs if r.training is None]:
         lines.append(f"{g.name} has no learning curve with seed {listed(bare)}.")
     if any(r.status == "failed" for r in [*g.others, *g.runs]) and len(g.scores):
