@@ -3,7 +3,7 @@
 import csv
 import itertools
 import json
-import subprocess
+import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -113,11 +113,11 @@ def test_interval_of_two_values_is_that_of_enumeration() -> None:
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(5)
     held = 0
-    for _ in range(300):
+    for _ in range(200):
         ends = interval(interquartile_mean, rng.normal(3.0, 2.0, 20), resamples=400)
         assert ends is not None
         held += bool(ends[0] <= 3.0 <= ends[1])
-    assert 0.88 <= held / 300 <= 0.98
+    assert 0.88 <= held / 200 <= 0.98
 
 
 def test_strata_are_drawn_among_themselves() -> None:
@@ -250,10 +250,11 @@ def test_a_metrics_file_cut_off_or_written_twice_is_read(tmp_path: Path) -> None
     assert run.training is not None and run.training.steps[-2:].tolist() == [900, 950]
 
 
-def test_wrong_arguments_get_one_message(tmp_path: Path) -> None:
+def test_wrong_arguments_get_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[1] / "scripts" / "report.py"
-    done = subprocess.run([sys.executable, script, tmp_path / "no"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: there is no") and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "no")])
+    with pytest.raises(SystemExit, match=r"^error: there is no '.*no': give run directories"):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 # --- the page
@@ -312,7 +313,7 @@ def test_the_table_holds_the_statistics(tmp_path: Path) -> None:
     report([str(root)], tmp_path / "out", "")
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()]
     for (algo, env), values in LEVELS.items():
-        (row,) = (r for r in rows if r[:2] == [env, algo])
+        (row,) = (r for r in rows if r[:2] == [env, algo] and len(r) > 5)
         x = np.array(values)
         ends = interval(interquartile_mean, x)
         assert ends is not None

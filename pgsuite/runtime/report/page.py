@@ -28,7 +28,7 @@ from pgsuite.runtime.report.scores import (
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #5f6368; --line: #dfe1e5; --ground: #f6f7f8 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 74rem; color: var(--ink); background: #fff;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .25rem }
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line) }
@@ -36,7 +36,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem }
 p, ul { max-width: 46rem; margin: .5rem 0 }
 ul { padding-left: 1.2rem }
 li { margin: .25rem 0; overflow-wrap: anywhere }
-.soft, figcaption, caption { color: var(--soft); font-size: .875rem }
+.soft, figcaption { color: var(--soft); font-size: .875rem }
 .box { background: var(--ground); border-radius: 8px; padding: .75rem 1.1rem; margin: 1rem 0; max-width: 48.2rem }
 .box h2 { border: 0; margin: 0; padding: 0; font-size: 1rem }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr));
@@ -45,9 +45,9 @@ figure { margin: 0; break-inside: avoid; max-width: 36rem }
 img { width: 100%; height: auto; display: block }
 .table { overflow-x: auto; margin: .75rem 0; max-width: 100% }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-caption { text-align: left; padding-bottom: .4rem }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-thead th { white-space: normal; color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 1px solid #9aa0a6 }
+th, td { padding: .3rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+thead th { white-space: normal; color: var(--soft); font-weight: 600; vertical-align: bottom;
+  border-bottom: 1px solid #9aa0a6 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 tbody th { font-weight: 400 }
 tbody th[scope=rowgroup] { font-weight: 700; padding-top: .9rem }
@@ -151,8 +151,8 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
         _show(score_pictures),
         _section(
             "Learning curves",
-            "Return of training episodes over environment steps: the higher the better, and the earlier it rises the less "
-            "experience it took.",
+            "Return of training episodes over environment steps: the higher the better, and the earlier it rises the "
+            "less experience it took.",
             curves["training", "steps"],
         ),
         _section(
@@ -307,7 +307,7 @@ def _score_table(ranking: Sequence[Score], look: Look) -> str:
     caption = "Score of a run: mean return of training episodes in the last tenth of its steps. Best first."
     if "evaluation" in columns:
         caption += " Evaluation: interquartile mean of the runs' last evaluation."
-    return f'<div class="table"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>{body}</table></div>'
+    return f'<p class="soft">{caption}</p>{_table(head, body)}'
 
 
 def _row(heading: str, cells: Sequence[str]) -> str:
