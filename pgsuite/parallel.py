@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,3 +39,26 @@ def average_gradients(params: Iterable[Tensor]) -> None:
         flat = mean(torch.cat([g.reshape(-1) for g in grads]))
         for grad, chunk in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(chunk.view_as(grad))
+
+
+def gather(state: Any) -> list[Any] | None:
+    """What every process holds, in order of rank, for the first of them; None for the others."""
+    if size() == 1:
+        return [state]
+    states: list[Any] | None = [None] * size() if rank() == 0 else None
+    dist.gather_object(state, states)
+    return states
+
+
+def broadcast(state: Any) -> Any:
+    """What the first process holds, for all of them."""
+    if size() == 1:
+        return state
+    box = [state]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return bool(total(torch.tensor(float(flag)))) if size() > 1 else flag

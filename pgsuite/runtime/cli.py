@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
@@ -21,7 +22,7 @@ from pgsuite.settings import closest
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def main(task: Callable[[DictConfig], None], config: str) -> None:
+def main(task: Callable[[DictConfig], Any], config: str) -> None:
     """Run task with the configuration named, overridden from the command line.
 
     Exits with 1 and one message for what the user can mend, with 130 when interrupted.  HYDRA_FULL_ERROR=1 shows
