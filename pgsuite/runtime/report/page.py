@@ -148,6 +148,7 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
         _box("Before you read on", [escape(line) for line in words]),
         "<h2>Final scores</h2>",
         _score_table(ranking, look),
+        '<p class="soft">Points: interquartile means. Bars: 95% intervals.</p>' if score_pictures else "",
         _show(score_pictures),
         _section(
             "Learning curves",
@@ -461,9 +462,9 @@ def _score_pictures(ranking: Sequence[Score], look: Look) -> list[Picture]:
         if not here:
             continue
         rows = [(s.method, look[s.method][0], s.center, s.ends) for s in here]
-        label = "normalized score" if env == ALL else "final return"
+        label = "normalized score" if env == ALL else "return"
         title = env[0].upper() + env[1:]
-        png = pictures.intervals(title, rows, f"{label} (interquartile mean, 95% interval)")
+        png = pictures.intervals(title, rows, label)
         said = "; ".join(f"{s.method} {number(s.center, digits(here))} {between(s.ends, digits(here))}" for s in here)
         found.append(Picture(_file("score", env), png, f"Final scores on {env}: {said}"))
     return found
@@ -474,9 +475,7 @@ def _chance_pictures(compared: Sequence[Comparison], look: Look) -> list[Picture
     for env in dict.fromkeys(c.env for c in compared):
         here = [c for c in compared if c.env == env]
         rows = [(f"{c.x} over {c.y}", look[c.x][0], c.probability, c.ends) for c in here]
-        png = pictures.intervals(
-            env[0].upper() + env[1:], rows, "probability of improvement, 95% interval", probability=True
-        )
+        png = pictures.intervals(env[0].upper() + env[1:], rows, "probability of improvement", probability=True)
         said = "; ".join(f"{c.x} over {c.y} {percent(c.probability)} {percents(c.ends)}" for c in here)
         found.append(Picture(_file("improvement", env), png, f"Probability of improvement on {env}: {said}"))
     return found

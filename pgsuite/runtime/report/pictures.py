@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,12 +103,13 @@ def intervals(
     probability: bool = False,
 ) -> bytes:
     """A point and its interval a row, from the top down.  rows: name, colour, point, interval."""
-    figure, axes = _figure(0.9 + 0.36 * len(rows))
+    names = [textwrap.fill(name, 20) for name, *_ in rows]
+    figure, axes = _figure(0.9 + (0.2 + 0.16 * max(name.count("\n") + 1 for name in names)) * len(rows))
     for y, (_, color, point, ends) in enumerate(rows):
         if ends is not None:
             axes.plot(ends, [y, y], color=color, linewidth=7, alpha=0.32, solid_capstyle="butt")
         axes.plot([point], [y], "o", color=color, markersize=6)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], color="#222222")
+    axes.set_yticks(range(len(rows)), names, color="#222222")
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(label)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
