@@ -121,8 +121,8 @@ class Bar(Callback):
 class Checkpoints(Callback):
     """Saves the run every ``every`` steps and at the end, however it comes about."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any], every: int) -> None:
-        self.run, self.config, self.every = run, dict(config), every
+    def __init__(self, run: Path, facts: Mapping[str, Any], every: int) -> None:
+        self.run, self.facts, self.every = run, dict(facts), every  # every checkpoint holds the facts
         self.sealed = False  # whether what comes is no longer worth saving
 
     def on_start(self, trainer: Trainer) -> None:
@@ -138,7 +138,7 @@ class Checkpoints(Callback):
 
     def save(self, state: dict[str, Any]) -> Path:
         path = checkpoint.path_of(self.run, state["steps"])
-        checkpoint.save(state | {"config": self.config}, path)
+        checkpoint.save(state | self.facts, path)
         self.saved = state["steps"]
         return path
 

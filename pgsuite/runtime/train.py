@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from pgsuite.runtime import callbacks, loggers
-from pgsuite.runtime.build import build, container, describe, settings_of, versions
+from pgsuite.runtime.build import build, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.schema import UserError
 
 
@@ -30,7 +30,8 @@ def train(cfg: DictConfig) -> None:
         raise UserError(f"{folder} already holds a run: give another with hydra.run.dir=")
     config, console = container(cfg), callbacks.console()
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    checkpoints = callbacks.Checkpoints(folder, config, run.checkpoint_every)
+    facts = {"config": config, "spaces": spaces_of(trainer.collector.env)}
+    checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint_every)
     logs: list[loggers.Logger] = [
         loggers.Csv(folder / "metrics.csv"),
         loggers.TensorBoard(folder, _flatten(config) | names, ("return_mean",)),
