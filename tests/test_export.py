@@ -177,9 +177,7 @@ def test_an_export_that_cannot_be_is_refused_in_one_message(command: Cli, argume
 def test_what_is_loaded_acts_as_the_policy_does(kind: str, tmp_path: Path) -> None:
     """Singly or in a batch, on arrays or tensors, remembering from call to call; actions are of the space."""
     path = save(tmp_path, kind)
-    single, batched, tensors, sampler = (
-        pgsuite.load(path, deterministic=i < 3, seed=1) for i in range(4)
-    )
+    single, batched, tensors, sampler = (pgsuite.load(path, deterministic=i < 3, seed=1) for i in range(4))
     space = single.observation_space
     assert "critic_obs" not in getattr(space, "spaces", {})
     space.seed(0)

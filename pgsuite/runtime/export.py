@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from pgsuite import seeding, settings
 from pgsuite.envs.spaces import is_image, leaves, native_action, to_data
-from pgsuite.nn.distributions import Bernoulli, Beta, Categorical, Distribution, Drawn, Gaussian, MultiCategorical, Squashed
+from pgsuite.nn.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Drawn,
+    Gaussian,
+    MultiCategorical,
+    Squashed,
+)
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.build import construct, container, versions
 from pgsuite.runtime.callbacks import console
@@ -174,7 +183,9 @@ def export(cfg: DictConfig) -> None:
             write(portable, portable.metadata(restored), temporary, wanted.format)
         found = compare(portable, restored, runner(temporary, wanted.format), wanted.seed)
         if found.worst > TOLERANCE:
-            raise UserError(f"the file that {wanted.format} made of {restored.path} differs from it: {found}; nothing was written")
+            raise UserError(
+                f"the file that {wanted.format} made of {restored.path} differs from it: {found}; nothing was written"
+            )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -273,7 +284,9 @@ class Agreement:
             self.worst, self.where = np.inf, f"{self.others} of {self.choices} discrete actions"
 
     def __str__(self) -> str:
-        choices = f", {self.choices - self.others:,} of {self.choices:,} discrete actions the same" if self.choices else ""
+        choices = (
+            f", {self.choices - self.others:,} of {self.choices:,} discrete actions the same" if self.choices else ""
+        )
         return f"largest difference {self.worst:.1e} in {self.where}, over {self.observations:,} random observations{choices}"
 
 
@@ -288,7 +301,10 @@ def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agre
             inputs = portable.example(size, seeding.number(seed, f"{size} {step}"))
             if carried is not None:
                 inputs["memory"] = carried
-            obs, start = interface.read(nested(interface.observation_space, inputs)), torch.zeros(size, dtype=torch.bool)
+            obs, start = (
+                interface.read(nested(interface.observation_space, inputs)),
+                torch.zeros(size, dtype=torch.bool),
+            )
             draws = [seeding.generator(seed, f"noise {size} {step}") for _ in range(2)]
             theirs = run(with_noise(portable, inputs, draws[0]))
             choice = policy.act(obs, memory, start, deterministic=True)
