@@ -65,7 +65,7 @@ def save(folder: Path, kind: str) -> Path:
     policy = build_policy(tensor_space(observation), action, run, generator)
     state = {name: x.clone() for name, x in policy.state_dict().items()}
     for name, x in state.items():
-        if name.endswith("moments.mean") or name.endswith("log_sigma") or name == "out.weight":
+        if name.endswith(("moments.mean", "log_sigma", "out.weight")):
             x.normal_(generator=generator)
         elif name.endswith("moments.scale"):
             x.uniform_(0.2, 3.0, generator=generator)
@@ -135,10 +135,10 @@ def test_the_script_writes_one_file_beside_the_run_and_says_how_near_it_is(comma
     if form == "onnx":
         pytest.importorskip("onnxruntime")
     assert command("train", *TINY)[0] == 0
-    before = {p for p in command.folder.rglob("*")}
+    before = set(command.folder.rglob("*"))
     code, out, err = command("export", "run=run", f"format={form}")
     assert code == 0 and "largest difference" in out and "obs float32[N, 4], noise float32[N, 2]" in out, err
-    (path,) = {p for p in command.folder.rglob("*")} - before
+    (path,) = set(command.folder.rglob("*")) - before
     assert path == command.folder / "run" / ("policy.onnx" if form == "onnx" else "policy.pt2")
     if form == "onnx":
         import onnxruntime

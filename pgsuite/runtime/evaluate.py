@@ -76,6 +76,8 @@ def evaluate(cfg: DictConfig) -> None:
     given = Path(wanted.run)
     path = given if given.suffix == ".pt" else checkpoint.latest(given)
     state = checkpoint.load(path)
+    if missing := {"config", "steps", "algorithm"} - state.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of a run")
     trained = DictConfig(state["config"])
     # On a CPU, auto is the float64 back end; the seed is the evaluation's own.
     run = replace(settings_of(trained), backend="auto", seed=wanted.seed)

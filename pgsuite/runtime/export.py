@@ -37,7 +37,6 @@ from pgsuite.runtime.callbacks import console
 from pgsuite.runtime.restore import Restored, restore
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import Natural
-from pgsuite.types import ACTION_MASK, Obs
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-5  # of every output, relative to its size where that is above one
@@ -284,10 +283,9 @@ class Agreement:
             self.worst, self.where = np.inf, f"{self.others} of {self.choices} discrete actions"
 
     def __str__(self) -> str:
-        choices = (
-            f", {self.choices - self.others:,} of {self.choices:,} discrete actions the same" if self.choices else ""
-        )
-        return f"largest difference {self.worst:.1e} in {self.where}, over {self.observations:,} random observations{choices}"
+        words = f"largest difference {self.worst:.1e} in {self.where}, over {self.observations:,} random observations"
+        same = f"{self.choices - self.others:,} of {self.choices:,} discrete actions the same"
+        return f"{words}, {same}" if self.choices else words
 
 
 @torch.no_grad()

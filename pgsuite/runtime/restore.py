@@ -40,8 +40,9 @@ class Interface(nn.Module):
         self.observation_space = spaces.Dict(both) if both else public
         self.action_space = action_space
         bare = not isinstance(tensor_space(self.observation_space), spaces.Dict)
-        beside = bare and isinstance(seen, spaces.Dict)  # what is not seen
-        self.key = next(key for key in seen if key != PRIVILEGED) if beside else None
+        self.key = None
+        if bare and isinstance(seen, spaces.Dict):  # it stands beside what is not seen
+            self.key = next(key for key in seen if key != PRIVILEGED)
         if isinstance(action_space, spaces.Box):
             self.register_buffer("low", torch.tensor(action_space.low))
             self.register_buffer("high", torch.tensor(action_space.high))
