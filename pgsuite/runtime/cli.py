@@ -44,7 +44,7 @@ def main(task: Callable[[DictConfig], None], config: str) -> None:
             if verbose:
                 raise
             sys.exit(f"error: {shorten(explain(error))}")
-        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             if verbose or composed:
                 raise
             sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}")  # Hydra's own words
