@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -17,6 +18,7 @@ import pgsuite
 from pgsuite import seeding
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import VectorEnv, make
+from pgsuite.envs.spaces import to_data
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.runtime.execution import execute
@@ -89,15 +91,27 @@ def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) ->
         raise UserError(str(error)) from error
 
 
+def build_policy(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
+) -> Policy:
+    """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
+    norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
+    return Policy(norm, action_space, **vars(run.policy), generator=generator)
+
+
+def spaces_of(env: VectorEnv) -> dict[str, Any]:
+    """What its observations are before they become tensors, and its actions, as a checkpoint holds them."""
+    return {"observation": to_data(getattr(env, "space", env.observation_space)), "action": to_data(env.action_space)}
+
+
 def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     """Policy and critic, on the environments' device, sharing their observation statistics."""
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
-    norm = Standardize(env.observation_space, run.clip_obs, run.standardize_obs)
     try:
-        policy = Policy(norm, env.action_space, **vars(run.policy), generator=generator)
+        policy = build_policy(env.observation_space, env.action_space, run, generator)
         options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
         options["recurrent"] = run.critic.recurrent or run.policy.recurrent
-        critic = Critic(norm, **options, generator=generator)
+        critic = Critic(policy.obs_norm, **options, generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
     return policy.to(env.device), critic.to(env.device)

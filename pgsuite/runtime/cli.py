@@ -20,6 +20,7 @@ from pgsuite.runtime.schema import UserError
 from pgsuite.settings import closest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+LONGEST = 500  # characters of a message
 
 
 def main(task: Callable[[DictConfig], Any], config: str) -> None:
@@ -33,6 +34,8 @@ def main(task: Callable[[DictConfig], Any], config: str) -> None:
     schema.register()
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in _replacing(argument)]
 
+    composed = False
+
     def guarded(work: Callable[[], None]) -> None:
         try:
             work()
@@ -41,11 +44,17 @@ def main(task: Callable[[DictConfig], Any], config: str) -> None:
         except (UserError, BrokenEnvError, HydraException, OmegaConfBaseException, OSError) as error:
             if verbose:
                 raise
-            sys.exit(f"error: {explain(error)}")
+            sys.exit(f"error: {shorten(explain(error))}")
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            if verbose or composed:
+                raise
+            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}")  # Hydra's own words
 
     # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
     @functools.wraps(task)
     def job(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         guarded(lambda: task(cfg))
 
     guarded(hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job))
@@ -55,6 +64,11 @@ def _replacing(argument: str) -> list[str]:
     """A schedule given on the command line stands for what a recipe says; Hydra would merge the two."""
     setting, given, value = argument.partition("=")
     return [f"{setting}=null", argument] if given and setting.startswith("algo.") and value[:1] == "{" else [argument]
+
+
+def shorten(message: str) -> str:
+    """A message that repeats no more of what was given than a person reads."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 4]} ..."
 
 
 def explain(error: BaseException) -> str:

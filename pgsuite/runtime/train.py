@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, container, describe, settings_of, versions
+from pgsuite.runtime.build import build, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
@@ -70,6 +70,7 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
 
     facts = {"config": config, "choices": choices, "versions": versions(), "device": env.device.type}
+    facts |= {"spaces": spaces_of(env)}
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
     board = loggers.TensorBoard(folder, _flatten(config) | names, ("return_mean",), after) if writes else None
     logs = [loggers.Csv(folder / "metrics.csv", after), board] if board else []
