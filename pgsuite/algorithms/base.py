@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from pgsuite import parallel
 from pgsuite.algorithms.estimators import GAE, Estimator
@@ -48,9 +48,12 @@ class Algorithm(Scheduled, ABC):
             part.place(next(self.policy.parameters()).device)
 
     def iterate(self, collector: Collector) -> Metrics:
-        """One turn: collect, assign credit, learn.  Statistics and memories move last, so that the policy that learns
-        is the policy that acted."""
-        rollout = collector.collect(self.policy)
+        """One turn: collect, assign credit, learn."""
+        return self.absorb(collector.collect(self.policy))
+
+    def absorb(self, rollout: Rollout) -> Metrics:
+        """Learn from what this policy did.  Statistics and memories move last, so that the policy that learns is the
+        policy that acted."""
         prepared = self.prepare(rollout)
         metrics = self.learn(prepared)
         metrics |= self.adapt(prepared)
@@ -105,7 +108,7 @@ class Algorithm(Scheduled, ABC):
     def watch(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
-            "learning_rate": self.optimizer.lr.clone(),
+            "learning_rate": self.optimizer.lr * self.optimizer.share,
             "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
         }
         return metrics | self.policy.watch()
@@ -134,19 +137,44 @@ class Algorithm(Scheduled, ABC):
         for part in self.scheduled.values():
             part.follow(fraction)
 
+    def slow_down(self) -> None:
+        """Halve the learning rate from here on, whatever schedule it has."""
+        for optimizer in self.optimizers:
+            optimizer.share.mul_(0.5)
+
+    def finite(self) -> Tensor:
+        """Whether all parameters and statistics [] are."""
+        tensors = [x for part in self.parts.values() for x in part.state_dict().values() if x.numel()]
+        return nn.utils.get_total_norm(tensors, torch.inf).isfinite()
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module)}
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return [part for part in vars(self).values() if isinstance(part, Optimizer)]
+
     def state_dict(self) -> dict[str, Any]:
         """The state of every part that has any; a subclass adds parts by holding them."""
         state = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
         state |= {"generator": self.generator.get_state()} if self.generator else {}
         return state | {"schedules": super().state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
+        """Take up a state; of ``weights_only``, what was learned, and nothing of random streams and environments."""
         super().load_state_dict(state["schedules"])
-        for name, part_state in state.items():
-            if name == "schedules":
-                continue
-            part = getattr(self, name)
-            part.set_state(part_state) if isinstance(part, Generator) else part.load_state_dict(part_state)
+        for name in state.keys() - {"schedules"}:
+            part, part_state = getattr(self, name), state[name]
+            if isinstance(part, nn.Module) and weights_only:
+                own = part.state_dict()
+                part.load_state_dict(
+                    {key: x for key, x in part_state.items() if x.shape == own[key].shape}, strict=False
+                )
+            elif not isinstance(part, Generator):
+                part.load_state_dict(part_state)
+            elif not weights_only:
+                part.set_state(part_state)
 
 
 @dataclass(kw_only=True, eq=False)

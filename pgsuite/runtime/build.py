@@ -60,7 +60,7 @@ def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
 def settings_of(cfg: DictConfig) -> Run:
     """The settings outside method and environment, checked.  Raises UserError."""
     plain = container(cfg)
-    nodes = {key: construct(plain.pop(key), key) for key in ("policy", "critic")}
+    nodes = {f.name: construct(plain.pop(f.name), f.name) for f in fields(Run) if f.default_factory is not MISSING}
     return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 
@@ -181,8 +181,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     policy, env = trainer.algorithm.policy, trainer.collector.env
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
-    parts = nn.ModuleList([part for part in vars(trainer.algorithm).values() if isinstance(part, nn.Module)])
-    count = sum(p.numel() for p in set(parts.parameters()))
+    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters())
     words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
     if critic is not None:
         words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
@@ -30,7 +31,7 @@ LOST = (
 )
 
 
-def main(task: Callable[[DictConfig], None], config: str, *, processes: bool = False) -> None:
+def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = False) -> None:
     """Run task with the configuration named, overridden from the command line; under torchrun, only if it is for
     several ``processes``.
 
