@@ -189,7 +189,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
     words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
-    each = f" in each of {parallel.size()} processes" if parallel.size() > 1 else ""
+    each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, container, describe, settings_of, versions
+from pgsuite.runtime.build import build, check_alike, container, describe, settings_of, versions
 from pgsuite.runtime.evaluate import match
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
@@ -38,7 +38,7 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return _train(cfg, hydra, made)
     finally:
-        for folder in (made, made.parent):  # Hydra made them; a run that never began here leaves nothing behind
+        for folder in (made, made.parent) if parallel.rank() == 0 else ():  # Hydra made them; a run that never began here leaves nothing behind
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -89,8 +89,10 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         say(line)
     if before is not None:
         put_back(trainer, before.state, say)
+    check_alike(trainer, cfg)
     with answering_signals(trainer):
         trainer.fit()
+        parallel.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
         how = f"go on with: python scripts/train.py resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
@@ -113,7 +115,7 @@ def answering_signals(trainer: Trainer) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        trainer.stop = number
+        trainer.asked = number
         for each in asked:
             signal.signal(each, signal.SIG_DFL)
 
