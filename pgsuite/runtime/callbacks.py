@@ -145,7 +145,9 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        if trainer.steps > self.saved:
+        failed = trainer.steps < trainer.total_steps and not trainer.stop
+        alone = failed and parallel.size() > 1  # for what failed here need not have failed elsewhere
+        if trainer.steps > self.saved and not alone:
             self.save(trainer)
         elif parallel.rank() == 0 and self.saved:
             checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to

@@ -38,7 +38,8 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return _train(cfg, hydra, made)
     finally:
-        for folder in (made, *made.parents[:2]):  # Hydra made them; a run that never began here leaves nothing behind
+        made_here = (made, *made.parents[:2]) if parallel.rank() == 0 else ()
+        for folder in made_here:  # Hydra did; a run that never began here leaves nothing behind
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -90,8 +91,10 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         say(line)
     if before is not None:
         put_back(trainer, before.state, say)
+    check_alike(trainer, cfg)
     with answering_signals(trainer):
         trainer.fit()
+        parallel.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
         how = f"go on with: python scripts/train.py resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
@@ -114,7 +117,7 @@ def answering_signals(trainer: Trainer) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        trainer.stop = number
+        trainer.asked = number
         for each in asked:
             signal.signal(each, signal.SIG_DFL)
 
