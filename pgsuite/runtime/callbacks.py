@@ -72,7 +72,10 @@ class Log(Callback):
         self.window, self.logged, self.before = Window(), report.steps, now
 
     def on_end(self, trainer: Trainer) -> None:
-        results = {"return_mean": trainer.return_mean} if trainer.steps >= trainer.total_steps else {}
+        results = {}
+        if trainer.steps >= trainer.total_steps:
+            speed = trainer.steps / max(trainer.seconds["total"], 1e-9)
+            results = {"return_mean": trainer.return_mean, "steps_per_second": speed}
         for logger in self.loggers:
             logger.close(results)
 

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite import parallel
 from pgsuite.envs.base import BrokenEnvError
 from pgsuite.parallel import LostProcessError
-from pgsuite.runtime import schema
+from pgsuite.runtime import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import closest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LONGEST = 500  # characters of a message
-
-
+MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
 LOST = (
     "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
     "resume=auto goes on from there, and torchrun --max-restarts=3 has it do so by itself"
@@ -50,7 +51,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             return work()
         except KeyboardInterrupt:
             sys.exit(130)
-        except (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError) as error:
+        except MENDABLE as error:
             if parallel.size() > 1:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut off what is said
             if verbose:
@@ -67,6 +68,8 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     def job(cfg: DictConfig) -> Any:
         nonlocal composed
         composed = True
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return _one_of_many(task, cfg)
         return guarded(lambda: task(cfg))
 
     def work() -> None:
@@ -87,6 +90,17 @@ def _divide(processes: bool) -> None:
     if parallel.rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+
+
+def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """A job of a sweep.  What fails is said at once and by Hydra at the end, when the others have had their turn."""
+    try:
+        return task(cfg)
+    except MENDABLE as error:
+        hydra_cfg = HydraConfig.get()
+        job = f"job {hydra_cfg.job.num} ({' '.join(hydra_cfg.overrides.task)})"
+        print(f"error: {job}: {shorten(explain(error))}", file=sys.stderr, flush=True)
+        raise UserError(f"{job} failed, and perhaps others, as said above: {explain(error)}") from None
 
 
 def _replacing(argument: str) -> list[str]:

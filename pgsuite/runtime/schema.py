@@ -89,8 +89,17 @@ class Evaluation(Part):
 
 
 @dataclass(kw_only=True)
+class Wandb(Part):
+    project: str | None = None  # on Weights & Biases; null logs nothing there
+    name: str | None = None  # null stands for the run's directory
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class Logging(Part):
     points: Count = 500  # lines in a run
+    wandb: Wandb = field(default_factory=Wandb)
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, container, describe, settings_of, spaces_of, versions
+from pgsuite.runtime.build import build, check_alike, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
@@ -73,13 +73,16 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
     facts = {"config": config, "choices": choices, "versions": versions(), "device": env.device.type}
     facts |= {"spaces": spaces_of(env)}
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
-    board = loggers.TensorBoard(folder, _flatten(config) | names, ("return_mean",), after) if writes else None
-    logs = [loggers.Csv(folder / "metrics.csv", after), board] if board else []
+    settings = _flatten(config) | names
+    board = loggers.TensorBoard(folder, settings, after) if writes else None
+    logs: list[loggers.Logger] = [loggers.Csv(folder / "metrics.csv", after), board] if board else []
+    if writes and run.logging.wandb.project is not None:
+        logs.append(loggers.WandB(folder, settings, run.logging.wandb))
     parts: list[Callback] = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)] if writes else []
     if run.evaluation.every is not None:
         play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
         table = loggers.Csv(folder / "evaluation.csv", after) if writes else None
-        parts.append(callbacks.Evaluate(play, table, [board] if board else [], checkpoints, run.evaluation))
+        parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
     parts.append(checkpoints)
     if writes:
         found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": parallel.size()}
