@@ -92,7 +92,7 @@ def left_behind(run: Path) -> dict[str, Any]:
     from pgsuite.runtime import checkpoint
 
     def timeless(name: str) -> bool:
-        return not name.startswith("time/")
+        return not name.startswith("time/") and "per_second" not in name
 
     state = checkpoint.load(checkpoint.numbered(run)[-1])
     found: dict[str, Any] = {"state": {key: x for key, x in state.items() if key not in ("seconds", "config")}}
