@@ -21,6 +21,7 @@ from toys import PointMass, build, collector
 from pgsuite.algorithms import PPO
 from pgsuite.runtime import checkpoint, cli
 from pgsuite.runtime.evaluate import evaluate
+from pgsuite.runtime.export import export
 from pgsuite.runtime.recovery import Recovery, replay
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.train import train
@@ -38,7 +39,7 @@ class Cli:
 
     def __call__(self, command: str, *arguments: str) -> tuple[int, str, str]:
         """Exit code, output and errors."""
-        task = {"train": train, "evaluate": evaluate, "replay": replay}[command]
+        task = {"train": train, "evaluate": evaluate, "export": export, "replay": replay}[command]
         self.monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         self.monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
         GlobalHydra.instance().clear()

@@ -17,7 +17,8 @@ from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
-from pgsuite.settings import Fraction
+from pgsuite.rollout.minibatches import check_split
+from pgsuite.settings import Count, Fraction, Positive
 from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, masked_mean, standardize
 
 
@@ -200,21 +201,25 @@ class ActorCritic(Algorithm):
         return objectives.surrogate(ratio, advantage)
 
 
-def fit_critic(
-    critic: Critic,
-    optimizer: Optimizer,
-    batch: Batch,
-    *,
-    epochs: int,
-    count: int,
-    columns: bool,
-    generator: Generator | None,
-) -> Metrics:
-    """Regress a critic of its own optimizer on the batch's targets."""
-    steps = []
-    for _ in range(epochs):
-        for part in minibatches(batch, count, columns=columns, generator=generator):
-            error = masked_mean(objectives.squared_error(critic(part), part.target), part.mask)
-            norm = optimizer.step(error)
-            steps.append({"value_loss": error.detach(), "critic_grad_norm": norm})
-    return average(steps)
+@dataclass(kw_only=True, eq=False)
+class Regression(Algorithm):
+    """A critic with an optimizer of its own, regressed on a batch's targets over several epochs."""
+
+    critic_lr: Positive = 1e-3
+    critic_epochs: Count = 10
+    critic_minibatches: Count = 4
+
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        if self.critics:
+            split = self.critic_minibatches
+            check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
+
+    def regress(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
+        steps, count = [], self.critic_minibatches
+        for _ in range(self.critic_epochs):
+            for part in minibatches(batch, count, columns=self.sequential, generator=self.generator):
+                error = masked_mean(objectives.squared_error(critic(part), part.target), part.mask)
+                norm = optimizer.step(error)
+                steps.append({"value_loss": error.detach(), "critic_grad_norm": norm})
+        return average(steps)

@@ -18,7 +18,7 @@ from pgsuite import parallel
 from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.loggers import Logger
-from pgsuite.runtime.schema import Evaluation
+from pgsuite.runtime.schema import Checkpoint, Evaluation
 from pgsuite.runtime.trainer import Callback, Report, Trainer
 
 
@@ -144,12 +144,16 @@ class Checkpoints(Callback):
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         minutes, every = self.wanted.minutes, self.wanted.every
         late = minutes is not None and parallel.any_of(perf_counter() - self.at > 60 * minutes)
-        if late or report.passes(every or math.inf):
+        if late or (report.passes(every or math.inf) and trainer.steps > self.saved):
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        if trainer.steps > self.saved:
+        failed = trainer.steps < trainer.total_steps and not trainer.stop
+        alone = failed and parallel.size() > 1  # for what failed here need not have failed elsewhere
+        if trainer.steps > self.saved and not alone:
             self.save(trainer)
+        elif parallel.rank() == 0 and self.saved:
+            checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to
 
     def save(self, trainer: Trainer) -> Path | None:
         """Write what every process holds, and the callbacks, and the facts; the path, for the first process."""
@@ -186,6 +190,11 @@ class Evaluate(Callback):
         self.checkpoints, self.wanted = checkpoints, wanted
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
+        if parallel.rank() == 0 and best.exists():
+            checkpoint.crown(best)  # which a run that was killed may not have come to
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         wanted, due = self.wanted, report.steps >= trainer.total_steps

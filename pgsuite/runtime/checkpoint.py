@@ -34,10 +34,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w+b") as file:
             torch.save({"format": FORMAT} | state, file)
-            size = file.seek(0, os.SEEK_END)
-            seal = checksum(file, size)
-            file.seek(size - 2)
-            file.write(SEAL.to_bytes(2, "little") + seal)
+            seal(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -76,6 +73,12 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def seal(file: BinaryIO) -> None:
+    """Give an archive its own checksum as its comment."""
+    digest = checksum(file, file.seek(0, os.SEEK_END))
+    file.write(SEAL.to_bytes(2, "little") + digest)
+
+
 def checksum(file: BinaryIO, size: int) -> bytes:
     """SHA-256 of an archive of ``size`` bytes as it is without a comment; the file is left where the length of one
     would stand, in the archive's last two bytes."""
@@ -85,6 +88,7 @@ def checksum(file: BinaryIO, size: int) -> bytes:
         digest.update(chunk)
         left -= len(chunk)
     digest.update(bytes(2))
+    file.seek(size - 2)
     return digest.hexdigest().encode()
 
 
@@ -118,11 +122,11 @@ def newest(given: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any
     Raises UserError if there is none.
     """
     if given.suffix == ".pt":
-        return given, load(given)
+        return given, whole(given)
     refused: list[UserError] = []
     for path in reversed(numbered(given)):
         try:
-            state = load(path)
+            state = whole(path)
         except UserError as error:
             refused.append(error)
         else:
@@ -130,6 +134,14 @@ def newest(given: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any
                 say(f"passed over: {error}")
             return path, state
     raise refused[0]
+
+
+def whole(path: Path) -> dict[str, Any]:
+    """What a run saved.  Raises UserError if it is anything else."""
+    state = load(path)
+    if missing := {"config", "choices", "versions", "steps", "algorithm", "spaces"} - state.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of a run")
+    return state
 
 
 def run_of(path: Path) -> Path:

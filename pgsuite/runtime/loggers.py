@@ -52,6 +52,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        self.steps = after or 0
         self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
         self.results: dict[str, float] = {}
         shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
@@ -85,8 +86,9 @@ class TensorBoard:
 
     def close(self, results: Mapping[str, float]) -> None:
         for name, value in (self.results | dict(results)).items() if results else ():
-            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few
-                self.writer.add_scalar(f"Result/{name}", value, getattr(self, "steps", 0))
+            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few;
+                # a step too late, so that it is dropped where the run goes on
+                self.writer.add_scalar(f"Result/{name}", value, self.steps + 1)
         if results:
             self.writer._get_file_writer().add_summary(self.end)
         self.writer.close()

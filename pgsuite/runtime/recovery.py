@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from pgsuite import parallel
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs.base import NotFiniteError
 from pgsuite.runtime import checkpoint
@@ -59,7 +60,8 @@ class Recovery:
         if rollout is not None:
             seen = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
             bundle = {"why": why, "steps": trainer.steps, "state": self.good, "rollout": seen} | self.facts
-            checkpoint.save(clone(bundle), self.run / BUNDLE)
+            if parallel.rank() == 0:
+                checkpoint.save(clone(bundle), self.run / BUNDLE)
             hint = f"; python scripts/replay.py crash={self.run / BUNDLE} shows the update that failed"
         advice = "A lower learning rate, gradient clipping or scale_reward=true may help"
         raise UserError(f"{why}, after {self.attempts} recoveries{hint}. {advice}")
@@ -79,7 +81,7 @@ def clone(state: Any) -> Any:
 
 def diagnose(trainer: Trainer, report: Report) -> str:
     """What was not finite, and where."""
-    if found := unreal(trainer.collector.buffer.read()):
+    if found := next(filter(None, parallel.gather(unreal(trainer.collector.buffer.read())) or ()), None):
         where = f"in the rollout that ended at {report.steps:,} steps"
         return f"{trainer.collector.env.name} broke: {found}, {where}"
     broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]

@@ -135,7 +135,9 @@ class Run:
 
 def locate(path: str) -> type:
     """The dataclass at a dotted path.  Raises UserError if there is none."""
-    module_name, _, name = path.rpartition(".")
+    module_name, _, name = str(path).rpartition(".")
+    if not module_name.strip("."):
+        raise UserError(f"{path!r} is no dotted path of a class, such as pgsuite.algorithms.PPO")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

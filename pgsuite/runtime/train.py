@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, container, describe, settings_of, versions
+from pgsuite.runtime.build import build, check_alike, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
@@ -38,7 +38,8 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return _train(cfg, hydra, made)
     finally:
-        for folder in (made, made.parent):  # Hydra made them; a run that never began here leaves nothing behind
+        made_here = (made, *made.parents[:2]) if parallel.rank() == 0 else ()
+        for folder in made_here:  # Hydra did; a run that never began here leaves nothing behind
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -54,7 +55,7 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
     before = past(cfg, hydra, say)
     if before is not None:
         folder, cfg = before.folder, before.cfg
-        if before.steps >= cfg.total_steps:
+        if before.steps >= cfg.total_steps and finished(folder):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return objective(folder)
     trainer, run = build(cfg), settings_of(cfg)
@@ -70,6 +71,7 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
 
     facts = {"config": config, "choices": choices, "versions": versions(), "device": env.device.type}
+    facts |= {"spaces": spaces_of(env)}
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
     settings = _flatten(config) | names
     board = loggers.TensorBoard(folder, settings, after) if writes else None
@@ -92,8 +94,10 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         say(line)
     if before is not None:
         put_back(trainer, before.state, say)
+    check_alike(trainer, cfg)
     with answering_signals(trainer):
         trainer.fit()
+        parallel.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
         how = f"go on with: python scripts/train.py resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
@@ -116,7 +120,7 @@ def answering_signals(trainer: Trainer) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        trainer.stop = number
+        trainer.asked = number
         for each in asked:
             signal.signal(each, signal.SIG_DFL)
 
@@ -128,13 +132,22 @@ def answering_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(each, other)
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    """What a run says of itself, if it does."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def finished(folder: Path) -> bool:
+    return summary_of(folder).get("status") == "finished"
+
+
 def objective(folder: Path) -> float | None:
     """What a run came to: its last evaluation's return, or its mean return over the last tenth of the steps."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary["return_mean"] if summary["evaluation"] is None else summary["evaluation"]["return"]
+    summary = summary_of(folder)
+    return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
 def _recipe(hydra: HydraConf) -> list[str]:

@@ -27,7 +27,7 @@ class Report:
     before: int  # steps of the environments before it
     steps: int  # and after
     metrics: dict[str, float]
-    returns: list[float]  # of the episodes that finished
+    returns: list[float]  # of the episodes that finished in all processes; the first one knows, and the others none
     lengths: list[float]  # in steps
     sound: bool  # whether all that it saw and made is finite
 
@@ -81,7 +81,8 @@ class Trainer:
     steps: int = 0
     recoveries: int = 0  # how often a guard put it right
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
-    stop: int = 0  # the number of the signal that asked for it
+    asked: int = 0  # the number of the signal that asked this process to stop
+    stop: int = 0  # or any of them, as all of them know at the end of an iteration
 
     def __post_init__(self) -> None:
         for percent in reversed(range(101)):  # settings may change in the course of the run
@@ -127,15 +128,15 @@ class Trainer:
         rollout = self.collector.buffer.read()
         returns, lengths = self.tracker.update(rollout)
         sound = rollout.finite() & self.algorithm.finite()
-        stop = torch.tensor(float(bool(self.stop)))
-        values = [x.to(rollout.reward) for x in (*metrics.values(), sound, stop)]
-        *read, sound, stop = parallel.mean(torch.stack(values)).tolist()
+        asked = torch.tensor(float(bool(self.asked)))
+        values = [x.to(rollout.reward) for x in (*metrics.values(), sound, asked)]
+        *read, sound, asked = parallel.mean(torch.stack(values)).tolist()
         self.steps += int(parallel.total(rollout.mask.sum()))
-        self.stop = self.stop or (signal.SIGTERM if stop else 0)
+        self.stop = (self.asked or signal.SIGTERM) if asked else 0
         sound = sound == 1 and all(map(math.isfinite, read))
-        report = Report(
-            before, self.steps, dict(zip(metrics, read, strict=True)), returns.tolist(), lengths.tolist(), sound
-        )
+        episodes = parallel.gather((returns.tolist(), lengths.tolist())) or [([], [])]
+        returns, lengths = ([x for part in parts for x in part] for parts in zip(*episodes, strict=True))
+        report = Report(before, self.steps, dict(zip(metrics, read, strict=True)), returns, lengths, sound)
         took = perf_counter() - began
         self.seconds["total"] += took
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
