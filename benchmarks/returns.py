@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from record import RESULTS, ROOT, commit, machine, write_table
 
+from pgsuite.runtime.statistics import interquartile_mean, interval
+
 RUNS = RESULTS / "returns"
 PUBLISHED = ROOT / "benchmarks" / "published.csv"
 METHODS = ("reinforce", "a2c", "npg", "trpo", "ppo")
@@ -33,7 +35,6 @@ ENVIRONMENTS = (
     *("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum", "Reacher"),
 )
 MARKS = {"above": "▲", "within": "≈", "short": "▼", "": ""}
-RESAMPLES = 10_000
 
 
 def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -89,19 +90,6 @@ def published() -> dict[str, dict[str, str]]:
         return {f"{row['environment']}/{row['method']}": row for row in csv.DictReader(file)}
 
 
-def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last axis without its lowest and highest quarter (Agarwal et al., 2021)."""
-    cut = values.shape[-1] // 4
-    return np.sort(values)[..., cut : values.shape[-1] - cut].mean(-1)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% of the interquartile means of seeds drawn again with replacement."""
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
-    low, high = np.quantile(interquartile_mean(drawn), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def verdict(mean: float, steps: int, figure: dict[str, str] | None) -> str:
     """How a mean compares with a published one, where that took as many steps (a last rollout apart) or more."""
     if figure is None or steps > 1.05 * int(figure["steps"]):
@@ -120,14 +108,14 @@ def cells() -> dict[str, dict[str, str]]:
                 continue
             summaries = [result["summary"] for result in results[key]]
             means = np.array([summary["return_mean"] for summary in summaries])
-            low, high = interval(means)
+            ends = interval(interquartile_mean, means)
             figure = figures.get(key)
             digits = 0 if max(abs(means)) >= 1000 else 1
             found[key] = {
                 "steps": f"{round(summaries[0]['steps'], -4):,}",
                 "seeds": str(len(means)),
                 "iqm": f"{interquartile_mean(means):,.{digits}f}",
-                "interval": f"[{low:,.{digits}f}, {high:,.{digits}f}]" if len(means) > 1 else "-",
+                "interval": f"[{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "-",
                 "mean": f"{means.mean():,.{digits}f}",
                 "speed": f"{statistics.median(s['steps_per_second'] for s in summaries):,.0f}",
                 "published": f"{float(figure['mean']):,.4g} ± {float(figure['deviation']):,.4g}" if figure else "-",

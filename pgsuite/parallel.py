@@ -1,12 +1,53 @@
-"""The one file that knows there may be other processes.  Alone, every function is the identity."""
+"""The one file that knows there may be other processes.  Alone, every function is the identity.
+
+``total`` and ``mean`` are for tensors, on any device; the other functions are for whatever can be pickled, and for what
+happens now and then.  All of them are collective: every process must call them, in the same order.  Each raises
+LostProcessError where another process has ended, or stays silent for longer than ``PATIENCE``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+PATIENCE = timedelta(minutes=30)  # the first process may be evaluating, or filming, while the others wait
+
+
+class LostProcessError(RuntimeError):
+    """Another process is gone; says how that was noticed."""
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Membership among the processes that torchrun started, by the variables it sets; alone where there are none.
+
+    Tensors on a CPU go through gloo, and those on a GPU through NCCL.  Raises LostProcessError if not all of them come.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield
+        return
+    with _noticing():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    yield
+    with _noticing():
+        dist.barrier()  # who left early would look lost
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(str(error).partition("\n")[0]) from error
 
 
 def size() -> int:
@@ -15,14 +56,26 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from zero."""
+    """Which of them this is, from zero.  The first one alone writes and speaks."""
     return dist.get_rank() if size() > 1 else 0
+
+
+def local_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if size() > 1 else 1
+
+
+def local_rank() -> int:
+    """Which of those this is, from zero."""
+    return int(os.environ.get("LOCAL_RANK", rank())) if size() > 1 else 0
 
 
 def total(x: Tensor) -> Tensor:
     """x summed over processes, without gradient."""
     if size() > 1:
-        dist.all_reduce(x := x.detach().clone())
+        x = x.detach().clone()
+        with _noticing():
+            dist.all_reduce(x)
     return x
 
 
@@ -31,10 +84,43 @@ def mean(x: Tensor) -> Tensor:
     return total(x) / size() if size() > 1 else x
 
 
-def average_gradients(params: Iterable[Tensor]) -> None:
-    """Average the gradients of params in place, in one collective."""
+def any_of(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return bool(total(torch.tensor(float(flag))) > 0)
+
+
+def gather(x: Any) -> list[Any] | None:
+    """What each process holds, by rank, for the first one, its tensors on the CPU; None for the others."""
+    if size() == 1:
+        return [x]
+    x = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), x)
+    everything: list[Any] | None = [None] * size() if rank() == 0 else None
+    with _noticing():
+        dist.gather_object(x, everything)
+    return everything
+
+
+def broadcast(x: Any) -> Any:
+    """What the first process holds, for all of them."""
+    if size() == 1:
+        return x
+    box = [x]
+    with _noticing():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all."""
     if size() > 1:
-        grads = [p.grad for p in params if p.grad is not None]
-        flat = mean(torch.cat([g.reshape(-1) for g in grads]))
-        for grad, chunk in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(chunk.view_as(grad))
+        with _noticing():
+            dist.barrier()
+
+
+def first(occasion: str) -> bool:
+    """Whether no other process has asked for this occasion before: what is to be said once, the first one says.  Not
+    collective, and works among those that are left."""
+    try:
+        return size() == 1 or dist.distributed_c10d._get_default_store().add(occasion, 1) == 1
+    except RuntimeError:
+        return True

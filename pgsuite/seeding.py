@@ -20,3 +20,8 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
 def number(seed: int, stream: str) -> int:
     """A 31-bit seed for somebody else's generator, which depends on both as ``generator`` does."""
     return int(torch.randint(2**31 - 1, (), generator=generator(seed, stream)))
+
+
+def of_process(seed: int, rank: int) -> int:
+    """The seed of what differs between processes.  The first keeps the one given, and so draws what it would alone."""
+    return number(seed, f"process {rank}") if rank else seed

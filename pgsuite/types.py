@@ -61,6 +61,16 @@ def choose(mask: Tensor, x: Obs, y: Obs) -> Obs:
     return torch.where(mask.view(-1, *[1] * (y.ndim - 1)), x, y)
 
 
+def leaves(x: Obs) -> list[Tensor]:
+    """The tensors that an observation is made of."""
+    return [part for inner in x.values() for part in leaves(inner)] if isinstance(x, dict) else [x]
+
+
+def finite_cells(x: Tensor, mask: Tensor) -> Tensor:
+    """In which cells [...] of mask all of x [..., *X] is finite."""
+    return x.isfinite().reshape(*mask.shape, -1).all(-1)
+
+
 @dataclass(frozen=True)
 class Experience:
     """Tensors sharing leading dims; indexing and mapping act on all of them at once."""
@@ -90,6 +100,11 @@ class Rollout(Experience):
     @property
     def done(self) -> Tensor:
         return self.terminated | self.truncated
+
+    def finite(self) -> Tensor:
+        """Whether everything that really happened [] is."""
+        parts = (self.action, self.reward, *leaves(self.next_obs))
+        return torch.stack([(finite_cells(x, self.mask) | ~self.mask).all() for x in parts]).all()
 
 
 @dataclass(frozen=True)

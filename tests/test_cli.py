@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ from toys import PointMass, build, collector
 
 from pgsuite.algorithms import PPO
 from pgsuite.runtime import checkpoint, cli
-from pgsuite.runtime.callbacks import Checkpoints, DivergenceWatch
 from pgsuite.runtime.evaluate import evaluate
+from pgsuite.runtime.export import export
+from pgsuite.runtime.recovery import Recovery, replay
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.train import train
 from pgsuite.runtime.trainer import Trainer
@@ -37,7 +39,7 @@ class Cli:
 
     def __call__(self, command: str, *arguments: str) -> tuple[int, str, str]:
         """Exit code, output and errors."""
-        task = {"train": train, "evaluate": evaluate}[command]
+        task = {"train": train, "evaluate": evaluate, "export": export, "replay": replay}[command]
         self.monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         self.monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
         GlobalHydra.instance().clear()
@@ -88,8 +90,9 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     assert str(run.relative_to(command.folder)) in lines[-1] and "return -" in lines[-1]
 
     summary = json.loads((run / "summary.json").read_text())
-    keys = "algo env seed steps seconds steps_per_second return_mean return_std episodes backend device versions"
-    assert list(summary) == keys.split()
+    facts = "algo env seed backend device processes resume versions status steps total_steps seconds steps_per_second "
+    assert " ".join(summary) == facts + "return_mean return_std episodes evaluation recoveries"
+    assert summary["status"] == "finished" and summary["resume"] == "exact"
     assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
     assert summary["steps"] >= 2000 and summary["episodes"] > 0
     assert f"max_episode_steps: 20\n" in (run / "config.yaml").read_text()  # noqa: F541
@@ -98,7 +101,7 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     tags = set(events(run).Tags()["scalars"])
     assert {f"algorithm/{name}" for name in ALGORITHM_SCALARS[algo]} <= tags
     assert {"episode/return", "episode/length", "algorithm/sigma", "time/environment", "time/acting"} <= tags
-    assert {"time/learning", "time/steps_per_second", "result/return_mean"} <= tags
+    assert {"time/learning", "time/steps_per_second", "Result/return_mean"} <= tags
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert set(rows[-1]) >= {"steps", "episode/return", *(f"algorithm/{n}" for n in ALGORITHM_SCALARS[algo])}
@@ -106,7 +109,7 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     shares = [float(rows[-1][f"time/{name}"]) for name in ("environment", "acting", "learning")]
     assert sum(shares) == pytest.approx(1, abs=0.02)
 
-    state = torch.load(checkpoint.latest(run), weights_only=True)
+    state = torch.load(checkpoint.numbered(run)[-1], weights_only=True)
     assert state["steps"] == summary["steps"] and state["config"]["env"]["max_episode_steps"] == 20
     assert {"policy", "reward_scale", "optimizer", "generator"} <= set(state["algorithm"])
     assert "body.obs_norm.moments.mean" in state["algorithm"]["policy"]
@@ -117,16 +120,10 @@ def test_hyperparameters_and_results_reach_the_hparams_tab(command: Cli) -> None
 
     assert command("train", "env=CartPole", "algo.clip=0.15", *TINY)[0] == 0
     (run,) = command.folder.glob("runs/*/*")
-    content = events(run).summary_metadata
-    found = {}
-    for tag in ("_hparams_/session_start_info", "_hparams_/experiment"):
-        message: Any = plugin_data_pb2
-        data = message.HParamsPluginData.FromString(content[tag].plugin_data.content)
-        found[tag] = data
-    started = found["_hparams_/session_start_info"].session_start_info.hparams
+    content = events(run).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    message: Any = plugin_data_pb2
+    started = message.HParamsPluginData.FromString(content).session_start_info.hparams
     assert started["algo.clip"].number_value == 0.15 and started["env"].string_value == "CartPole"
-    metrics = [info.name.tag for info in found["_hparams_/experiment"].experiment.metric_infos]
-    assert metrics == ["result/return_mean"]
 
 
 def test_return_mean_is_over_the_last_tenth(command: Cli) -> None:
@@ -143,7 +140,7 @@ def test_a_seed_fixes_a_run_bit_for_bit(command: Cli) -> None:
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(ord(folder))
         assert command("train", "env=Hopper", f"seed={seed}", f"hydra.run.dir={folder}", *TINY)[0] == 0
-    states = {f: checkpoint.load(checkpoint.latest(command.folder / f))["algorithm"]["policy"] for f in "abc"}
+    states = {f: checkpoint.load(checkpoint.numbered(command.folder / f)[-1])["algorithm"]["policy"] for f in "abc"}
     assert all(torch.equal(states["a"][k], states["b"][k]) for k in states["a"])
     assert not torch.equal(states["a"]["out.weight"], states["c"]["out.weight"])
     tables = [(command.folder / f / "metrics.csv").read_text() for f in "ab"]
@@ -332,7 +329,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(command: Cli) -> None:
 @pytest.mark.parametrize("how", ["truncated", "altered", "hostile", "foreign", "missing", "nowhere", "nothing"])
 def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, how: str) -> None:
     assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
-    path = checkpoint.latest(command.folder / "run")
+    path = checkpoint.numbered(command.folder / "run")[-1]
     data, run = path.read_bytes(), "run=run"
     if how == "truncated":
         path.write_bytes(data[: len(data) // 2])
@@ -384,34 +381,55 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
-def test_a_run_that_diverges_stops_says_where_and_keeps_the_last_good_state(command: Cli) -> None:
-    code, _, err = command(
-        "train", "env=Pendulum", "algo.lr=1e30", "algo.max_grad_norm=null", "hydra.run.dir=run", *TINY
-    )
-    assert code == 1 and "training diverged" in err and "not finite at" in err and "checkpoints" in err
-    state = checkpoint.load(checkpoint.latest(command.folder / "run"))
-    tensors = [x for x in state["algorithm"]["policy"].values() if isinstance(x, torch.Tensor)]
-    assert all(bool(x.isfinite().all()) for x in tensors)
-    assert len(list((command.folder / "run" / "checkpoints").iterdir())) == 1
-    assert (command.folder / "run" / "summary.json").exists() and (command.folder / "run" / "metrics.csv").exists()
+def test_a_run_that_diverges_stops_says_where_and_can_be_replayed(command: Cli) -> None:
+    wild = ["env=Pendulum", "algo.lr=1e30", "algo.max_grad_norm=null", "recover.attempts=2", "hydra.run.dir=run"]
+    code, out, err = command("train", *wild, *TINY)
+    assert code == 1 and "training diverged" in err and "not finite at 64 steps, after 2 recoveries" in err
+    assert out.count("back at 0 steps with half the learning rate") == 2
+    summary = json.loads((command.folder / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["recoveries"]) == ("failed", 0, 2)
+    bundle = checkpoint.load(command.folder / "run" / "crash.pt")
+    assert float(bundle["state"]["algorithm"]["optimizer"]["share"]) == 0.25
+    assert bundle["config"]["algo"]["lr"] == 1e30 and bundle["versions"]["torch"] == torch.__version__
+    code, out, err = command("replay", "crash=run")
+    assert code == 0 and "before the update: everything is finite" in out and "nan values" in out, err
+    assert command("replay", "crash=elsewhere.pt")[0] == 1
+
+
+class Breaking(PointMass):
+    """Gives what is no number in the second environment at one of its steps, or at all from it on."""
+
+    def __init__(self, part: str, last: int) -> None:
+        super().__init__(4)
+        self.part, self.last, self.count = part, last, 0
+
+    def step(self, action: torch.Tensor) -> Any:
+        step = super().step(action)
+        self.count += 1
+        if 47 <= self.count <= self.last:
+            getattr(step, self.part)[2] = math.inf
+        return step
 
 
 @pytest.mark.parametrize("part", ["reward", "next_obs"])
 def test_an_environment_that_breaks_is_named_and_the_last_good_state_is_kept(part: str, tmp_path: Path) -> None:
-    class Breaking(PointMass):
-        def step(self, action: Any) -> Any:
-            step = super().step(action)
-            if self.clock[0] == 47:
-                getattr(step, part)[2] = math.inf
-            return step
-
-    env = Breaking(4)
-    algorithm, checkpoints = build(PPO, env), Checkpoints(tmp_path, {}, every=10**9)
-    callbacks = (DivergenceWatch(checkpoints, interval=0), checkpoints)
+    env = Breaking(part, last=10**9)
+    algorithm, said = build(PPO, env), []
+    trainer = Trainer(algorithm, collector(algorithm, env), 10_000, guard=Recovery(tmp_path, {}, 1, said.append))
     what = {"reward": r"the reward \[inf\]", "next_obs": r"the observation \[inf, inf, inf, inf\]"}[part]
-    with pytest.raises(UserError, match=f"toy broke: environment 2 gave {what} at step 6, in the rollout .* 240 steps"):
-        Trainer(algorithm, collector(algorithm, env), 10_000, callbacks).fit()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000000160.pt"]
+    with pytest.raises(UserError, match=f"toy broke: environment 2 gave {what} at step 0, in the rollout .* 240 steps"):
+        trainer.fit()
+    assert trainer.steps == 160 and checkpoint.load(tmp_path / "crash.pt")["steps"] == 160
+    assert len(said) == 1 and "at step 6, in the rollout that ended at 240 steps" in said[0]
+
+
+def test_a_run_goes_on_from_the_last_good_state_at_half_the_learning_rate(tmp_path: Path) -> None:
+    env = Breaking("reward", last=47)
+    algorithm, said = build(PPO, env, lr=1e-3), []
+    trainer = Trainer(algorithm, collector(algorithm, env), 800, guard=Recovery(tmp_path, {}, 3, said.append))
+    trainer.fit()
+    assert trainer.steps == 800 and trainer.recoveries == 1 and bool(algorithm.finite())
+    assert "back at 160 steps" in said[0] and float(algorithm.optimizer.rate) == pytest.approx(5e-4)
 
 
 def test_an_interrupted_run_is_saved(command: Cli) -> None:
@@ -423,14 +441,15 @@ def test_an_interrupted_run_is_saved(command: Cli) -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return iterate(self)
 
     command.monkeypatch.setattr(Trainer, "iterate", interrupted)
     code, out, err = command("train", "env=CartPole", "hydra.run.dir=run", *TINY)
-    assert code == 130 and "interrupted at 192 steps" in out and "Traceback" not in err
-    assert checkpoint.load(checkpoint.latest(command.folder / "run"))["steps"] == 192
-    assert json.loads((command.folder / "run" / "summary.json").read_text())["steps"] == 192
+    assert code == 0 and "SIGINT at 256 steps, saved; go on with: python scripts/train.py resume=run" in out, err
+    assert checkpoint.load(checkpoint.numbered(command.folder / "run")[-1])["steps"] == 256
+    summary = json.loads((command.folder / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["status"]) == (256, "interrupted")
     assert command("evaluate", "run=run", "episodes=2")[0] == 0
 
 

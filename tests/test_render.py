@@ -187,7 +187,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_filmed(tmp_path: Path
         (tmp_path / f".{name.replace('.', '.writing.')}").mkdir()  # root may write everywhere else
     env = make("CartPole", 1)
     for name, message in (("taken.gif", "is a directory"), ("film.mp4", "cannot write"), ("film.gif", "cannot write")):
-        with pytest.raises(UserError, match=message), filming(env, str(tmp_path / name), tmp_path, 0):
+        with pytest.raises(UserError, match=message), filming(env, str(tmp_path / name), lambda film: None):
             pytest.fail(f"{name} was to be filmed")
 
 
@@ -197,7 +197,7 @@ def test_a_film_that_does_not_fit_on_the_disk_is_said_and_leaves_nothing(tmp_pat
     env = make("CartPole", 1)
     with (
         pytest.raises(UserError, match=r"cannot write video=.*film\.mp4: ffmpeg failed"),
-        filming(env, str(tmp_path / "film.mp4"), tmp_path, 0) as watch,
+        filming(env, str(tmp_path / "film.mp4"), lambda film: None) as watch,
     ):
         watch()
     assert not list(tmp_path.iterdir())
@@ -206,7 +206,10 @@ def test_a_film_that_does_not_fit_on_the_disk_is_said_and_leaves_nothing(tmp_pat
 @pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
 def test_a_film_that_is_interrupted_leaves_the_one_before(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("before")
-    with pytest.raises(KeyboardInterrupt), filming(make("CartPole", 1), str(tmp_path / name), tmp_path, 0) as watch:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        filming(make("CartPole", 1), str(tmp_path / name), lambda film: None) as watch,
+    ):
         watch()
         raise KeyboardInterrupt
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]

@@ -25,6 +25,7 @@ class Toy:
     name = "toy"
     backend = "toy"
     description = "toy"
+    exact = True
     device = torch.device("cpu")
     action_space: spaces.Space[Any] = spaces.Discrete(2)
     observation_space: spaces.Space[Any]

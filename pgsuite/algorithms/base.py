@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from pgsuite import parallel
 from pgsuite.algorithms.estimators import GAE, Estimator
@@ -17,7 +17,8 @@ from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
-from pgsuite.settings import Fraction
+from pgsuite.rollout.minibatches import check_split
+from pgsuite.settings import Count, Fraction, Positive
 from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, masked_mean, standardize
 
 
@@ -48,9 +49,12 @@ class Algorithm(Scheduled, ABC):
             part.place(next(self.policy.parameters()).device)
 
     def iterate(self, collector: Collector) -> Metrics:
-        """One turn: collect, assign credit, learn.  Statistics and memories move last, so that the policy that learns
-        is the policy that acted."""
-        rollout = collector.collect(self.policy)
+        """One turn: collect, assign credit, learn."""
+        return self.absorb(collector.collect(self.policy))
+
+    def absorb(self, rollout: Rollout) -> Metrics:
+        """Learn from what this policy did.  Statistics and memories move last, so that the policy that learns is the
+        policy that acted."""
         prepared = self.prepare(rollout)
         metrics = self.learn(prepared)
         metrics |= self.adapt(prepared)
@@ -105,7 +109,7 @@ class Algorithm(Scheduled, ABC):
     def watch(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
-            "learning_rate": self.optimizer.lr.clone(),
+            "learning_rate": self.optimizer.lr * self.optimizer.share,
             "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
         }
         return metrics | self.policy.watch()
@@ -134,19 +138,44 @@ class Algorithm(Scheduled, ABC):
         for part in self.scheduled.values():
             part.follow(fraction)
 
+    def slow_down(self) -> None:
+        """Halve the learning rate from here on, whatever schedule it has."""
+        for optimizer in self.optimizers:
+            optimizer.share.mul_(0.5)
+
+    def finite(self) -> Tensor:
+        """Whether all parameters and statistics [] are."""
+        tensors = [x for part in self.parts.values() for x in part.state_dict().values() if x.numel()]
+        return nn.utils.get_total_norm(tensors, torch.inf).isfinite()
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module)}
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return [part for part in vars(self).values() if isinstance(part, Optimizer)]
+
     def state_dict(self) -> dict[str, Any]:
         """The state of every part that has any; a subclass adds parts by holding them."""
         state = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
         state |= {"generator": self.generator.get_state()} if self.generator else {}
         return state | {"schedules": super().state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
+        """Take up a state; of ``weights_only``, what was learned, and nothing of random streams and environments."""
         super().load_state_dict(state["schedules"])
-        for name, part_state in state.items():
-            if name == "schedules":
-                continue
-            part = getattr(self, name)
-            part.set_state(part_state) if isinstance(part, Generator) else part.load_state_dict(part_state)
+        for name in state.keys() - {"schedules"}:
+            part, part_state = getattr(self, name), state[name]
+            if isinstance(part, nn.Module) and weights_only:
+                own = part.state_dict()
+                part.load_state_dict(
+                    {key: x for key, x in part_state.items() if x.shape == own[key].shape}, strict=False
+                )
+            elif not isinstance(part, Generator):
+                part.load_state_dict(part_state)
+            elif not weights_only:
+                part.set_state(part_state)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -172,21 +201,25 @@ class ActorCritic(Algorithm):
         return objectives.surrogate(ratio, advantage)
 
 
-def fit_critic(
-    critic: Critic,
-    optimizer: Optimizer,
-    batch: Batch,
-    *,
-    epochs: int,
-    count: int,
-    columns: bool,
-    generator: Generator | None,
-) -> Metrics:
-    """Regress a critic of its own optimizer on the batch's targets."""
-    steps = []
-    for _ in range(epochs):
-        for part in minibatches(batch, count, columns=columns, generator=generator):
-            error = masked_mean(objectives.squared_error(critic(part), part.target), part.mask)
-            norm = optimizer.step(error)
-            steps.append({"value_loss": error.detach(), "critic_grad_norm": norm})
-    return average(steps)
+@dataclass(kw_only=True, eq=False)
+class Regression(Algorithm):
+    """A critic with an optimizer of its own, regressed on a batch's targets over several epochs."""
+
+    critic_lr: Positive = 1e-3
+    critic_epochs: Count = 10
+    critic_minibatches: Count = 4
+
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        if self.critics:
+            split = self.critic_minibatches
+            check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
+
+    def regress(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
+        steps, count = [], self.critic_minibatches
+        for _ in range(self.critic_epochs):
+            for part in minibatches(batch, count, columns=self.sequential, generator=self.generator):
+                error = masked_mean(objectives.squared_error(critic(part), part.target), part.mask)
+                norm = optimizer.step(error)
+                steps.append({"value_loss": error.detach(), "critic_grad_norm": norm})
+        return average(steps)

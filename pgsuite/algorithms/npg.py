@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from pgsuite import parallel
-from pgsuite.algorithms.base import ActorCritic, fit_critic
+from pgsuite.algorithms.base import ActorCritic, Regression
 from pgsuite.functional import objectives, trust_region
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.stateless import of_vector
-from pgsuite.rollout import Collector
-from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_mean
 
@@ -22,7 +20,7 @@ Attempt = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(kw_only=True, eq=False)
-class NPG(ActorCritic):
+class NPG(ActorCritic, Regression):
     """One step along the natural gradient, as long as the KL budget allows (Kakade, 2001).
 
     The step is sqrt(2 max_kl / d'Fd) d, with F d = gradient solved by conjugate gradient: the quadratic model of
@@ -37,20 +35,13 @@ class NPG(ActorCritic):
     cg_iters: Count = 10
     cg_tol: NonNegative = 1e-10  # the squared residual at which conjugate gradient has arrived
     fisher: Literal["double-backward", "gauss-newton"] = "double-backward"
-    critic_lr: Positive = 1e-3
-    critic_epochs: Count = 10
-    critic_minibatches: Count = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.optimizer = Optimizer([self.critic.own], self.critic_lr)
 
-    def validate(self, collector: Collector) -> None:
-        super().validate(collector)
-        check_split(collector.horizon, collector.env.num_envs, self.critic_minibatches, columns=self.sequential)
-
     def update(self, batch: Batch) -> Metrics:
-        return self.improve(batch) | self.regress(batch)
+        return self.improve(batch) | self.regress(self.critic, self.optimizer, batch)
 
     def improve(self, batch: Batch) -> Metrics:
         """Move the policy, or leave it bit for bit where it was if the step is refused or not finite."""
@@ -106,15 +97,3 @@ class NPG(ActorCritic):
     def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
         """Which fraction of the step to take, ``whole`` being 1 on the device, and what is worth knowing about it."""
         return whole, {}
-
-    def regress(self, batch: Batch) -> Metrics:
-        """Fit the critic, which no trust region confines."""
-        return fit_critic(
-            self.critic,
-            self.optimizer,
-            batch,
-            epochs=self.critic_epochs,
-            count=self.critic_minibatches,
-            columns=self.sequential,
-            generator=self.generator,
-        )

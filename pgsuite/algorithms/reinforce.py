@@ -5,18 +5,17 @@ from typing import Literal
 
 import torch
 
-from pgsuite.algorithms.base import Algorithm, fit_critic
+from pgsuite.algorithms.base import Regression
 from pgsuite.functional import estimators
 from pgsuite.nn.optim import Kind, Optimizer
 from pgsuite.nn.policy import Critic
 from pgsuite.rollout import Collector, EpisodeCollector
-from pgsuite.rollout.minibatches import check_split
-from pgsuite.settings import Count, Positive
+from pgsuite.settings import Positive
 from pgsuite.types import Batch, Metrics, Rollout, masked_mean, standardize
 
 
 @dataclass(kw_only=True, eq=False)
-class Reinforce(Algorithm):
+class Reinforce(Regression):
     """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
 
     The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  An action is paid
@@ -34,9 +33,6 @@ class Reinforce(Algorithm):
     optim: Kind = "adam"
     lr: Positive = 1e-3
     max_grad_norm: Positive | None = None
-    critic_lr: Positive = 1e-3
-    critic_epochs: Count = 10
-    critic_minibatches: Count = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,9 +48,6 @@ class Reinforce(Algorithm):
         super().validate(collector)
         if not collector.whole_episodes:
             raise ValueError("REINFORCE needs whole episodes: collect them with EpisodeCollector")
-        if self.critic is not None:
-            split = self.critic_minibatches
-            check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
 
     def estimate(self, rollout: Rollout) -> Batch:
         returns = estimators.reward_to_go(rollout.reward, rollout.done, gamma=self.gamma)
@@ -81,13 +74,5 @@ class Reinforce(Algorithm):
             "grad_norm": self.optimizer.step(loss),
         }
         if self.critic is not None:
-            metrics |= fit_critic(
-                self.critic,
-                self.critic_optimizer,
-                batch,
-                epochs=self.critic_epochs,
-                count=self.critic_minibatches,
-                columns=self.sequential,
-                generator=self.generator,
-            )
+            metrics |= self.regress(self.critic, self.critic_optimizer, batch)
         return metrics

@@ -16,6 +16,10 @@ class BrokenEnvError(RuntimeError):
     """An environment broke; says which, when and how."""
 
 
+class NotFiniteError(BrokenEnvError):
+    """One gave what is no number, and can be restarted."""
+
+
 class VectorEnv(Protocol):
     """N synchronized environments whose tensors never leave the device.
 
@@ -32,6 +36,12 @@ class VectorEnv(Protocol):
     action_space: spaces.Space[Any]  # of one environment
 
     @property
+    def exact(self) -> bool:
+        """Whether ``state_dict`` holds everything that the future depends on.  If not, ``load_state_dict`` gives the
+        next ``reset`` a seed that was never used, and no more."""
+        ...
+
+    @property
     def max_episode_steps(self) -> int | None:
         """None where episodes have no limit."""
         ...
@@ -44,9 +54,7 @@ class VectorEnv(Protocol):
         """One step in every environment with action [N, *A]."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the future depends on."""
-        ...
+    def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 

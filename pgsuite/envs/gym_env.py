@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.base import BrokenEnvError, Foreign, NotFiniteError
 from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest
@@ -131,9 +131,9 @@ class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise BrokenEnvError(f"{where} raised {type(error).__name__}: {error}") from error
         if not np.isfinite(float(reward)):
-            raise BrokenEnvError(f"{where} gave the reward {reward}")
+            raise NotFiniteError(f"{where} gave the reward {reward}")
         if not finite(obs):
-            raise BrokenEnvError(f"{where} gave an observation that is not finite: {obs}")
+            raise NotFiniteError(f"{where} gave an observation that is not finite: {obs}")
         return obs, reward, terminated, truncated, info
 
 
@@ -151,6 +151,7 @@ class GymEnv:
     observations."""
 
     backend = "gymnasium"
+    exact = False
 
     def __init__(
         self,
@@ -173,7 +174,8 @@ class GymEnv:
         how = f"{type(vec).__name__}, {'none' if self.mode is AutoresetMode.DISABLED else self.mode.value} autoreset"
         self.description = f"{name} | {how} | {self.num_envs} environments | is gymnasium {gymnasium.__version__}'s"
         # An integer is all that every vector environment takes; it gives its environments this and the ones after it.
-        self.seed: int | None = seeding.number(seed, "environment")
+        self.origin = seeding.number(seed, "environment")
+        self.seed: int | None = self.origin
         self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments that spend their next step on that
 
     def reset(self) -> Obs:
@@ -236,8 +238,8 @@ class GymEnv:
         return torch.tensor(x, dtype=dtype, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: gymnasium's environments cannot be saved."""
-        return {}
+        """A seed for what follows: gymnasium's environments cannot be saved."""
+        return {"seed": seeding.number(self.origin, "resumed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise RuntimeError(f"{self.name} cannot be put back to where it was: gymnasium's environments cannot be saved")
+        self.origin = self.seed = state["seed"]

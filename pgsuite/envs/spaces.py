@@ -120,7 +120,7 @@ def flatten(space: spaces.Space[Any], x: Tensor) -> Tensor:
     """A batch of what is neither an image nor a dictionary, as vectors [N, O]."""
     if isinstance(space, spaces.Discrete):
         return one_hot(x - int(space.start), int(space.n))
-    x = x.reshape(len(x), math.prod(space.shape or ()))
+    x = x.reshape(x.shape[0], math.prod(space.shape or ()))
     if isinstance(space, spaces.MultiDiscrete):
         columns = zip(x.unbind(-1), space.start.flatten(), space.nvec.flatten(), strict=True)
         return torch.cat([one_hot(column - int(start), int(n)) for column, start, n in columns], -1)
@@ -145,3 +145,61 @@ def native_action(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
     """A policy's actions [N, *A] as the space has them: clipped to a Box, counted from a discrete space's start."""
     x = action.cpu().numpy().astype(space.dtype).reshape(-1, *(space.shape or ()))
     return x.clip(space.low, space.high) if isinstance(space, spaces.Box) else x + first_action(space)
+
+
+def to_data(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A space as words, numbers, lists and dictionaries, as JSON has them: a bound that all numbers share is written
+    once, and null is no bound.  Raises ValueError for spaces of no fixed size."""
+    data: dict[str, Any] = {"type": type(space).__name__}
+    if isinstance(space, spaces.Dict):
+        return data | {"spaces": {key: to_data(part) for key, part in space.items()}}
+    if isinstance(space, spaces.Tuple):
+        return data | {"spaces": [to_data(part) for part in space]}
+    if isinstance(space, spaces.Box):
+        bounds = {name: _bound(getattr(space, name)) for name in ("low", "high")}
+        return data | {"shape": list(space.shape), "dtype": space.dtype.name} | bounds
+    if isinstance(space, spaces.Discrete):
+        return data | {"n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return data | {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return data | {"n": space.n if isinstance(space.n, int) else list(space.shape)}
+    raise ValueError(f"{space} has no fixed size")
+
+
+def of_data(data: dict[str, Any]) -> spaces.Space[Any]:
+    """The space that ``to_data`` wrote down."""
+    match data["type"]:
+        case "Dict":
+            return spaces.Dict(OrderedDict((key, of_data(part)) for key, part in data["spaces"].items()))
+        case "Tuple":
+            return spaces.Tuple([of_data(part) for part in data["spaces"]])
+        case "Box":
+            shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
+            bounds = zip((data["low"], data["high"]), (-np.inf, np.inf), strict=True)
+            low, high = (np.array(_numbers(x, none), dtype=dtype) for x, none in bounds)
+            return spaces.Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape), shape, dtype.type)
+        case "Discrete":
+            return spaces.Discrete(data["n"], start=data["start"])
+        case "MultiDiscrete":
+            return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+        case "MultiBinary":
+            return spaces.MultiBinary(data["n"])
+    raise ValueError(f"no space is a {data['type']}")
+
+
+def _bound(x: np.ndarray) -> Any:
+    same = x.size > 0 and bool((x == x.flat[0]).all())
+    return _finite(x.flat[0].item() if same else x.tolist())
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_finite(each) for each in x]
+    return x if math.isfinite(x) else None
+
+
+def _numbers(x: Any, none: float) -> Any:
+    if isinstance(x, list):
+        return [_numbers(each, none) for each in x]
+    return none if x is None else x

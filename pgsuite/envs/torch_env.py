@@ -91,6 +91,7 @@ class TorchNativeEnv:
         max_episode_steps: int | None = None,
     ) -> None:
         self.env, self.name, self.device, self.dtype, self.seed = env, name, device, dtype, seed
+        self.origin = seed or 0
         for required in ("num_envs", "single_observation_space", "single_action_space"):
             if find(env, required) is None:
                 raise ValueError(f"{name} is no vector environment: it has no {required}")
@@ -177,17 +178,23 @@ class TorchNativeEnv:
         except Exception as error:
             raise BrokenEnvError(f"{self.name} {what} {type(error).__name__}: {error}") from error
 
+    @property
+    def exact(self) -> bool:
+        """Those that have a state_dict of their own can be saved."""
+        return find(self.env, "state_dict") is not None and find(self.env, "load_state_dict") is not None
+
     def state_dict(self) -> dict[str, Any]:
-        """Nothing where the environments cannot be saved: those that can have a state_dict of their own."""
-        save = find(self.env, "state_dict")
-        return {} if save is None else {"env": copy.deepcopy(save()), "last": self.last, "seed": self.seed}
+        if not self.exact:
+            return {"seed": seeding.number(self.origin, "resumed")}
+        return {"env": copy.deepcopy(find(self.env, "state_dict")()), "last": self.last, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load = find(self.env, "load_state_dict")
-        if load is None:
-            raise RuntimeError(f"{self.name} cannot be put back to where it was: it has no load_state_dict")
-        load(copy.deepcopy(state["env"]))
-        self.seed, self.last = state["seed"], state["last"]
+        self.seed = state["seed"]
+        if not self.exact:
+            self.origin = state["seed"]
+            return
+        find(self.env, "load_state_dict")(copy.deepcopy(state["env"]))
+        self.last = state["last"]
         if self.last is not None:
             self.last = map_obs(lambda x: x.to(self.device), self.last)
 

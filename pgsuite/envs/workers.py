@@ -87,7 +87,7 @@ class Workers(VectorEnv[Any, Any, Any]):
                 self.lost(i)
             if problem is not None:
                 self.close()
-                raise BrokenEnvError(problem)
+                raise problem
             answers.append(answer)
         return answers
 
@@ -111,8 +111,8 @@ def work(pipe: Connection, makers: Sequence[Maker]) -> None:
     try:
         env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     except Exception as error:
-        problem = str(error) if isinstance(error, BrokenEnvError) else f"{type(error).__name__}: {error}"
-        pipe.send((problem, None))
+        broken = error if isinstance(error, BrokenEnvError) else BrokenEnvError(f"{type(error).__name__}: {error}")
+        pipe.send((broken, None))
         return
     while True:
         try:
@@ -122,7 +122,7 @@ def work(pipe: Connection, makers: Sequence[Maker]) -> None:
         try:
             pipe.send((None, answer(env, request, *arguments)))
         except BrokenEnvError as error:
-            pipe.send((str(error), None))
+            pipe.send((error, None))
 
 
 def answer(env: SyncVectorEnv, request: str, *arguments: Any) -> Any:

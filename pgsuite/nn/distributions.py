@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
@@ -40,22 +40,44 @@ class Distribution(Protocol):
         ...
 
 
+Law = Literal["standard_normal", "standard_exponential", "uniform"]
+
+
+class Drawn:
+    """Whose samples are a function of noise: independent numbers [...] that follow ``law``, uniform ones in [0, 1)."""
+
+    law: ClassVar[Law]
+
+    def noise(self, generator: Generator | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """The action [..., *A] that noise stands for."""
+        raise NotImplementedError
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        return self.draw(self.noise(generator))
+
+
 LOG_SIGMA_RANGE = (-20.0, 20.0)
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Drawn):
     """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held within +-20, so that sigma, which is its
     exponential, is positive and its square representable in float32 whatever an optimizer does."""
 
     mean: Tensor  # [..., A]
     log_sigma: Tensor  # [A] or [..., A]
+    law = "standard_normal"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log_sigma", self.log_sigma.clamp(*LOG_SIGMA_RANGE))
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
-        noise = torch.empty_like(self.mean).normal_(generator=generator)
+    def noise(self, generator: Generator | None = None) -> Tensor:
+        return torch.empty_like(self.mean).normal_(generator=generator)
+
+    def draw(self, noise: Tensor) -> Tensor:
         return torch.addcmul(self.mean, self.log_sigma.exp(), noise)
 
     def mode(self) -> Tensor:
@@ -78,13 +100,16 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Drawn):
     """``logits`` must be normalized: their exponentials sum to one."""
 
     logits: Tensor  # [..., A]
+    law = "standard_exponential"
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
-        noise = torch.empty_like(self.logits).exponential_(generator=generator)
+    def noise(self, generator: Generator | None = None) -> Tensor:
+        return torch.empty_like(self.logits).exponential_(generator=generator)
+
+    def draw(self, noise: Tensor) -> Tensor:
         return (self.logits - noise.log()).argmax(-1)
 
     def mode(self) -> Tensor:
@@ -104,17 +129,22 @@ class Categorical:
 
 
 @dataclass(frozen=True)
-class MultiCategorical:
+class MultiCategorical(Drawn):
     """Independent choices, one for each of ``logits``, which must be normalized."""
 
     logits: tuple[Tensor, ...]  # [..., n] each
+    law = "standard_exponential"
 
     @property
     def parts(self) -> list[Categorical]:
         return [Categorical(x) for x in self.logits]
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
-        return torch.stack([part.sample(generator) for part in self.parts], -1)
+    def noise(self, generator: Generator | None = None) -> Tensor:
+        return torch.cat([part.noise(generator) for part in self.parts], -1)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        each = zip(self.parts, noise.split([x.shape[-1] for x in self.logits], -1), strict=True)
+        return torch.stack([part.draw(x) for part, x in each], -1)
 
     def mode(self) -> Tensor:
         return torch.stack([part.mode() for part in self.parts], -1)
@@ -134,13 +164,17 @@ class MultiCategorical:
 
 
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(Drawn):
     """Independent choices of 0 or 1.  Written with softplus, which no logit overflows."""
 
     logits: Tensor  # [..., A] log of the odds of a 1
+    law = "uniform"
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
-        return (torch.empty_like(self.logits).uniform_(generator=generator) < self.logits.sigmoid()).long()
+    def noise(self, generator: Generator | None = None) -> Tensor:
+        return torch.empty_like(self.logits).uniform_(generator=generator)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return (noise < self.logits.sigmoid()).long()
 
     def mode(self) -> Tensor:
         return (self.logits > 0).long()
@@ -182,19 +216,23 @@ HERMITE = hermite(32)
 
 
 @dataclass(frozen=True)
-class Squashed:
+class Squashed(Drawn):
     """A Gaussian, sent through tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
 
     base: Gaussian
     low: Tensor
     high: Tensor
     quadrature: Tensor = HERMITE  # for the entropy
+    law = "standard_normal"
 
     def squash(self, x: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * (2 * x).sigmoid()
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
-        return self.squash(self.base.sample(generator))
+    def noise(self, generator: Generator | None = None) -> Tensor:
+        return self.base.noise(generator)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return self.squash(self.base.draw(noise))
 
     def mode(self) -> Tensor:
         """The median, as is customary: the density itself may peak at the bounds."""

@@ -18,7 +18,8 @@ class Optimizer:
 
     It moves them into one vector, ``flat`` [P], of which they become views: the collective, the norm, the clipping and
     the step are then one operation each, however many layers there are.  The learning rate is a tensor, so that a
-    schedule may write to it and nothing is read back to the host; eps 1e-5 follows baselines.  ``max_grad_norm``
+    schedule may write to it and nothing is read back to the host; steps are taken at ``share`` of it, which is one
+    until a run had to be slowed down.  eps 1e-5 follows baselines.  ``max_grad_norm``
     bounds the global norm of the averaged gradient; None leaves it alone.
     """
 
@@ -35,9 +36,11 @@ class Optimizer:
         for p, chunk in zip(self.params, self.flat.detach().split([p.numel() for p in self.params]), strict=True):
             p.data = chunk.view_as(p)
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
+        self.share = torch.ones_like(self.lr)
+        self.rate = self.lr * self.share
         self.inner: torch.optim.Optimizer
         if kind == "adam":
-            self.inner = torch.optim.Adam([self.flat], lr=self.lr, eps=1e-5, fused=True)
+            self.inner = torch.optim.Adam([self.flat], lr=self.rate, eps=1e-5, fused=True)
         else:
             # RMSprop would read a tensor back to the host: it steps at rate one, and ``step`` goes lr of the way.
             self.inner = torch.optim.RMSprop([self.flat], lr=1.0, alpha=0.99, eps=1e-5)
@@ -54,18 +57,20 @@ class Optimizer:
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch.mul(self.lr, self.share, out=self.rate)
         if isinstance(self.inner, torch.optim.Adam):
             self.inner.step()
         else:
             start = self.flat.detach().clone()
             self.inner.step()
-            torch.lerp(start, self.flat.detach(), self.lr, out=self.flat.detach())
+            torch.lerp(start, self.flat.detach(), self.rate, out=self.flat.detach())
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
+        return self.inner.state_dict() | {"share": self.share.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state)
+        self.inner.load_state_dict({key: x for key, x in state.items() if key != "share"})
+        self.share.copy_(state["share"])
         if isinstance(self.inner, torch.optim.Adam):
-            self.inner.param_groups[0]["lr"] = self.lr  # which loading has put a copy in the place of
+            self.inner.param_groups[0]["lr"] = self.rate  # which loading has put a copy in the place of

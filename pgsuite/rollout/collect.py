@@ -70,6 +70,11 @@ class Collector(ABC):
         self.obs, self.memory, self.start = step.obs, choice.memory, start
         return done
 
+    def divert(self) -> None:
+        """Draw other actions from here on than would have come."""
+        seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
+        self.generator.manual_seed(int(seed))
+
     def state_dict(self) -> dict[str, Any]:
         """Where every environment stands, with all that acting depends on but the policy."""
         state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.begun}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import keyword
 import platform
 from contextlib import suppress
@@ -10,13 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import pgsuite
-from pgsuite import seeding
+from pgsuite import parallel, seeding
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import VectorEnv, make
+from pgsuite.envs.spaces import to_data
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.runtime.execution import execute
@@ -59,14 +62,15 @@ def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
 def settings_of(cfg: DictConfig) -> Run:
     """The settings outside method and environment, checked.  Raises UserError."""
     plain = container(cfg)
-    nodes = {key: construct(plain.pop(key), key) for key in ("policy", "critic")}
+    nodes = {f.name: construct(plain.pop(f.name), f.name) for f in fields(Run) if f.default_factory is not MISSING}
     return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is CUDA where there is one.  Raises UserError for a device that is not there."""
+    """auto is CUDA where there is one; of several processes on a machine, each takes a CUDA device of its own.  Raises
+    UserError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -75,29 +79,65 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"no device {name!r}: auto, cpu, cuda or cuda:<number>")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}, but torch {torch.__version__} sees no CUDA device: use device=cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}, but there are only {torch.cuda.device_count()} CUDA devices")
+    processes, devices = parallel.local_size(), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= devices:
+        raise UserError(f"device={name}, but there are only {devices} CUDA devices")
+    if device.type == "cuda" and processes > 1:
+        if device.index is not None:
+            raise UserError(f"device={name} is one device, and {processes} processes want one each: use device=cuda")
+        if processes > devices:
+            raise UserError(
+                f"{processes} processes want a CUDA device each, and there are {devices}: use "
+                f"--nproc-per-node={devices}, or device=cpu"
+            )
+        device = torch.device("cuda", parallel.local_rank())
+        torch.cuda.set_device(device)
     return device
+
+
+def share(num_envs: int) -> int:
+    """How many of all environments are this process' own.  Raises UserError if they do not divide."""
+    processes = parallel.size()
+    if num_envs % processes:
+        near = [n for n in (num_envs - num_envs % processes, num_envs + -num_envs % processes) if n]
+        raise UserError(
+            f"num_envs={num_envs}, which counts those of all {processes} processes, does not divide among them; "
+            f"near ones that do: {', '.join(map(str, near))}"
+        )
+    return num_envs // processes
 
 
 def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) -> VectorEnv:
     """The environments of a configuration.  Raises UserError for options that make no sense."""
     task = construct(container(cfg.env), "env")
     try:
-        return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=run.seed)
+        seed = seeding.of_process(run.seed, parallel.rank())
+        return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def build_policy(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
+) -> Policy:
+    """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
+    norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
+    return Policy(norm, action_space, **vars(run.policy), generator=generator)
+
+
+def spaces_of(env: VectorEnv) -> dict[str, Any]:
+    """What its observations are before they become tensors, and its actions, as a checkpoint holds them."""
+    return {"observation": to_data(getattr(env, "space", env.observation_space)), "action": to_data(env.action_space)}
 
 
 def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     """Policy and critic, on the environments' device, sharing their observation statistics."""
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
-    norm = Standardize(env.observation_space, run.clip_obs, run.standardize_obs)
     try:
-        policy = Policy(norm, env.action_space, **vars(run.policy), generator=generator)
+        policy = build_policy(env.observation_space, env.action_space, run, generator)
         options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
         options["recurrent"] = run.critic.recurrent or run.policy.recurrent
-        critic = Critic(norm, **options, generator=generator)
+        critic = Critic(policy.obs_norm, **options, generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
     return policy.to(env.device), critic.to(env.device)
@@ -108,15 +148,16 @@ def build(cfg: DictConfig) -> Trainer:
     run = settings_of(cfg)
     torch.set_num_threads(run.torch_threads)
     device = pick_device(run.device)
-    env = build_env(cfg, run, run.num_envs, device)
+    env = build_env(cfg, run, share(run.num_envs), device)
+    seed = seeding.of_process(run.seed, parallel.rank())
     policy, critic = build_networks(env, run)
     algorithm: Algorithm = construct(
         container(cfg.algo),
         "algo",
         policy=policy,
         critic=critic,
-        generator=seeding.generator(run.seed, "minibatches", device),
-        reward_scale=RewardScale(run.num_envs, run.clip_reward).to(device) if run.scale_reward else None,
+        generator=seeding.generator(seed, "minibatches", device),
+        reward_scale=RewardScale(env.num_envs, run.clip_reward).to(device) if run.scale_reward else None,
     )
     horizon = run.horizon or env.max_episode_steps
     if horizon is None:
@@ -125,9 +166,28 @@ def build(cfg: DictConfig) -> Trainer:
         )
     try:
         execute(algorithm, env, run.execution)
-        return Trainer(algorithm, algorithm.collector(env, horizon, run.seed), run.total_steps)
+        return Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
+        raise UserError(f"{error}{each}") from error
+
+
+def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
+    """Raise UserError unless all processes begin with the same settings, the same steps behind, and the same
+    parameters and statistics, bit for bit."""
+    digest = hashlib.sha256()
+    for module in trainer.algorithm.parts.values():
+        for name, x in module.state_dict().items():
+            if name.split(".")[-1] != "carry":  # what its own environments are at
+                digest.update(name.encode() + x.cpu().numpy().tobytes())
+    mine = {"settings": container(cfg), "steps": trainer.steps, "parameters": digest.hexdigest()}
+    theirs = parallel.broadcast(mine)
+    for what, value in mine.items():
+        if parallel.any_of(value != theirs[what]):
+            raise UserError(
+                f"the {what} of {parallel.size()} processes differ at the start: give each the same command, the same "
+                "run to resume, and the same versions of python, torch and pgsuite"
+            )
 
 
 def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
@@ -135,8 +195,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     policy, env = trainer.algorithm.policy, trainer.collector.env
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
-    parts = nn.ModuleList([part for part in vars(trainer.algorithm).values() if isinstance(part, nn.Module)])
-    count = sum(p.numel() for p in set(parts.parameters()))
+    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters())
     words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
     if critic is not None:
         words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")
@@ -144,7 +203,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
     words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
-    return f"env {env.description}", " | ".join(words)
+    each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
+    return f"env {env.description}{each}", " | ".join(words)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What happens around training: progress, logs, checkpoints, the watch for divergence."""
+"""What happens around training: progress, logs, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from pgsuite import parallel
+from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.loggers import Logger
-from pgsuite.runtime.schema import UserError
+from pgsuite.runtime.schema import Checkpoint, Evaluation
 from pgsuite.runtime.trainer import Callback, Report, Trainer
-from pgsuite.types import Obs, Rollout
 
 
 class Window:
@@ -50,29 +51,39 @@ class Window:
 class Log(Callback):
     """Writes means of everything to the loggers, about ``points`` times in a run."""
 
-    def __init__(self, loggers: list[Logger], points: int = 500) -> None:
-        self.loggers, self.points = loggers, points
+    def __init__(self, loggers: Sequence[Logger], points: int = 500) -> None:
+        self.loggers, self.points, self.window = loggers, points, Window()
 
     def on_start(self, trainer: Trainer) -> None:
-        self.window, self.logged = Window(), trainer.steps
-        self.before = self.clocks(trainer)
+        self.logged, self.before = trainer.steps, self.clocks(trainer)
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         self.window.add(report)
-        if report.steps - self.logged < trainer.total_steps / self.points and report.steps < trainer.total_steps:
+        if not report.passes(trainer.total_steps / self.points) and report.steps < trainer.total_steps:
             return
         scalars, now = self.window.scalars(), self.clocks(trainer)
         spent = {name: now[name] - self.before[name] for name in now}
         total = max(spent.pop("total"), 1e-9)
         scalars |= {f"time/{name}": seconds / total for name, seconds in spent.items()}
         scalars["time/steps_per_second"] = (report.steps - self.logged) / total
+        scalars["time/seconds"] = trainer.seconds["total"]
         for logger in self.loggers:
             logger.write(report.steps, scalars)
         self.window, self.logged, self.before = Window(), report.steps, now
 
     def on_end(self, trainer: Trainer) -> None:
+        results = {}
+        if trainer.steps >= trainer.total_steps:
+            speed = trainer.steps / max(trainer.seconds["total"], 1e-9)
+            results = {"return_mean": trainer.return_mean, "steps_per_second": speed}
         for logger in self.loggers:
-            logger.close({"return_mean": trainer.return_mean})
+            logger.close(results)
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self.window)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self.window).update(state)
 
     @staticmethod
     def clocks(trainer: Trainer) -> dict[str, float]:
@@ -119,114 +130,142 @@ class Bar(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the run every ``every`` steps and at the end, however it comes about."""
+    """Saves the run every so many steps or minutes, and at the end, however it comes about; keeps the last few.
 
-    def __init__(self, run: Path, config: Mapping[str, Any], every: int) -> None:
-        self.run, self.config, self.every = run, dict(config), every
-        self.sealed = False  # whether what comes is no longer worth saving
+    The first process writes, for all.
+    """
+
+    def __init__(self, run: Path, facts: Mapping[str, Any], wanted: Checkpoint) -> None:
+        self.run, self.facts, self.wanted = run, dict(facts), wanted
 
     def on_start(self, trainer: Trainer) -> None:
-        self.saved = trainer.steps
+        self.saved, self.at = trainer.steps, perf_counter()
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        if report.steps - self.saved >= self.every:
-            self.save(trainer.state_dict())
+        minutes, every = self.wanted.minutes, self.wanted.every
+        late = minutes is not None and parallel.any_of(perf_counter() - self.at > 60 * minutes)
+        if late or (report.passes(every or math.inf) and trainer.steps > self.saved):
+            self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        if trainer.steps > self.saved and not self.sealed:
-            self.save(trainer.state_dict())
+        failed = trainer.steps < trainer.total_steps and not trainer.stop
+        alone = failed and parallel.size() > 1  # for what failed here need not have failed elsewhere
+        if trainer.steps > self.saved and not alone:
+            self.save(trainer)
+        elif parallel.rank() == 0 and self.saved:
+            checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to
 
-    def save(self, state: dict[str, Any]) -> Path:
-        path = checkpoint.path_of(self.run, state["steps"])
-        checkpoint.save(state | {"config": self.config}, path)
-        self.saved = state["steps"]
+    def save(self, trainer: Trainer) -> Path | None:
+        """Write what every process holds, and the callbacks, and the facts; the path, for the first process."""
+        self.saved, self.at = trainer.steps, perf_counter()
+        states = parallel.gather(trainer.state_dict())
+        if states is None:
+            return None
+        told = {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks}
+        state = states[0] | {"others": states[1:], "callbacks": told} | self.facts
+        path = checkpoint.path_of(self.run, trainer.steps)
+        checkpoint.save(state, path)
+        checkpoint.prune(self.run, self.wanted.keep)
         return path
 
 
-class DivergenceWatch(Callback):
-    """Stops a run whose rollouts, loss or parameters are no longer finite, after saving the last state in which they
-    were.
+class Evaluate(Callback):
+    """Has copies of the policy play whole episodes every so many steps, in environments and with random streams that
+    are made anew, logs what came of it, and gives the best one's checkpoint a name.
 
-    A good state is kept in memory about every ``interval`` seconds, so what is saved is at most that old.  It comes
-    before ``Checkpoints`` among the callbacks, so that nothing broken is ever saved.
+    So the training run is the same bit for bit, and every evaluation begins in the same states.  The first process
+    plays, for all.
     """
 
-    def __init__(self, checkpoints: Checkpoints, interval: float = 1.0) -> None:
-        self.checkpoints, self.interval = checkpoints, interval
+    def __init__(
+        self,
+        match: Callable[[Policy, int, bool], dict[str, float]],
+        table: Logger | None,
+        loggers: Sequence[Logger],
+        checkpoints: Checkpoints,
+        wanted: Evaluation,
+    ) -> None:
+        """``match`` plays, given a policy, the steps that it learned for, and whether to film."""
+        self.match, self.table, self.loggers = match, table, loggers
+        self.checkpoints, self.wanted = checkpoints, wanted
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        self.keep(trainer)
+        best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
+        if parallel.rank() == 0 and best.exists():
+            checkpoint.crown(best)  # which a run that was killed may not have come to
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        due = perf_counter() - self.kept > self.interval
-        if where := unreal(trainer.collector.buffer.read()):
-            self.stop(
-                f"{trainer.collector.env.name} broke: {where}, in the rollout that ended at {report.steps:,} steps"
-            )
-        broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
-        if not broken and due:
-            modules = [part for part in vars(trainer.algorithm).items() if hasattr(part[1], "named_parameters")]
-            broken = [
-                f"{part}.{name}"
-                for part, module in modules
-                for name, p in module.named_parameters()
-                if not bool(p.isfinite().all())
-            ]
-        if broken:
-            self.stop(
-                f"training diverged: {', '.join(broken)} not finite at {report.steps:,} steps. A lower learning rate, "
-                "gradient clipping or scale_reward=true may help"
-            )
-        if due:
-            self.keep(trainer)
+        wanted, due = self.wanted, report.steps >= trainer.total_steps
+        if not (due or report.passes(wanted.every or math.inf)):
+            return
+        found: dict[str, float] = {}
+        if parallel.rank() == 0:
+            film = wanted.video_every is not None and (due or report.passes(wanted.video_every))
+            found = self.match(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
+            scalars = {f"evaluation/{name}": x for name, x in found.items()}
+            if self.table is not None:
+                self.table.write(report.steps, {"time/seconds": trainer.seconds["total"]} | scalars)
+            for logger in self.loggers:
+                logger.write(report.steps, scalars)
+        found = parallel.broadcast(found)
+        self.last = {"steps": report.steps} | found
+        if not self.best or found["return"] > self.best["return"]:
+            self.best = self.last
+            path = self.checkpoints.save(trainer)
+            if path is not None:
+                checkpoint.crown(path)
 
-    def stop(self, why: str) -> NoReturn:
-        path = self.checkpoints.save(self.good)
-        self.checkpoints.sealed = True
-        raise UserError(f"{why}; the last good state, at {self.checkpoints.saved:,} steps, is in {path}")
+    def on_end(self, trainer: Trainer) -> None:
+        if self.table is not None:
+            self.table.close({})
 
-    def keep(self, trainer: Trainer) -> None:
-        self.good, self.kept = copy.deepcopy(trainer.state_dict()), perf_counter()
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "best": self.best}
 
-
-def unreal(rollout: Rollout) -> str | None:
-    """Which environment gave what that is no number, and when, if any did; nothing if the actions were none either."""
-
-    def look(name: str, x: Obs) -> str | None:
-        if isinstance(x, dict):
-            return next(filter(None, (look(f"{name} {key!r}", part) for key, part in x.items())), None)
-        if x.is_floating_point() and bool((cells := (~x.isfinite()).flatten(2).any(-1) & rollout.mask).any()):
-            t, i = cells.nonzero()[0].tolist()
-            return f"environment {i} gave {name} {x[t, i].tolist()} at step {t}"
-        return None
-
-    if not bool(rollout.action.isfinite().all()):
-        return None
-    return look("the reward", rollout.reward.unsqueeze(-1)) or look("the observation", rollout.next_obs)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last, self.best = state["last"], state["best"]
 
 
 class Summary(Callback):
-    """Writes summary.json at the end, finished or not."""
+    """Keeps summary.json, from the start to the end."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], versions: Callable[[], dict[str, str]]) -> None:
-        self.path, self.facts, self.versions = path, dict(facts), versions
+    def __init__(self, path: Path, facts: Mapping[str, Any], patience: float = 10.0) -> None:
+        self.path, self.facts, self.patience, self.status = path, dict(facts), patience, "running"
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.write(trainer)
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        if perf_counter() - self.at > self.patience:
+            self.write(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
+        done = trainer.steps >= trainer.total_steps
+        self.status = "finished" if done else "interrupted" if trainer.stop else "failed"
+        self.write(trainer)
+
+    def write(self, trainer: Trainer) -> None:
+        self.at = perf_counter()
         mean, std = (None if math.isnan(x) else x for x in (trainer.return_mean, trainer.return_std))
         seconds = trainer.seconds["total"]
-        env = trainer.collector.env
+        evaluations = [part for part in trainer.callbacks if isinstance(part, Evaluate) and part.last]
         summary = self.facts | {
+            "status": self.status,
             "steps": trainer.steps,
+            "total_steps": trainer.total_steps,
             "seconds": seconds,
             "steps_per_second": trainer.steps / seconds if seconds else 0.0,
             "return_mean": mean,
             "return_std": std,
             "episodes": len(trainer.recent),
-            "backend": env.backend,
-            "device": str(env.device),
-            "versions": self.versions(),
+            "evaluation": evaluations[0].last | {"best": evaluations[0].best} if evaluations else None,
+            "recoveries": trainer.recoveries,
         }
-        self.path.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary = self.path.with_suffix(".writing")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(self.path)
 
 
 def console() -> Console:

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pgsuite import parallel
 from pgsuite.envs.base import BrokenEnvError
-from pgsuite.runtime import schema
+from pgsuite.parallel import LostProcessError
+from pgsuite.runtime import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
 from pgsuite.runtime.schema import UserError
 from pgsuite.settings import closest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+LONGEST = 500  # characters of a message
+MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
+LOST = (
+    "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
+    "resume=auto goes on from there, and torchrun --max-restarts=3 has it do so by itself"
+)
 
 
-def main(task: Callable[[DictConfig], None], config: str) -> None:
-    """Run task with the configuration named, overridden from the command line.
+def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = False) -> None:
+    """Run task with the configuration named, overridden from the command line; under torchrun, only if it is for
+    several ``processes``.
 
     Exits with 1 and one message for what the user can mend, with 130 when interrupted.  HYDRA_FULL_ERROR=1 shows
     tracebacks instead.
@@ -31,23 +44,63 @@ def main(task: Callable[[DictConfig], None], config: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
     schema.register()
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in _replacing(argument)]
+    composed = False
 
-    def guarded(work: Callable[[], None]) -> None:
+    def guarded(work: Callable[[], Any]) -> Any:
         try:
-            work()
+            return work()
         except KeyboardInterrupt:
             sys.exit(130)
-        except (UserError, BrokenEnvError, HydraException, OmegaConfBaseException, OSError) as error:
+        except MENDABLE as error:
+            if parallel.size() > 1:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut off what is said
             if verbose:
                 raise
-            sys.exit(f"error: {explain(error)}")
+            # What ended one process ends the others, so the first to notice speaks for all.
+            sys.exit(f"error: {shorten(explain(error))}" if parallel.first("error") else 1)
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            if verbose or composed:
+                raise
+            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}")  # Hydra's own words
 
     # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
     @functools.wraps(task)
-    def job(cfg: DictConfig) -> None:
-        guarded(lambda: task(cfg))
+    def job(cfg: DictConfig) -> Any:
+        nonlocal composed
+        composed = True
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return _one_of_many(task, cfg)
+        return guarded(lambda: task(cfg))
 
-    guarded(hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job))
+    def work() -> None:
+        with parallel.group():
+            if parallel.size() > 1:
+                _divide(processes)
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
+
+    guarded(work)
+
+
+def _divide(processes: bool) -> None:
+    """Have the first of several processes alone speak, and make a run directory."""
+    if not processes:
+        raise UserError(f"{sys.argv[0]} is not for torchrun, which is for training: start it with python")
+    if {"-m", "--multirun"} & set(sys.argv):
+        raise UserError("torchrun trains one run in several processes: leave out -m, or start a sweep with python")
+    if parallel.rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+
+
+def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """A job of a sweep.  What fails is said at once and by Hydra at the end, when the others have had their turn."""
+    try:
+        return task(cfg)
+    except MENDABLE as error:
+        hydra_cfg = HydraConfig.get()
+        job = f"job {hydra_cfg.job.num} ({' '.join(hydra_cfg.overrides.task)})"
+        print(f"error: {job}: {shorten(explain(error))}", file=sys.stderr, flush=True)
+        raise UserError(f"{job} failed, and perhaps others, as said above: {explain(error)}") from None
 
 
 def _replacing(argument: str) -> list[str]:
@@ -56,10 +109,17 @@ def _replacing(argument: str) -> list[str]:
     return [f"{setting}=null", argument] if given and setting.startswith("algo.") and value[:1] == "{" else [argument]
 
 
+def shorten(message: str) -> str:
+    """A message that repeats no more of what was given than a person reads."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 4]} ..."
+
+
 def explain(error: BaseException) -> str:
     """One message: what was wrong, where, and what would be right."""
     if isinstance(error, UserError | BrokenEnvError):
         return str(error)
+    if isinstance(error, LostProcessError):
+        return LOST.format(error)
     chain = [error]
     while (following := chain[-1].__cause__) is not None:
         chain.append(following)

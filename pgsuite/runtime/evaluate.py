@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,13 +19,15 @@ from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.build import build_env, build_networks, construct, container, settings_of, versions
 from pgsuite.runtime.callbacks import console
-from pgsuite.runtime.schema import UserError, locate
-from pgsuite.runtime.video import filming
+from pgsuite.runtime.schema import Run, UserError, locate
+from pgsuite.runtime.video import Gif, filming, lens, log_gif
 from pgsuite.settings import Count, Natural
+
+Match = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
 
 
 @dataclass(kw_only=True)
-class Evaluation:
+class Playing:
     """The settings of an evaluation."""
 
     run: str = ""  # a run directory, or one checkpoint of it
@@ -70,32 +73,78 @@ def play(
     return returns, lengths
 
 
+def arena(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> VectorEnv:
+    """Environments to play in: on a CPU, where auto is the float64 back end, and seeing themselves if they are to be
+    filmed."""
+    run, cpu = replace(run, backend="auto"), torch.device("cpu")
+    if film and locate(cfg.env._target_) is Gym and not cfg.env.native:
+        cfg = copy.deepcopy(cfg)
+        cfg.env.workers = 0  # it draws itself in this process, if it can
+        first: Any = build_env(cfg, run, 1, cpu)
+        if "rgb_array" in first.vec.metadata.get("render_modes", ()):
+            cfg.env.options.render_mode = "rgb_array"
+    return build_env(cfg, run, episodes, cpu)
+
+
+def match(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
+    """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
+    made."""
+    wanted, stream = run.evaluation, "evaluation"
+    own = replace(run, seed=seeding.number(run.seed, stream))
+
+    def place(steps: int) -> str:
+        return "tensorboard" if wanted.video == "tensorboard" else str(folder / f"{steps:012d}.{wanted.video}")
+
+    if wanted.video_every is not None:
+        if wanted.video != "tensorboard":
+            folder.mkdir(exist_ok=True)
+        lens(arena(cfg, own, 1, film=True), place(0))
+
+    def play_both(policy: Policy, steps: int, film: bool) -> dict[str, float]:
+        env, generator = arena(cfg, own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
+        policy, found = policy.to(env.device), {}
+        for prefix, deterministic in (("", True), ("stochastic_", False)):
+            shot = filming(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
+            with shot as watch:
+                returns, lengths = play(policy, env, generator, deterministic=deterministic, watch=watch)
+            found |= {
+                f"{prefix}return": float(returns.mean()),
+                f"{prefix}return_std": float(returns.std(correction=0)),
+                f"{prefix}length": float(lengths.mean()),
+            }
+        return found
+
+    return play_both
+
+
+def unseen() -> nullcontext[Callable[[], None]]:
+    return nullcontext(lambda: None)
+
+
 def evaluate(cfg: DictConfig) -> None:
     """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
-    wanted: Evaluation = construct(container(cfg), "the evaluation")
-    given = Path(wanted.run)
-    path = given if given.suffix == ".pt" else checkpoint.latest(given)
-    state = checkpoint.load(path)
+    wanted: Playing = construct(container(cfg), "the evaluation")
+    say = console().print
+    path, state = checkpoint.newest(Path(wanted.run), say)
     trained = DictConfig(state["config"])
-    # On a CPU, auto is the float64 back end; the seed is the evaluation's own.
-    run = replace(settings_of(trained), backend="auto", seed=wanted.seed)
+    run = replace(settings_of(trained), seed=wanted.seed)
     torch.set_num_threads(run.torch_threads)
-    cpu = torch.device("cpu")
-    if wanted.video is not None and locate(trained.env._target_) is Gym and not trained.env.native:
-        trained.env.workers = 0  # it draws itself in this process, if it can
-        first: Any = build_env(trained, run, 1, cpu)
-        if "rgb_array" in first.vec.metadata.get("render_modes", ()):
-            trained.env.options.render_mode = "rgb_array"
-    env = build_env(trained, run, wanted.episodes, cpu)
+    env = arena(trained, run, wanted.episodes, film=wanted.video is not None)
     policy, _ = build_networks(env, run)
     try:
         policy.load_state_dict(state["algorithm"]["policy"])
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path} does not fit the networks of its own configuration: {error}") from error
     generator = seeding.generator(wanted.seed, "acting")
-    folder = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
-    film = filming(env, wanted.video, folder, state["steps"]) if wanted.video is not None else nullcontext(lambda: None)
-    with film as watch:
+    folder = checkpoint.run_of(path)
+
+    def show(film: Gif) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        with SummaryWriter(str(folder)) as writer:
+            log_gif(writer, film, state["steps"])
+
+    with filming(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
         returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic, watch=watch)
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {
@@ -113,7 +162,7 @@ def evaluate(cfg: DictConfig) -> None:
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     how = "deterministic" if wanted.deterministic else "stochastic"
-    console().print(
+    say(
         f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "
         f"{float(lengths.mean()):,.1f} steps each | "
         f"{env.description} | checkpoint at {state['steps']:,} steps",

@@ -1,12 +1,35 @@
-"""Where scalars go: TensorBoard and a CSV file."""
+"""Where scalars go: TensorBoard, a CSV file, Weights & Biases."""
 
 from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
+
+from pgsuite.runtime.schema import UserError, Wandb
+from pgsuite.runtime.video import Gif, log_gif
+
+# What the Custom Scalars tab shows side by side, by regular expressions, since each method has diagnostics of its own.
+EVALUATION = "evaluation return"
+CHARTS = {
+    EVALUATION: "evaluation/(return|stochastic_return)",
+    "KL": "algorithm/kl",
+    "entropy": "algorithm/entropy",
+    "explained variance": "algorithm/explained_variance",
+    "clipped, or fraction of the full step": "algorithm/(clip_fraction|step_fraction)",
+    "policy loss, or gain": "algorithm/(policy_loss|improvement)",
+    "value loss": "algorithm/value_loss",
+    "gradient norms": "algorithm/.*grad_norm",
+    "learning rate": "algorithm/learning_rate",
+    "episode length": "episode/length",
+    "steps per second": "time/steps_per_second",
+}
+BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
+MACHINERY = re.compile(r"(resume|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging)\..*)$")
 
 
 class Logger(Protocol):
@@ -15,44 +38,74 @@ class Logger(Protocol):
         ...
 
     def close(self, results: Mapping[str, float]) -> None:
-        """Record what the run came to, and let go of the file."""
+        """Record what the run came to, if it came to its end, and let go of the file."""
         ...
 
 
 class TensorBoard:
-    """Event files, with the run's hyperparameters and its results in the HParams tab."""
+    """Event files, with the run's hyperparameters and its results in the HParams tab, and with returns beside
+    diagnostics in the Custom Scalars tab."""
 
-    def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], results: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], after: int | None = None) -> None:
+        """``after`` so many steps the run goes on, and what another process logged later is no longer shown."""
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
-        simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
-        experiment, session, self.end = hparams(simple, {f"result/{name}": math.nan for name in results})
-        file_writer = self.writer._get_file_writer()
-        file_writer.add_summary(experiment)
-        file_writer.add_summary(session)
+        self.steps = after or 0
+        self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+        self.results: dict[str, float] = {}
+        shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
+        shown = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in shown.items()}
+        # Without the summary of the experiment, for TensorBoard takes the columns of all runs from the first it finds.
+        _, session, self.end = hparams(shown, {})
+        if after is None:
+            self.writer._get_file_writer().add_summary(session)
+            evaluated = hyperparameters.get("evaluation.every") is not None
+            charts = {
+                title: ["Multiline", [f"^{tag}$"]] for title, tag in CHARTS.items() if evaluated or title != EVALUATION
+            }
+            charts = {"return, and one deviation among episodes": ["Margin", list(BAND)]} | charts
+            self.writer.add_custom_scalars({"Returns beside diagnostics": charts})
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        scalars = dict(scalars)
+        if {"episode/return", "episode/return_std"} <= scalars.keys():
+            mean, std = scalars["episode/return"], scalars["episode/return_std"]
+            scalars |= dict(zip(BAND, (mean, mean - std, mean + std), strict=True))
+        if "evaluation/return" in scalars:
+            self.results["evaluation_return"] = scalars["evaluation/return"]
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, steps)
+        self.writer.flush()
         self.steps = steps
 
+    def animate(self, film: Gif, steps: int) -> None:
+        """Show a moving picture among the images."""
+        log_gif(self.writer, film, steps)
+
     def close(self, results: Mapping[str, float]) -> None:
-        for name, value in results.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(f"result/{name}", value, getattr(self, "steps", 0))
-        self.writer._get_file_writer().add_summary(self.end)
+        for name, value in (self.results | dict(results)).items() if results else ():
+            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few;
+                # a step too late, so that it is dropped where the run goes on
+                self.writer.add_scalar(f"Result/{name}", value, self.steps + 1)
+        if results:
+            self.writer._get_file_writer().add_summary(self.end)
         self.writer.close()
 
 
 class Csv:
     """One row a time, on disk at once.  Where a column first appears late, the file is replaced by one that has it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int | None = None) -> None:
+        """``after`` so many steps the run goes on, and what another process wrote later is dropped."""
         self.path = path
         self.columns: list[str] = ["steps"]
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
+        if after is not None and path.is_file():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self.columns = list(reader.fieldnames or self.columns)
+                self.rows = [row for row in reader if (row["steps"] or "").isdigit() and int(row["steps"]) <= after]
         self.replace()
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
@@ -77,3 +130,39 @@ class Csv:
 
     def close(self, results: Mapping[str, float]) -> None:
         self.file.close()
+
+
+class WandB:
+    """A run on Weights & Biases, in the run's directory with WANDB_MODE=offline; resumed runs go on with their own."""
+
+    def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], wanted: Wandb) -> None:
+        """Raises UserError without the package, and where wandb will not begin."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("logging.wandb needs wandb: pip install 'pgsuite[wandb]'") from error
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid4().hex[:12])
+        try:
+            self.run = wandb.init(
+                project=wanted.project,
+                name=wanted.name or f"{folder.parent.name}/{folder.name}",
+                group=wanted.group,
+                tags=wanted.tags,
+                id=identity.read_text().strip(),
+                resume="allow",
+                dir=folder,
+                config=dict(hyperparameters),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb does not begin: {error}. WANDB_MODE=offline logs without a network") from error
+        self.run.define_metric("*", step_metric="steps")  # its own count would not go back where a run is resumed
+
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        self.run.log({"steps": steps} | dict(scalars))
+
+    def close(self, results: Mapping[str, float]) -> None:
+        self.run.summary.update({f"Result/{name}": value for name, value in results.items() if math.isfinite(value)})
+        self.run.finish()

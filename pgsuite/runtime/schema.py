@@ -33,16 +33,19 @@ class UserError(Exception):
 
 
 @dataclass(kw_only=True)
-class Network:
+class Part:
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@dataclass(kw_only=True)
+class Network(Part):
     """A multilayer perceptron, with convolutions before it where observations have images."""
 
     hidden: list[Count] = field(default_factory=lambda: [64, 64])
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
     convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
     recurrent_size: Count = 64
-
-    def __post_init__(self) -> None:
-        settings.check(self)
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,46 @@ class PolicyNetwork(Network):
 class CriticNetwork(Network):
     recurrent: Recurrent | None = None  # null stands for the policy's
     shared: bool = False  # read values off the policy's network instead; the other settings then say nothing
+
+
+@dataclass(kw_only=True)
+class Checkpoint(Part):
+    """When the state of a run is saved, and for how long."""
+
+    every: Count | None = 250_000  # steps
+    minutes: Positive | None = None  # or after this long, whichever is first
+    keep: Count = 3  # the last ones, beside the best
+
+
+@dataclass(kw_only=True)
+class Recover(Part):
+    """What is done where something is no longer finite."""
+
+    attempts: Natural = 3  # to go on from the last good state, at half the learning rate
+
+
+@dataclass(kw_only=True)
+class Evaluation(Part):
+    """Whole episodes in environments of their own while training, which they do not touch."""
+
+    every: Count | None = None  # steps
+    episodes: Count = 10  # one in each of as many environments
+    video_every: Count | None = None  # steps; of an evaluation's first episode
+    video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # files lie in the run's videos/
+
+
+@dataclass(kw_only=True)
+class Wandb(Part):
+    project: str | None = None  # on Weights & Biases; null logs nothing there
+    name: str | None = None  # null stands for the run's directory
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Logging(Part):
+    points: Count = 500  # lines in a run
+    wandb: Wandb = field(default_factory=Wandb)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +119,11 @@ class Run:
     clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations
     scale_reward: bool = True
     clip_reward: Positive | None = 10.0  # scaled ones
-    checkpoint_every: Count = 250_000  # steps
+    resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    recover: Recover = field(default_factory=Recover)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logging: Logging = field(default_factory=Logging)
     policy: PolicyNetwork = field(default_factory=PolicyNetwork)
     critic: CriticNetwork = field(default_factory=CriticNetwork)
     algo: Any = None
@@ -88,7 +135,9 @@ class Run:
 
 def locate(path: str) -> type:
     """The dataclass at a dotted path.  Raises UserError if there is none."""
-    module_name, _, name = path.rpartition(".")
+    module_name, _, name = str(path).rpartition(".")
+    if not module_name.strip("."):
+        raise UserError(f"{path!r} is no dotted path of a class, such as pgsuite.algorithms.PPO")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

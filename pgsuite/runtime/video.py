@@ -8,25 +8,23 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pgsuite.envs.base import VectorEnv
-from pgsuite.envs.render import REMEDY, camera
+from pgsuite.envs.render import REMEDY, Camera, camera
 from pgsuite.runtime.schema import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 TENSORBOARD = "tensorboard"
 MP4_FPS, GIF_FPS, GIF_SIZE = 60, 25, 320  # at most: a GIF of more is too large to look at
 
 
-@contextmanager
-def filming(env: VectorEnv, to: str, run: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Something to call whenever the first environment is to be seen.
-
-    What it saw is written when all is well at the end: to the file ``to``, mp4 or GIF by its suffix, which is whole or
-    not there at all; or, if ``to`` is tensorboard, among the images of a run, at a number of steps.  Raises UserError,
-    before anything is filmed, where that cannot be.
-    """
+def lens(env: VectorEnv, to: str) -> Camera:
+    """What the first environment is seen through.  Raises UserError where a video of this name cannot be."""
     path = Path(to)
     if to != TENSORBOARD:
         if path.suffix not in (".mp4", ".gif"):
@@ -35,25 +33,43 @@ def filming(env: VectorEnv, to: str, run: Path, steps: int) -> Iterator[Callable
             raise UserError(f"video={to}: there is no directory {path.parent}")
         if path.is_dir():
             raise UserError(f"video={to} is a directory")
-    unfinished = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
-        lens = camera(env)
-        every = max(1, round(lens.fps / (MP4_FPS if path.suffix == ".mp4" else GIF_FPS)))
-        film = Mp4(unfinished, lens.fps / every) if path.suffix == ".mp4" else Gif(lens.fps / every)
-        if to != TENSORBOARD:
-            unfinished.write_bytes(b"")  # now, rather than after minutes of playing
+        if path.suffix == ".mp4":
+            import imageio_ffmpeg
+
+            imageio_ffmpeg.get_ffmpeg_exe()
+        else:
+            import PIL  # noqa: F401
+        return camera(env)
     except ImportError as error:
         raise UserError(f"video={to} needs packages that are not here: {REMEDY} ({error})") from error
     except (ValueError, RuntimeError) as error:  # the latter from imageio-ffmpeg, where it finds no ffmpeg
         raise UserError(f"video={to}: {error}") from error
-    except OSError as error:
-        raise unwritable(to, error) from error
+
+
+@contextmanager
+def filming(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterator[Callable[[], None]]:
+    """Something to call whenever the first environment is to be seen.
+
+    What it saw is written when all is well at the end: to the file ``to``, mp4 or GIF by its suffix, which is whole or
+    not there at all; or, if ``to`` is tensorboard, it is given to ``show``.  Raises UserError, before anything is
+    filmed, where that cannot be.
+    """
+    path, through = Path(to), lens(env, to)
+    unfinished = path.with_name(f".{path.stem}.writing{path.suffix}")
+    every = max(1, round(through.fps / (MP4_FPS if path.suffix == ".mp4" else GIF_FPS)))
+    film = Mp4(unfinished, through.fps / every) if path.suffix == ".mp4" else Gif(through.fps / every)
+    if to != TENSORBOARD:
+        try:
+            unfinished.write_bytes(b"")  # now, rather than after minutes of playing
+        except OSError as error:
+            raise unwritable(to, error) from error
     seen = itertools.count()
 
     def watch() -> None:
         if next(seen) % every == 0:
             try:
-                film.add(lens.shoot())
+                film.add(through.shoot())
             except ValueError as error:
                 raise UserError(f"video={to}: {error}") from error
             except OSError as error:
@@ -65,7 +81,7 @@ def filming(env: VectorEnv, to: str, run: Path, steps: int) -> Iterator[Callable
             if isinstance(film, Mp4):
                 film.finish()
             elif to == TENSORBOARD:
-                log_gif(run, film, steps)
+                show(film)
             else:
                 unfinished.write_bytes(film.bytes())
             if to != TENSORBOARD:
@@ -143,13 +159,11 @@ class Gif:
         self.frames.clear()
 
 
-def log_gif(run: Path, film: Gif, steps: int) -> None:
+def log_gif(writer: SummaryWriter, film: Gif, steps: int) -> None:
     """TensorBoard shows an image as it is given, and a GIF moves."""
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-    from torch.utils.tensorboard.writer import SummaryWriter
 
     width, height = film.frames[0].size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=film.bytes())
-    writer = SummaryWriter(str(run))
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="episode/video", image=image)]), steps)
-    writer.close()
+    writer.flush()

@@ -11,14 +11,17 @@ import torch
 from mujoco import batch
 from torch import Tensor
 
+from pgsuite import parallel
+
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores are this process' own, where several share a machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // parallel.local_size())
 
 
 class BatchPhysics:
-    """N worlds of one model on ``threads`` CPU threads; 0 takes every core this process may use.
+    """N worlds of one model on ``threads`` CPU threads; 0 takes every core that is this process' own.
 
     ``outputs`` are derived fields of MjData, kept as the last call left them: after a step one substep behind qpos, as
     in gymnasium.  cfrc_ext, the contact force on each body, is not part of a step; as in gymnasium it is computed

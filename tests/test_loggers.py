@@ -1,0 +1,76 @@
+"""What runs leave for TensorBoard and for Weights & Biases, read back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+
+from pgsuite.runtime.loggers import TensorBoard, WandB
+from pgsuite.runtime.schema import Wandb
+
+SETTINGS = {"algo": "ppo", "algo.lr": 3e-4, "critic.recurrent": None, "policy.hidden": [64, 64], "checkpoint.every": 9}
+
+
+def read(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return found
+
+
+def layout(found: EventAccumulator) -> dict[str, Any]:
+    stored = layout_pb2.Layout()
+    stored.ParseFromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    return {chart.title: chart for category in stored.category for chart in category.chart}
+
+
+def test_returns_have_a_band_of_one_deviation_and_stand_first(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, SETTINGS)
+    board.write(10, {"episode/return": 5.0, "episode/return_std": 2.0})
+    board.close({})
+    found = read(tmp_path)
+    title, chart = next(iter(layout(found).items()))
+    series = chart.margin.series[0]
+    assert title.startswith("return")
+    assert [found.Scalars(tag)[0].value for tag in (series.value, series.lower, series.upper)] == [5.0, 3.0, 7.0]
+
+
+def test_evaluations_have_a_chart_where_there_are_any(tmp_path: Path) -> None:
+    TensorBoard(tmp_path / "without", SETTINGS).close({})
+    TensorBoard(tmp_path / "with", SETTINGS | {"evaluation.every": 5}).close({})
+    assert "evaluation return" not in layout(read(tmp_path / "without"))
+    assert "evaluation return" in layout(read(tmp_path / "with"))
+
+
+def test_hyperparameters_are_numbers_where_they_are_and_leave_out_machinery(tmp_path: Path) -> None:
+    TensorBoard(tmp_path, SETTINGS).close({})
+    content = read(tmp_path).summary_metadata[SESSION_START_INFO_TAG].plugin_data.content
+    stored = parse_session_start_info_plugin_data(content).hparams
+    assert set(stored) == {"algo", "algo.lr", "policy.hidden"}
+    assert stored["algo.lr"].number_value == 3e-4
+
+
+def test_results_are_written_where_a_run_came_to_its_end(tmp_path: Path) -> None:
+    for name, results in (("finished", {"return_mean": 3.0}), ("cut", {})):
+        board = TensorBoard(tmp_path / name, SETTINGS)
+        board.write(10, {"evaluation/return": 4.0})
+        board.close(results)
+    finished = read(tmp_path / "finished")
+    assert finished.Scalars("Result/return_mean")[0].value == 3.0
+    assert finished.Scalars("Result/evaluation_return")[0].value == 4.0
+    assert not [tag for tag in read(tmp_path / "cut").Tags()["scalars"] if tag.startswith("Result/")]
+
+
+def test_wandb_goes_on_with_its_run_where_one_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    identities = []
+    for _ in range(2):
+        logger = WandB(tmp_path, SETTINGS, Wandb(project="tests", tags=["tiny"]))
+        identities.append(logger.run.id)
+        logger.write(10, {"episode/return": 1.0})
+        logger.close({"return_mean": 1.0})
+    assert identities[0] == identities[1]
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{identities[0]}/*.wandb"))

@@ -1,0 +1,101 @@
+"""Sweeps: many runs of one command, in parallel, searched over, cut off and gone on with."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+from pgsuite.runtime import cli, sweeps
+from pgsuite.runtime.train import train
+
+TINY = ["env=CartPole", "num_envs=2", "horizon=16", "total_steps=200"]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in a directory of its own; the message that it exits with, or 0."""
+
+    def command(*arguments: str) -> str | int:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY])
+        GlobalHydra.instance().clear()
+        try:
+            cli.main(train, "train")
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    return command
+
+
+def runs() -> list[str]:
+    return sorted(str(path.parent.relative_to("runs")) for path in Path("runs").glob("*/*/summary.json"))
+
+
+def test_jobs_train_side_by_side_and_the_same_command_makes_no_run_again(sweep: Any) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    arguments = ("sweep=local", "algo=ppo,a2c", "hydra.launcher.n_jobs=2")
+    assert sweep(*arguments) == 0
+    made = runs()
+    assert [name.split("/")[0] for name in made] == ["a2c-CartPole", "ppo-CartPole"]
+    for name in made:
+        assert json.loads(Path("runs", name, "summary.json").read_text())["status"] == "finished"
+        assert yaml.safe_load(Path("runs", name, "config.yaml").read_text())["env_threads"] == sweeps.cores_each(2)
+    assert sweep(*arguments) == 0
+    assert runs() == made
+
+
+def test_names_of_runs_tell_what_was_overridden(sweep: Any) -> None:
+    assert sweep("-m", "algo=ppo", "seed=3", "algo.lr=0.001,0.002", "policy.hidden=[8,8]") == 0
+    endings = [name.split("-s", 1)[1] for name in runs()]
+    assert endings == [f"3-lr={lr},policy.hidden=_8,8_,num_envs=2,horizon=16" for lr in ("0.001", "0.002")]
+
+
+def test_a_job_that_fails_is_named_and_the_others_go_on(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    message = sweep("-m", "algo=ppo", "algo.epochs=0,2", "seed=0")
+    assert "algo.epochs=0" in message and "at least 1" in message
+    assert "error: job 0" in capsys.readouterr().err
+    assert len(runs()) == 1
+
+
+def test_a_search_that_was_cut_off_goes_on_with_the_trial_that_it_was_in(sweep: Any) -> None:
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    search = ("sweep=optuna", "algo=ppo", "hydra.sweeper.n_jobs=1")
+    assert sweep(*search, "hydra.sweeper.n_trials=1") == 0
+    study = optuna.load_study(study_name="ppo-CartPole", storage="sqlite:///runs/optuna.db")
+    cut = study.ask()
+    cut._suggest("algo.lr", study.trials[0].distributions["algo.lr"])
+    assert sweep(*search, "hydra.sweeper.n_trials=2") == 0
+    finished = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
+    assert len(finished) == len(runs()) == 2
+    assert finished[1].params == cut.params
+    summaries = [json.loads(Path("runs", name, "summary.json").read_text()) for name in runs()]
+    assert {trial.value for trial in finished} == {summary["return_mean"] for summary in summaries}
+
+
+@pytest.mark.parametrize(("choice", "package"), [("slurm", "hydra_submitit_launcher"), ("ray", "hydra_ray_launcher")])
+def test_cluster_configurations_fit_their_launchers(sweep: Any, choice: str, package: str, capsys: Any) -> None:
+    pytest.importorskip(f"hydra_plugins.{package}")
+    assert sweep("--cfg", "hydra", f"sweep={choice}") == 0
+    assert package in capsys.readouterr().out
+
+
+def test_submitit_trains_on_this_machine(sweep: Any) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    limits = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=2")
+    assert sweep("sweep=slurm", "hydra/launcher=submitit_local", *limits) == 0
+    assert len(runs()) == 1
+
+
+def test_every_worker_has_its_share_of_the_cores() -> None:
+    cores = sweeps.cores_each(1)
+    assert sweeps.cores_each(-1) == 1
+    assert sweeps.cores_each(2) == max(1, cores // 2)
+    assert sweeps.cores_each(10 * cores) == 1
