@@ -21,7 +21,7 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def layout(found: EventAccumulator) -> dict[str, Any]:
-    stored = layout_pb2.Layout()
+    stored = layout_pb2.Layout()  # pyright: ignore[reportAttributeAccessIssue]
     stored.ParseFromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     return {chart.title: chart for category in stored.category for chart in category.chart}
 
@@ -53,9 +53,8 @@ def test_hyperparameters_are_numbers_where_they_are_and_leave_out_machinery(tmp_
 
 
 def test_results_are_written_where_a_run_came_to_its_end(tmp_path: Path) -> None:
-    for name, results in (("finished", {"return_mean": 3.0}), ("cut", {})):
+    for name, results in (("finished", {"return_mean": 3.0, "evaluation_return": 4.0}), ("cut", {})):
         board = TensorBoard(tmp_path / name, SETTINGS)
-        board.write(10, {"evaluation/return": 4.0})
         board.close(results)
     finished = read(tmp_path / "finished")
     assert finished.Scalars("Result/return_mean")[0].value == 3.0

@@ -76,6 +76,8 @@ class Log(Callback):
         if trainer.steps >= trainer.total_steps:
             speed = trainer.steps / max(trainer.seconds["total"], 1e-9)
             results = {"return_mean": trainer.return_mean, "steps_per_second": speed}
+            played = [part.last["return"] for part in trainer.callbacks if isinstance(part, Evaluate) and part.last]
+            results |= {"evaluation_return": played[0]} if played else {}
         for logger in self.loggers:
             logger.close(results)
 

@@ -52,14 +52,13 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.steps = after or 0
+        self.steps = max(after or 0, 0)
         self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
-        self.results: dict[str, float] = {}
         shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
         shown = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in shown.items()}
         # Without the summary of the experiment, for TensorBoard takes the columns of all runs from the first it finds.
         _, session, self.end = hparams(shown, {})
-        if after is None:
+        if after is None or after < 0:
             self.writer._get_file_writer().add_summary(session)
             evaluated = hyperparameters.get("evaluation.every") is not None
             charts = {
@@ -73,8 +72,6 @@ class TensorBoard:
         if {"episode/return", "episode/return_std"} <= scalars.keys():
             mean, std = scalars["episode/return"], scalars["episode/return_std"]
             scalars |= dict(zip(BAND, (mean, mean - std, mean + std), strict=True))
-        if "evaluation/return" in scalars:
-            self.results["evaluation_return"] = scalars["evaluation/return"]
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, steps)
         self.writer.flush()
@@ -85,7 +82,7 @@ class TensorBoard:
         log_gif(self.writer, film, steps)
 
     def close(self, results: Mapping[str, float]) -> None:
-        for name, value in (self.results | dict(results)).items() if results else ():
+        for name, value in results.items():
             if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few;
                 # a step too late, so that it is dropped where the run goes on
                 self.writer.add_scalar(f"Result/{name}", value, self.steps + 1)
@@ -157,7 +154,7 @@ class WandB:
                 config=dict(hyperparameters),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except wandb.errors.Error as error:
+        except wandb.errors.Error as error:  # pyright: ignore[reportAttributeAccessIssue]
             raise UserError(f"wandb does not begin: {error}. WANDB_MODE=offline logs without a network") from error
         self.run.define_metric("*", step_metric="steps")  # its own count would not go back where a run is resumed
 

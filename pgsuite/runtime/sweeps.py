@@ -51,7 +51,7 @@ class Study(Callback):
         import optuna
         from optuna.trial import TrialState
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # pyright: ignore[reportPrivateImportUsage]
         sweeper = config.hydra.sweeper
         os.makedirs(config.hydra.sweep.dir, exist_ok=True)  # where the storage lies
         directions = [

@@ -62,7 +62,8 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
     config, env = container(cfg) | {"resume": None}, trainer.collector.env
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
     names = {key: choices[key] for key in ("algo", "env")}
-    after = before.steps if before else None
+    again = -1 if (folder / "config.yaml").exists() else None  # it was killed before anything was saved
+    after = before.steps if before else again
     if writes:
         if before is not None:
             checkpoint.set_aside(folder, before.steps)
