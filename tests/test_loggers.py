@@ -21,7 +21,8 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def layout(found: EventAccumulator) -> dict[str, Any]:
-    stored = layout_pb2.Layout()
+    messages: Any = layout_pb2
+    stored = messages.Layout()
     stored.ParseFromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     return {chart.title: chart for category in stored.category for chart in category.chart}
 

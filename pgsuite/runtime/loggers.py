@@ -157,7 +157,7 @@ class WandB:
                 config=dict(hyperparameters),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             raise UserError(f"wandb does not begin: {error}. WANDB_MODE=offline logs without a network") from error
         self.run.define_metric("*", step_metric="steps")  # its own count would not go back where a run is resumed
 

@@ -6,6 +6,7 @@ Importing it registers the resolvers that ``configs/`` uses; every process of a 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from typing import Any
@@ -51,7 +52,7 @@ class Study(Callback):
         import optuna
         from optuna.trial import TrialState
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(logging.WARNING)
         sweeper = config.hydra.sweeper
         os.makedirs(config.hydra.sweep.dir, exist_ok=True)  # where the storage lies
         directions = [
