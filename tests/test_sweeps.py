@@ -39,14 +39,14 @@ def runs() -> list[str]:
 
 def test_jobs_train_side_by_side_and_the_same_command_makes_no_run_again(sweep: Any) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = ("sweep=local", "algo=ppo,a2c", "hydra.launcher.n_jobs=2")
-    assert sweep(*arguments) == 0
+    arguments = ("sweep=local", "algo=ppo,a2c")
+    assert sweep(*arguments, "hydra.launcher.n_jobs=2") == 0
     made = runs()
     assert [name.split("/")[0] for name in made] == ["a2c-CartPole", "ppo-CartPole"]
     for name in made:
         assert json.loads(Path("runs", name, "summary.json").read_text())["status"] == "finished"
         assert yaml.safe_load(Path("runs", name, "config.yaml").read_text())["env_threads"] == sweeps.cores_each(2)
-    assert sweep(*arguments) == 0
+    assert sweep(*arguments, "hydra.launcher.n_jobs=1") == 0
     assert runs() == made
 
 
