@@ -116,7 +116,7 @@ def numbered(run: Path) -> list[Path]:
     return found
 
 
-def newest(given: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint of a run directory that is whole, or the one given; what is passed over is said.
 
     Raises UserError if there is none.

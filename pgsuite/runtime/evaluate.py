@@ -17,9 +17,10 @@ from pgsuite import seeding, settings
 from pgsuite.envs import Gym, VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.runtime import checkpoint
-from pgsuite.runtime.build import build_env, build_networks, construct, container, settings_of, versions
+from pgsuite.runtime.build import build_env, construct, container, settings_of, versions
 from pgsuite.runtime.callbacks import console
-from pgsuite.runtime.schema import Run, UserError, locate
+from pgsuite.runtime.restore import restore
+from pgsuite.runtime.schema import Run, locate
 from pgsuite.runtime.video import Gif, filming, lens, log_gif
 from pgsuite.settings import Count, Natural
 
@@ -125,31 +126,26 @@ def evaluate(cfg: DictConfig) -> None:
     """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
     wanted: Playing = construct(container(cfg), "the evaluation")
     say = console().print
-    path, state = checkpoint.newest(Path(wanted.run), say)
-    trained = DictConfig(state["config"])
+    restored = restore(wanted.run, say)
+    trained = DictConfig(restored.config)
     run = replace(settings_of(trained), seed=wanted.seed)
     torch.set_num_threads(run.torch_threads)
     env = arena(trained, run, wanted.episodes, film=wanted.video is not None)
-    policy, _ = build_networks(env, run)
-    try:
-        policy.load_state_dict(state["algorithm"]["policy"])
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{path} does not fit the networks of its own configuration: {error}") from error
     generator = seeding.generator(wanted.seed, "acting")
-    folder = checkpoint.run_of(path)
+    folder = checkpoint.run_of(restored.path)
 
     def show(film: Gif) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         with SummaryWriter(str(folder)) as writer:
-            log_gif(writer, film, state["steps"])
+            log_gif(writer, film, restored.steps)
 
     with filming(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
-        returns, lengths = play(policy, env, generator, deterministic=wanted.deterministic, watch=watch)
+        returns, lengths = play(restored.policy, env, generator, deterministic=wanted.deterministic, watch=watch)
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {
-        "checkpoint": path.name,
-        "steps": state["steps"],
+        "checkpoint": restored.path.name,
+        "steps": restored.steps,
         "episodes": wanted.episodes,
         "deterministic": wanted.deterministic,
         "seed": wanted.seed,
@@ -165,6 +161,6 @@ def evaluate(cfg: DictConfig) -> None:
     say(
         f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "
         f"{float(lengths.mean()):,.1f} steps each | "
-        f"{env.description} | checkpoint at {state['steps']:,} steps",
+        f"{env.description} | checkpoint at {restored.steps:,} steps",
         highlight=False,
     )

@@ -168,8 +168,7 @@ def export(cfg: DictConfig) -> None:
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"format=onnx needs {', '.join(missing)}: pip install 'pgsuite[onnx]', or take format=torch")
     restored = restore(wanted.run)
-    folder = restored.path.parent
-    folder = folder.parent if folder.name == checkpoint.FOLDER else folder
+    folder = checkpoint.run_of(restored.path)
     path = Path(wanted.to) if wanted.to is not None else folder / f"policy{SUFFIXES[wanted.format]}"
     if path.suffix != SUFFIXES[wanted.format]:
         raise UserError(f"to must end in {SUFFIXES[wanted.format]} for format={wanted.format}, got {path.name!r}")

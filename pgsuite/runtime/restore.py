@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,12 @@ class Restored:
     policy: Policy
 
 
-def restore(run: str | Path) -> Restored:
-    """The policy of a run directory's newest checkpoint, or of the one given, on the CPU.
+def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Restored:
+    """The policy of a run directory's newest checkpoint, or of the one given, on the CPU; what is passed over is said.
 
     Raises UserError if there is none, or none that can be trusted, or if it does not fit its own configuration.
     """
-    path, state = checkpoint.newest(Path(run), warnings.warn)
+    path, state = checkpoint.newest(Path(run), say)
     try:
         config, settings = state["config"], settings_of(DictConfig(state["config"]))
         observation_space, action_space = (of_data(state["spaces"][key]) for key in ("observation", "action"))
