@@ -85,6 +85,7 @@ def test_what_may_not_change_where_a_run_goes_on_is_refused_by_name(command: Cli
         ("algo.clip=0.1", "algo.clip"),
         ("seed=1", "seed"),
         ("algo=trpo", "algo"),
+        ("algo/estimator=vtrace", "algo/estimator"),
         ("num_envs=8", "num"),
     ):
         code, _, err = command("train", "resume=run", change)

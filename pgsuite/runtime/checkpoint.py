@@ -110,10 +110,13 @@ def numbered(run: Path) -> list[Path]:
 
     Raises UserError if there is none.
     """
-    found = sorted(path for path in (run / FOLDER).glob("*.pt") if path.stem.isdigit())
-    if not found:
+    if not (found := _numbered(run)):
         raise UserError(f"no checkpoint in {run / FOLDER}" if run.is_dir() else f"no run directory {run}")
     return found
+
+
+def _numbered(run: Path) -> list[Path]:
+    return sorted(path for path in (run / FOLDER).glob("*.pt") if path.stem.isdigit())
 
 
 def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:
@@ -151,7 +154,7 @@ def run_of(path: Path) -> Path:
 
 def prune(run: Path, keep: int) -> None:
     """Remove all but the last ``keep``; the best one keeps its own name."""
-    for path in numbered(run)[:-keep]:
+    for path in _numbered(run)[:-keep]:
         path.unlink(missing_ok=True)
 
 
@@ -168,6 +171,6 @@ def crown(path: Path) -> None:
 
 def set_aside(run: Path, steps: int) -> None:
     """Rename the checkpoints of a run that were made after so many steps, for it goes on from there."""
-    for path in (run / FOLDER).glob("*.pt"):
-        if path.stem.isdigit() and int(path.stem) > steps:
+    for path in _numbered(run):
+        if int(path.stem) > steps:
             path.replace(path.with_suffix(".aside"))

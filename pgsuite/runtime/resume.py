@@ -85,11 +85,12 @@ def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past
 def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past | None:
     """The newest run of the same settings, in or beside the directory that this one would have."""
     beside = home.parent.iterdir() if home.parent.is_dir() else []
+    wanted = identity(container(cfg))
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             config = yaml.safe_load(path.read_text())
-            if identity(config) != identity(container(cfg)):
+            if identity(config) != wanted:
                 continue
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, yaml.YAMLError, OSError):
