@@ -15,7 +15,9 @@ import torch
 from test_cli import TINY, Cli, command  # noqa: F401
 from toys import ALL, PointMass, build, collector
 
+from pgsuite.algorithms import PPO
 from pgsuite.runtime import checkpoint
+from pgsuite.runtime.recovery import Recovery, clone
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.trainer import Trainer
 
@@ -50,6 +52,36 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type, tmp_path: Pa
         one.turn()
         two.turn()
     assert not kills.differences(one.position(), two.position())
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_going_back_takes_everything_back_but_the_pace_and_the_actions_to_come(cls: type, tmp_path: Path) -> None:
+    env = PointMass(4)
+    algorithm, said = build(cls, env, recurrent="gru"), []
+    guard = Recovery(tmp_path, {}, 1, said.append)
+    trainer = Trainer(algorithm, collector(algorithm, env), 10_000, guard=guard)
+    guard.on_start(trainer)
+    trainer.turn()
+    trainer.turn()
+    before = clone(trainer.position())
+    with torch.no_grad():
+        next(iter(algorithm.policy.parameters())).flatten()[0] = torch.nan
+    trainer.turn()
+    paces = {"/algorithm/optimizer/share", "/algorithm/critic_optimizer/share"}
+    allowed = {f"{path} differs" for path in (*paces, "/collector/generator")} | {"/recoveries: 0 is not 1"}
+    changed = set(kills.differences(before, trainer.position()))
+    assert changed <= allowed and len(changed) == 2 + len(algorithm.optimizers) and len(said) == 1
+    assert not kills.differences(trainer.position(), guard.good)
+    trainer.turn()
+    assert trainer.steps > before["steps"] and bool(algorithm.finite())
+
+
+def test_whole_numbers_among_the_statistics_are_finite_and_lost_ones_are_seen() -> None:
+    algorithm = build(PPO, PointMass(4))
+    algorithm.policy.register_buffer("count", torch.tensor(3))
+    assert bool(algorithm.finite())
+    algorithm.policy.obs_norm.moments.var[0] = torch.inf
+    assert not bool(algorithm.finite())
 
 
 def test_what_the_comparison_would_see() -> None:

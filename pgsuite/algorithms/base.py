@@ -145,7 +145,8 @@ class Algorithm(Scheduled, ABC):
 
     def finite(self) -> Tensor:
         """Whether all parameters and statistics [] are."""
-        tensors = [x for part in self.parts.values() for x in part.state_dict().values() if x.numel()]
+        tensors = [x for part in self.parts.values() for x in part.state_dict().values()]
+        tensors = [x for x in tensors if x.numel() and x.is_floating_point()]  # which alone can fail to be
         return nn.utils.get_total_norm(tensors, torch.inf).isfinite()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,12 +39,11 @@ class Window:
 
     def scalars(self) -> dict[str, float]:
         """Means, by the names that the logs carry."""
-        scalars = {f"algorithm/{name}": sum(values) / len(values) for name, values in self.metrics.items()}
+        scalars = {f"algorithm/{name}": statistics.fmean(values) for name, values in self.metrics.items()}
         if self.returns:
-            mean = sum(self.returns) / len(self.returns)
-            scalars["episode/return"] = mean
-            scalars["episode/return_std"] = math.sqrt(sum((x - mean) ** 2 for x in self.returns) / len(self.returns))
-            scalars["episode/length"] = sum(self.lengths) / len(self.lengths)
+            scalars["episode/return"] = statistics.fmean(self.returns)
+            scalars["episode/return_std"] = statistics.pstdev(self.returns)
+            scalars["episode/length"] = statistics.fmean(self.lengths)
             scalars["episode/count"] = float(len(self.returns))
         return scalars
 
