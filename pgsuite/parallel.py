@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 PATIENCE = timedelta(minutes=30)  # the first process may be evaluating, or filming, while the others wait
@@ -35,7 +37,11 @@ def group() -> Iterator[None]:
         yield
         return
     with _noticing():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        store, own, count = next(rendezvous("env://", timeout=PATIENCE))
+        # Restarted processes may meet where the ones before them left their addresses.
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
     yield
     with _noticing():
         dist.barrier()  # who left early would look lost

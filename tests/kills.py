@@ -95,7 +95,9 @@ def left_behind(run: Path) -> dict[str, Any]:
         return not name.startswith("time/") and "per_second" not in name
 
     state = checkpoint.load(checkpoint.numbered(run)[-1])
-    found: dict[str, Any] = {"state": {key: x for key, x in state.items() if key not in ("seconds", "config")}}
+    for part in (state, *state["others"]):
+        del part["seconds"]
+    found: dict[str, Any] = {"state": {key: x for key, x in state.items() if key != "config"}}
     found["checkpoints"] = sorted(path.name for path in (run / checkpoint.FOLDER).glob("*.pt"))
     for path in run.glob("*.csv"):
         with path.open(newline="") as file:

@@ -32,8 +32,12 @@ class Past:
     """What a run left behind."""
 
     folder: Path
-    cfg: DictConfig  # its own, with what was allowed to change
+    config: dict[str, Any]  # its own, with what was allowed to change; plain, so that it travels to other processes
     state: dict[str, Any]
+
+    @property
+    def cfg(self) -> DictConfig:
+        return DictConfig(self.config)
 
     @property
     def steps(self) -> int:
@@ -79,7 +83,7 @@ def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past
         if not same:
             OmegaConf.update(own, key, new)
     assert isinstance(own, DictConfig)
-    return Past(checkpoint.run_of(path), own, state)
+    return Past(checkpoint.run_of(path), container(own), state)
 
 
 def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past | None:
@@ -95,7 +99,7 @@ def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, yaml.YAMLError, OSError):
             continue  # nothing that could be gone on with
-        return Past(path.parent, cfg, state)
+        return Past(path.parent, container(cfg), state)
     return None
 
 
