@@ -11,7 +11,20 @@ import torch
 from reads import NothingRead
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import ALL, LQR, Corridor, Endless, FrozenLake, PointMass, Probe, TwoSteps, build, collector, value
+from toys import (
+    ALL,
+    LQR,
+    Corridor,
+    Endless,
+    FrozenLake,
+    PointMass,
+    Probe,
+    TwoSteps,
+    build,
+    collector,
+    resume_alike,
+    value,
+)
 
 from pgsuite import seeding
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
@@ -664,11 +677,7 @@ def test_a_restored_algorithm_goes_on_identically(cls: type[Algorithm]) -> None:
     algorithm, twin = build(cls, env), build(cls, twin_env, seed=7)
     one, two = collector(algorithm, env), collector(twin, twin_env, seed=3)
     algorithm.iterate(one)
-    twin.load_state_dict(copy.deepcopy(algorithm.state_dict()))
-    two.load_state_dict(copy.deepcopy(one.state_dict()))
-    for a, c in ((algorithm, one), (twin, two)):
-        for _ in range(2):
-            a.iterate(c)
+    resume_alike((algorithm, one), (twin, two))
     assert torch.equal(flat(algorithm), flat(twin))
 
 

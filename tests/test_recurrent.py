@@ -1,6 +1,5 @@
 """Each test is one claim about memory, of policies and of critics, and about bodies that they share."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from gymnasium import spaces
 from reads import NothingRead
 from test_algorithms import flat
 from torch import Tensor
-from toys import ALL, PointMass, Toy, build, collector
+from toys import ALL, PointMass, Toy, build, collector, resume_alike
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.functional import trust_region as tr
@@ -215,11 +214,7 @@ def test_a_memory_is_restored_with_the_rest(cls: type[Algorithm]) -> None:
         algorithm.iterate(one)
     assert addresses == [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
     assert cls is Reinforce or algorithm.critic.carry.any()
-    twin.load_state_dict(copy.deepcopy(algorithm.state_dict()))
-    two.load_state_dict(copy.deepcopy(one.state_dict()))
-    for a, c in ((algorithm, one), (twin, two)):
-        for _ in range(2):
-            a.iterate(c)
+    resume_alike((algorithm, one), (twin, two))
     assert torch.equal(flat(algorithm), flat(twin))
     assert torch.equal(algorithm.critic.carry, twin.critic.carry)
 

@@ -1,6 +1,6 @@
 """Collecting, storing, counting and splitting experience."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from toys import Corridor, PointMass, Toy, TwoSteps, build, collector
 
-from pgsuite.algorithms import PPO
+from pgsuite.algorithms import PPO, Reinforce
 from pgsuite.rollout import EpisodeCollector, EpisodeTracker, RolloutBuffer, StepCollector, minibatches
 from pgsuite.types import Batch, Rollout
 
@@ -26,6 +26,22 @@ class Counter(Toy):
     def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         now = self.state.squeeze(-1) + 1
         return now.unsqueeze(-1), now, now >= self.length
+
+
+@pytest.mark.parametrize("name", ["action", "reward", "next_obs"])
+def test_what_is_not_finite_counts_where_something_happened(name: str) -> None:
+    env = Counter(2, [2, 4], limit=4)
+    algorithm = build(Reinforce, env)
+    rollout = EpisodeCollector(env, 4).collect(algorithm.policy)
+    assert rollout.mask[:, 0].tolist() == [True, True, False, False] and bool(rollout.finite())
+    part = getattr(rollout, name)
+    if not part.is_floating_point():
+        rollout = replace(rollout, **{name: part.float()})
+        part = getattr(rollout, name)
+    part[2, 0] = torch.nan
+    assert bool(rollout.finite())
+    part[1, 0] = torch.nan
+    assert not bool(rollout.finite())
 
 
 def test_a_rollout_says_what_happened_across_episodes_and_rollouts() -> None:

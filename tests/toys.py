@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -171,6 +172,15 @@ def collector(algorithm: Any, env: Any, horizon: int = 20, seed: int = 0) -> Col
 
 
 @torch.no_grad()
+def resume_alike(one: tuple[Algorithm, Collector], two: tuple[Algorithm, Collector], iterations: int = 2) -> None:
+    """Put an algorithm and its collector where others stand, and have both go on."""
+    for theirs, mine in zip(one, two, strict=True):
+        mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for algorithm, rollouts in (one, two):
+        for _ in range(iterations):
+            algorithm.iterate(rollouts)
+
+
 def value(critic: Critic, obs: Tensor) -> Tensor:
     """What a critic without memory says of observations [..., O], [...]."""
     return critic.read(critic.body.step(obs, {}, torch.ones(obs.shape[:-1], dtype=torch.bool))[0])
