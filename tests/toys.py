@@ -171,7 +171,6 @@ def collector(algorithm: Any, env: Any, horizon: int = 20, seed: int = 0) -> Col
     return algorithm.collector(env, horizon, seed)
 
 
-@torch.no_grad()
 def resume_alike(one: tuple[Algorithm, Collector], two: tuple[Algorithm, Collector], iterations: int = 2) -> None:
     """Put an algorithm and its collector where others stand, and have both go on."""
     for theirs, mine in zip(one, two, strict=True):
@@ -181,6 +180,7 @@ def resume_alike(one: tuple[Algorithm, Collector], two: tuple[Algorithm, Collect
             algorithm.iterate(rollouts)
 
 
+@torch.no_grad()
 def value(critic: Critic, obs: Tensor) -> Tensor:
     """What a critic without memory says of observations [..., O], [...]."""
     return critic.read(critic.body.step(obs, {}, torch.ones(obs.shape[:-1], dtype=torch.bool))[0])
