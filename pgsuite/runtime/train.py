@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, check_alike, container, describe, settings_of, spaces_of, versions
+from pgsuite.runtime.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
@@ -118,7 +118,7 @@ def recorders(
     parts.append(checkpoints)
     if writes:
         found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": parallel.size()}
-        found |= {"resume": trainer.level, "versions": facts["versions"]}
+        found |= {"resume": trainer.level, "versions": facts["versions"], "commit": commit()}
         parts.append(callbacks.Summary(folder / "summary.json", names | found))
     return parts
 
