@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
 from pgsuite.runtime.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
+from pgsuite.runtime.profiling import Profile
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
 from pgsuite.runtime.schema import UserError
@@ -111,6 +113,8 @@ def recorders(
         if run.logging.wandb.project is not None:
             logs.append(loggers.WandB(folder, described, run.logging.wandb))
         parts = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)]
+        if run.profile:
+            parts.append(Profile(folder, partial(console.print, highlight=False)))
     if run.evaluation.every is not None:
         play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
