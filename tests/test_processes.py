@@ -205,6 +205,14 @@ def test_what_does_not_divide_is_said_once(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.yaml"))
 
 
+def test_what_went_wrong_in_both_is_said_once_and_names_what_is_there(tmp_path: Path) -> None:
+    codes, said = train(tmp_path, "algo=ppo", *RUN, "algo.lr=1e30", "recover.attempts=0")
+    assert codes == [1, 1]
+    assert said.count("error: training diverged") == 1
+    bundle = tmp_path / "run" / "crash.pt"
+    assert f"crash={bundle} " in said and bundle.exists()
+
+
 def lose_one(process: subprocess.Popen[str], run: Path) -> None:
     """Kill the second of the processes, once something is saved."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

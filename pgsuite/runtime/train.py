@@ -53,10 +53,11 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
             console.print(line, highlight=False)
 
     settings_of(cfg)  # complains before anything is looked for
+    folder = parallel.broadcast(folder)  # that of the first process, for whoever speaks of it
     before = past(cfg, hydra, say)
     if before is not None:
         folder, cfg = before.folder, before.cfg
-        if before.steps >= cfg.total_steps and finished(folder):
+        if before.steps >= cfg.total_steps and parallel.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return objective(folder)
     trainer, run = build(cfg), settings_of(cfg)
