@@ -7,6 +7,7 @@ LostProcessError where another process has ended, or stays silent for longer tha
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import traceback
@@ -39,6 +40,9 @@ def group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
+    # The defaults of its functions are the group that there is when it is imported, which torch.optim would have done
+    # while ours is; they would hold ours for ever, and with it gloo's threads.
+    importlib.import_module("torch.distributed.nn.functional")
     with _noticing():
         store, own, count = next(rendezvous("env://", timeout=PATIENCE))
         # Restarted processes may meet where the ones before them left their addresses.
@@ -59,8 +63,8 @@ def group() -> Iterator[None]:
 def _let_go(error: BaseException | None) -> None:
     """Clear the frames that an exception came through, with what led to it.
 
-    gloo's threads end with the last reference to the group, and these hold some.  A thread that lives on while Python
-    shuts down may abort the process.
+    gloo's threads end with the last reference to the group, and these hold some.  One that drops a tensor while Python
+    shuts down aborts the process.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)

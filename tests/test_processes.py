@@ -142,6 +142,7 @@ def leave(folder: str, told: dict[str, str]) -> None:
     try:
         with parallel.group():
             threads.append(len(list(tasks.iterdir())))
+            torch.optim.Adam([torch.ones(1, requires_grad=True)])  # whose imports come late
             if parallel.rank() == 1:
                 sys.exit()
             parallel.gather(torch.ones(1000))
