@@ -71,7 +71,7 @@ def child(folder: str, arguments: list[str], dies_at_write: int | None, variable
 def fork(work: Callable[..., None], *arguments: Any) -> Any:
     """A process that has everything imported."""
     context = multiprocessing.get_context("forkserver")  # which imports once, for all
-    context.set_forkserver_preload(["torch", "mujoco.batch", "tensorboard", "pgsuite.runtime.train"])
+    context.set_forkserver_preload(["torch._dynamo", "mujoco.batch", "tensorboard", "pgsuite.runtime.train"])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process
