@@ -80,7 +80,8 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         trainer.fit()
         parallel.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
-        how = f"go on with: python scripts/train.py resume={short(folder)}"
+        start = "python" if parallel.size() == 1 else f"torchrun --nproc-per-node={parallel.local_size()}"
+        how = f"go on with: {start} scripts/train.py resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
         sys.exit(0 if trainer.stop == signal.SIGINT else 128 + trainer.stop)
     seconds = trainer.seconds["total"]
