@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import keyword
 import platform
+import subprocess
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,3 +218,18 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def commit() -> str | None:
+    """Of the checkout that this code runs from, if it is one, with a plus where the code differs from it."""
+    root = Path(pgsuite.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps within a repository of something else
+        return None
+    git = ["git", "-C", str(root)]
+    with suppress(OSError, subprocess.CalledProcessError):
+        described = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False)
+        return described.stdout.strip() + "+" * bool(changed.returncode)
+    return None

@@ -30,7 +30,9 @@ CHARTS = {
     "steps per second": "time/steps_per_second",
 }
 BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
-MACHINERY = re.compile(r"(resume|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging)\..*)$")
+MACHINERY = re.compile(
+    r"(resume|profile|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging)\..*)$"
+)
 
 
 class Logger(Protocol):

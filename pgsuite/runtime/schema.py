@@ -121,6 +121,7 @@ class Run:
     clip_reward: Positive | None = 10.0  # scaled ones
     resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    profile: bool = False  # say where the time of an iteration goes, and leave a trace
     recover: Recover = field(default_factory=Recover)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)

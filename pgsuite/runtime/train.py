@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +20,9 @@ from rich.console import Console
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, check_alike, container, describe, settings_of, spaces_of, versions
+from pgsuite.runtime.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
+from pgsuite.runtime.profiling import Profile
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
 from pgsuite.runtime.schema import UserError
@@ -113,6 +115,8 @@ def recorders(
         if run.logging.wandb.project is not None:
             logs.append(loggers.WandB(folder, described, run.logging.wandb))
         parts = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)]
+        if run.profile:
+            parts.append(Profile(folder, partial(console.print, highlight=False)))
     if run.evaluation.every is not None:
         play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
@@ -120,7 +124,7 @@ def recorders(
     parts.append(checkpoints)
     if writes:
         found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": parallel.size()}
-        found |= {"resume": trainer.level, "versions": facts["versions"]}
+        found |= {"resume": trainer.level, "versions": facts["versions"], "commit": commit()}
         parts.append(callbacks.Summary(folder / "summary.json", names | found))
     return parts
 
