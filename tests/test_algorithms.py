@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -682,61 +681,3 @@ def test_a_restored_algorithm_goes_on_identically(cls: type[Algorithm]) -> None:
     algorithm.iterate(one)
     resume_alike((algorithm, one), (twin, two))
     assert torch.equal(flat(algorithm), flat(twin))
-
-
-SHARED: dict[str, tuple[type[Algorithm], str, dict[str, Any]]] = {cls.__name__: (cls, "none", {}) for cls in ALL} | {
-    "PPO, remembering": (PPO, "gru", {}),
-    "TRPO, remembering": (TRPO, "gru", {}),
-    "TRPO, its switches the other way": (TRPO, "none", {"fisher": "gauss-newton", "line_search": "batched"}),
-}
-
-
-def learn_from_a_share(name: str, rank: int = 0, world: int = 1) -> list[Tensor]:
-    """What two updates come to, from the same rollout, of which each process sees its own, unequal, environments."""
-    cls, memory, given = SHARED[name]
-    env = PointMass(8, max_episode_steps=20)
-    options: dict[str, Any] = {"minibatches": 1, "epochs": 1} if issubclass(cls, PPO) else {}
-    options |= {"critic_minibatches": 1} if issubclass(cls, NPG | Reinforce) else {}
-    look = {"recurrent": memory, "recurrent_size": 8}
-    algorithm = build(cls, env, look=look, recurrent=memory, **options, **given)
-    whole = collector(algorithm, env).collect(algorithm.policy)
-    whole.mask[10:, ::3] = False  # so that shares are unequal
-    share = whole[:, rank::world]
-    for part in (algorithm.reward_scale, *algorithm.critics):
-        part.carry = part.carry[rank::world]
-
-    class Given:
-        def collect(self, policy: Any) -> Any:
-            return share
-
-    for _ in range(2):
-        algorithm.iterate(Given())
-    parts = (algorithm.policy, *algorithm.critics, algorithm.reward_scale.moments)
-    kept = [(name, x) for p in parts for name, x in (*p.named_parameters(), *p.named_buffers())]
-    return [x.detach() for name, x in kept if name != "carry"]
-
-
-def learn_together(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    ends = {name: learn_from_a_share(name, rank, 2) for name in SHARED}
-    if rank == 0:
-        torch.save(ends, f"{folder}/ends")
-    dist.barrier()
-    os._exit(0)  # gloo's threads abort now and then on a polite exit
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
-    """What two processes come to, by case."""
-    folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(learn_together, (str(folder),), nprocs=2)  # pyright: ignore
-    return torch.load(folder / "ends")
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_two_processes_equal_one(name: str, together: dict[str, list[Tensor]]) -> None:
-    for a, b in zip(learn_from_a_share(name), together[name], strict=True):
-        assert torch.allclose(a, b, atol=2e-5), float((a - b).abs().max())

@@ -74,13 +74,16 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             return _one_of_many(task, cfg)
         return guarded(lambda: task(cfg))
 
-    def work() -> None:
-        with parallel.group():
-            if parallel.size() > 1:
-                _divide(processes)
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
+    def compose() -> None:
+        if parallel.size() > 1:
+            _divide(processes)
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
 
-    guarded(work)
+    def together() -> None:
+        with parallel.group():
+            guarded(compose)  # who speaks for all is settled among the members
+
+    guarded(together)
 
 
 def _divide(processes: bool) -> None:

@@ -55,10 +55,11 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
             console.print(line, highlight=False)
 
     settings_of(cfg)  # complains before anything is looked for
+    folder = parallel.broadcast(folder)  # that of the first process, for whoever speaks of it
     before = past(cfg, hydra, say)
     if before is not None:
         folder, cfg = before.folder, before.cfg
-        if before.steps >= cfg.total_steps and finished(folder):
+        if before.steps >= cfg.total_steps and parallel.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return objective(folder)
     trainer, run = build(cfg), settings_of(cfg)
@@ -81,7 +82,8 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         trainer.fit()
         parallel.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
-        how = f"go on with: python scripts/train.py resume={short(folder)}"
+        start = "python" if parallel.size() == 1 else f"torchrun --nproc-per-node={parallel.local_size()}"
+        how = f"go on with: {start} scripts/train.py resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
         sys.exit(0 if trainer.stop == signal.SIGINT else 128 + trainer.stop)
     seconds = trainer.seconds["total"]
