@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test check bench returns plots clean
+.PHONY: train test check bench peers returns plots clean
 
 train: $(VENV)/.train
 	$(RUN) scripts/train.py algo=ppo env=HalfCheetah $(ARGS)
@@ -19,6 +19,11 @@ check: $(VENV)/.dev
 bench: $(VENV)/.train
 	$(RUN) benchmarks/throughput.py $(ARGS)
 
+# Other libraries beside this one.
+peers: $(VENV)/.train
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[peers]"
+	$(RUN) benchmarks/peers.py $(ARGS)
+
 # The learning results of the README, from nothing; hours on two cores.
 returns: $(VENV)/.train
 	$(RUN) benchmarks/returns.py run all $(ARGS)
@@ -27,6 +32,7 @@ plots: $(VENV)/.dev
 	$(RUN) benchmarks/plot.py
 	$(RUN) benchmarks/returns.py table --readme
 	$(RUN) benchmarks/throughput.py --readme
+	$(RUN) benchmarks/peers.py --docs
 	$(RUN) benchmarks/parity.py --docs
 	$(RUN) benchmarks/envs.py --docs
 

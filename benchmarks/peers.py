@@ -1,0 +1,160 @@
+"""Training throughput beside other libraries', whole iterations of the same work.
+
+    pip install -c constraints.txt -e ".[peers]"
+    python benchmarks/peers.py [--only ppo trpo ...] [--rounds 7] [--seconds 5]
+    python benchmarks/peers.py --docs
+
+Each contender (benchmarks/contenders.py, which says what differs between them) is a process of its own, warmed up
+before the first round.  In every round each has its turn, in one order and then in the other, while all others wait for
+theirs; in its turn it finishes iterations until the seconds are over.  Prints steps/s round by round; writes all rounds
+to benchmarks/results/peers/<table>.json.  ``--docs`` measures nothing, and puts the kept results into docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from contenders import WORKLOADS, Workload
+from record import RESULTS, source, write_table
+
+KEPT = RESULTS / "peers"
+PEERS = ("stable-baselines3", "sb3-contrib", "rsl-rl-lib", "tianshou", "envpool")
+OURS = ["pgsuite", "pgsuite, compile"]
+SB3 = ["SB3 on DummyVecEnv", "SB3 on envpool"]
+TIANSHOU = ["Tianshou on DummyVectorEnv", "Tianshou on envpool"]
+RSL_RL = ["rsl_rl on envpool", "rsl_rl on envpool, compile"]
+
+# Who takes part, and with how many torch threads.  rsl_rl has PPO alone, and no discrete actions; SB3 neither NPG nor
+# REINFORCE.
+TABLES: dict[str, tuple[list[str], tuple[int, ...]]] = {
+    "ppo": (["physics alone", *OURS, *RSL_RL, *SB3, *TIANSHOU], (1,)),
+    "trpo": ([*OURS, *SB3, *TIANSHOU], (1,)),
+    "npg": ([*OURS, *TIANSHOU], (1,)),
+    "a2c": ([*OURS, *SB3, *TIANSHOU], (1,)),
+    "reinforce": ([*OURS, *TIANSHOU], (1,)),
+    "cartpole": ([*OURS, "pgsuite, compile, one body", "SB3 on envpool", "Tianshou on envpool"], (1, 2)),
+}
+
+
+class Contender:
+    """A process that works when it is asked to, and waits otherwise."""
+
+    def __init__(self, workload: str, name: str, threads: int) -> None:
+        self.work, self.name, self.threads = WORKLOADS[workload], name, threads
+        self.label = f"{name}, {threads} thread{'s' * (threads > 1)}"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
+        script = str(Path(__file__).with_name("contenders.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, script, workload, name, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+
+    def __enter__(self) -> Contender:
+        self.hear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def hear(self) -> str:
+        assert self.process.stdout
+        if not (line := self.process.stdout.readline()):
+            self.errors.seek(0)
+            raise SystemExit(f"{self.label} has died:\n{self.errors.read()[-2000:]}")
+        return line
+
+    def run(self, seconds: float) -> dict[str, float]:
+        """What it does in the time.  Raises SystemExit unless its gradient steps are as many as were agreed."""
+        assert self.process.stdin
+        print(seconds, file=self.process.stdin, flush=True)
+        done = json.loads(self.hear())
+        agreed = 0 if self.name == "physics alone" else self.work.gradient_steps * done["iterations"]
+        if (done["gradient_steps"], done["steps"]) != (agreed, self.work.batch * done["iterations"]):
+            raise SystemExit(f"{self.label} did other work than {self.work}: {done}")
+        return done
+
+
+def measure(table: str, rounds: int, seconds: float, threads: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Steps/s of every contender, round by round."""
+    with ExitStack() as stack:
+        racers = []
+        for name in TABLES[table][0]:
+            for count in threads:
+                racers.append(stack.enter_context(Contender(table, name, count)))
+                print(f"{table}: {racers[-1].label}: ready", flush=True)
+        rates: dict[str, list[float]] = {racer.label: [] for racer in racers}
+        for i in range(rounds):
+            for racer in racers if i % 2 == 0 else reversed(racers):
+                done = racer.run(seconds)
+                rates[racer.label].append(done["steps"] / done["seconds"])
+                print(f"{table}: round {i + 1}: {racer.label}: {rates[racer.label][-1]:,.0f} steps/s", flush=True)
+    return [{"name": racer.name, "threads": racer.threads, "rates": rates[racer.label]} for racer in racers]
+
+
+def describe(work: Workload) -> str:
+    shape = "-".join(map(str, work.hidden))
+    steps = f"{work.epochs} epoch{'s' * (work.epochs > 1)} x {work.minibatches} minibatches of {work.minibatch:,}"
+    natural = work.method in ("TRPO", "NPG")
+    whose = "10 iterations of conjugate gradient, critic " if natural else ""
+    steps = f"{whose}{work.gradient_steps} steps on the whole batch" if work.minibatches == 1 else steps
+    steps = "one gradient step" if work.gradient_steps == 1 else steps
+    method = work.method.upper()
+    return f"{work.env}, {method}: {work.envs:,} environments x {work.horizon:,} steps, {steps}, {shape} tanh"
+
+
+def text(table: str, result: dict[str, Any]) -> str:
+    """Medians and spreads; the last column compares round by round."""
+    rows = sorted(result["rows"], key=lambda row: -statistics.median(row["rates"]))
+    best = next(row for row in rows if row["name"].startswith("pgsuite"))
+    lines = [f"### {describe(WORKLOADS[table])}", "", f"| | torch threads | steps/s | | {best['name']} is faster by |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows:
+        each = row["rates"]
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(best["rates"], each, strict=True))
+        numbers = f"{statistics.median(each):,.0f} | from {min(each):,.0f} to {max(each):,.0f}"
+        lines.append(f"| {row['name']} | {row['threads']} | {numbers} | {'' if row is best else f'{ratio:.2f}'} |")
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", *PEERS))
+    caption = f"Medians of {len(best['rates'])} interleaved rounds of {result['seconds']:g} s; {result['machine']}; "
+    return "\n".join([*lines, "", f"{caption}commit {result['commit']}; {versions}.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(TABLES), choices=TABLES, metavar="TABLE")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
+    parser.add_argument("--threads", nargs="+", type=int, help="of torch, instead of each table's own")
+    parser.add_argument("--out", type=Path, default=KEPT)
+    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/speed.md")
+    args = parser.parse_args()
+    if args.docs:
+        kept = {name: KEPT / f"{name}.json" for name in TABLES}
+        found = [text(name, json.loads(path.read_text())) for name, path in kept.items() if path.exists()]
+        write_table("docs/speed.md", "peers.py --docs", "\n".join(found))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        result = source() | {"seconds": args.seconds}
+        result["versions"] |= {peer: version(peer) for peer in PEERS}
+        result["rows"] = measure(name, args.rounds, args.seconds, tuple(args.threads or TABLES[name][1]))
+        print(text(name, result))
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
