@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from pgsuite.runtime.build import versions
+from pgsuite.runtime.build import commit, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,16 +19,6 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The commit, with a plus where the working tree differs from it in more than results."""
-    git = ["git", "-C", str(ROOT)]
-    described = subprocess.run(
-        [*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, check=True
-    )
-    differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False)
-    return described.stdout.strip() + "+" * bool(differs.returncode)
 
 
 def source() -> dict[str, Any]:

@@ -7,7 +7,10 @@ LostProcessError where another process has ended, or stays silent for longer tha
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,21 +34,41 @@ class LostProcessError(RuntimeError):
 def group() -> Iterator[None]:
     """Membership among the processes that torchrun started, by the variables it sets; alone where there are none.
 
-    Tensors on a CPU go through gloo, and those on a GPU through NCCL.  Raises LostProcessError if not all of them come.
+    Tensors on a CPU go through gloo, and those on a GPU through NCCL.  Raises LostProcessError if not all of them come,
+    or not all of them stay to the end.  Who leaves by an exception waits for nobody.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
+    # The defaults of its functions are the group that there is when it is imported, which torch.optim would have done
+    # while ours is; they would hold ours for ever, and with it gloo's threads.
+    importlib.import_module("torch.distributed.nn.functional")
     with _noticing():
         store, own, count = next(rendezvous("env://", timeout=PATIENCE))
         # Restarted processes may meet where the ones before them left their addresses.
         store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
-    yield
-    with _noticing():
-        dist.barrier()  # who left early would look lost
+    try:
+        yield
+        with _noticing():
+            dist.barrier()  # who left early would look lost
+    except BaseException as error:
+        dist.distributed_c10d._abort_process_group()
+        _let_go(error)
+        raise
     dist.destroy_process_group()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the frames that an exception came through, with what led to it.
+
+    gloo's threads end with the last reference to the group, and these hold some.  One that drops a tensor while Python
+    shuts down aborts the process.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager
@@ -53,7 +76,8 @@ def _noticing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcessError(str(error).partition("\n")[0]) from error
+        where_and_what = str(error).partition("\n")[0].partition(". ")[0]
+        raise LostProcessError(re.sub(r"^\[\S+:\d+\] ", "", where_and_what)) from error
 
 
 def size() -> int:

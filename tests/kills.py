@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ CASES: dict[str, list[str]] = {
 METHODS = ("reinforce", "a2c", "npg", "trpo", "ppo", "ppo_penalty")
 
 
-def child(folder: str, arguments: list[str], dies_at_write: int | None) -> None:
+def child(folder: str, arguments: list[str], dies_at_write: int | None, variables: Mapping[str, str]) -> None:
     """A training process; it may be told to die in the middle of writing a checkpoint."""
     from pgsuite.runtime import cli
     from pgsuite.runtime.train import train
 
     os.chdir(folder)
+    os.environ.update(variables)
     with open("output.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -63,15 +65,22 @@ def child(folder: str, arguments: list[str], dies_at_write: int | None) -> None:
 
         os.fsync = deadly
     sys.argv = ["train.py", *arguments]
-    cli.main(train, "train")
+    cli.main(train, "train", processes=True)
 
 
-def start(folder: Path, arguments: list[str], dies_at_write: int | None = None) -> Any:
+def fork(work: Callable[..., None], *arguments: Any) -> Any:
+    """A process that has everything imported."""
     context = multiprocessing.get_context("forkserver")  # which imports once, for all
-    context.set_forkserver_preload(["torch", "mujoco.batch", "tensorboard", "pgsuite.runtime.train"])
-    process = context.Process(target=child, args=(str(folder), arguments, dies_at_write))
+    context.set_forkserver_preload(["torch._dynamo", "mujoco.batch", "tensorboard", "pgsuite.runtime.train"])
+    process = context.Process(target=work, args=arguments)
     process.start()
     return process
+
+
+def start(
+    folder: Path, arguments: list[str], dies_at_write: int | None = None, variables: Mapping[str, str] | None = None
+) -> Any:
+    return fork(child, str(folder), arguments, dies_at_write, variables or {})
 
 
 def finish(folder: Path, arguments: list[str]) -> float:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -343,8 +342,11 @@ def test_advantages_are_standardized_where_asked() -> None:
         assert (abs(float(batch.advantage.std(correction=0)) - 1) < 1e-4) == expected
     seen = []
     algorithm = build(PPO, env, normalize_advantage="minibatch", epochs=1, minibatches=4)
-    loss = algorithm.loss
-    algorithm.loss = lambda batch: (seen.append(batch.advantage.std(correction=0)), loss(batch))[1]
+    surrogate = algorithm.surrogate
+    algorithm.surrogate = lambda ratio, advantage: (
+        seen.append(advantage.std(correction=0)),
+        surrogate(ratio, advantage),
+    )[1]
     algorithm.iterate(collector(algorithm, env))
     assert len(seen) == 4 and all(abs(float(s) - 1) < 1e-3 for s in seen)
 
@@ -372,7 +374,7 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
         theirs = torch.optim.RMSprop(params, 0.05, alpha=0.99, eps=1e-5)
     for _ in range(5):
         x = torch.randn(16, 3)
-        norm = ours.step(layers[1](layers[0](x).tanh()).square().mean())
+        norm = ours.descend(lambda x: (layers[1](layers[0](x).tanh()).square().mean(), {}), x)["grad_norm"]
         theirs.zero_grad()
         twins[1](twins[0](x).tanh()).square().mean().backward()
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(params, 0.5)), rel=1e-5)
@@ -384,9 +386,9 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
 def test_a_parameter_has_one_optimizer() -> None:
     layer = torch.nn.Linear(1, 1)
     first, second = Optimizer([layer], 0.1), Optimizer([layer], 0.1)
-    second.step(layer.weight.sum())
+    second.descend(lambda: (layer.weight.sum(), {}))
     with pytest.raises(RuntimeError, match="left its optimizer"):
-        first.step(layer.weight.sum())
+        first.descend(lambda: (layer.weight.sum(), {}))
 
 
 def test_credit_is_assigned_anew_before_each_epoch_where_asked() -> None:
@@ -679,61 +681,3 @@ def test_a_restored_algorithm_goes_on_identically(cls: type[Algorithm]) -> None:
     algorithm.iterate(one)
     resume_alike((algorithm, one), (twin, two))
     assert torch.equal(flat(algorithm), flat(twin))
-
-
-SHARED: dict[str, tuple[type[Algorithm], str, dict[str, Any]]] = {cls.__name__: (cls, "none", {}) for cls in ALL} | {
-    "PPO, remembering": (PPO, "gru", {}),
-    "TRPO, remembering": (TRPO, "gru", {}),
-    "TRPO, its switches the other way": (TRPO, "none", {"fisher": "gauss-newton", "line_search": "batched"}),
-}
-
-
-def learn_from_a_share(name: str, rank: int = 0, world: int = 1) -> list[Tensor]:
-    """What two updates come to, from the same rollout, of which each process sees its own, unequal, environments."""
-    cls, memory, given = SHARED[name]
-    env = PointMass(8, max_episode_steps=20)
-    options: dict[str, Any] = {"minibatches": 1, "epochs": 1} if issubclass(cls, PPO) else {}
-    options |= {"critic_minibatches": 1} if issubclass(cls, NPG | Reinforce) else {}
-    look = {"recurrent": memory, "recurrent_size": 8}
-    algorithm = build(cls, env, look=look, recurrent=memory, **options, **given)
-    whole = collector(algorithm, env).collect(algorithm.policy)
-    whole.mask[10:, ::3] = False  # so that shares are unequal
-    share = whole[:, rank::world]
-    for part in (algorithm.reward_scale, *algorithm.critics):
-        part.carry = part.carry[rank::world]
-
-    class Given:
-        def collect(self, policy: Any) -> Any:
-            return share
-
-    for _ in range(2):
-        algorithm.iterate(Given())
-    parts = (algorithm.policy, *algorithm.critics, algorithm.reward_scale.moments)
-    kept = [(name, x) for p in parts for name, x in (*p.named_parameters(), *p.named_buffers())]
-    return [x.detach() for name, x in kept if name != "carry"]
-
-
-def learn_together(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    ends = {name: learn_from_a_share(name, rank, 2) for name in SHARED}
-    if rank == 0:
-        torch.save(ends, f"{folder}/ends")
-    dist.barrier()
-    os._exit(0)  # gloo's threads abort now and then on a polite exit
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
-    """What two processes come to, by case."""
-    folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(learn_together, (str(folder),), nprocs=2)  # pyright: ignore
-    return torch.load(folder / "ends")
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_two_processes_equal_one(name: str, together: dict[str, list[Tensor]]) -> None:
-    for a, b in zip(learn_from_a_share(name), together[name], strict=True):
-        assert torch.allclose(a, b, atol=2e-5), float((a - b).abs().max())

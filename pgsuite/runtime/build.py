@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import keyword
 import platform
+import subprocess
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +64,8 @@ def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
 def settings_of(cfg: DictConfig) -> Run:
     """The settings outside method and environment, checked.  Raises UserError."""
     plain = container(cfg)
-    nodes = {f.name: construct(plain.pop(f.name), f.name) for f in fields(Run) if f.default_factory is not MISSING}
+    parts = [f.name for f in fields(Run) if f.default_factory is not MISSING and f.name in plain]
+    nodes = {name: construct(plain.pop(name), name) for name in parts}
     return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 
@@ -216,3 +219,18 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def commit() -> str | None:
+    """Of the checkout that this code runs from, if it is one, with a plus where the code differs from it."""
+    root = Path(pgsuite.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps within a repository of something else
+        return None
+    git = ["git", "-C", str(root)]
+    with suppress(OSError, subprocess.CalledProcessError):
+        described = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False)
+        return described.stdout.strip() + "+" * bool(changed.returncode)
+    return None

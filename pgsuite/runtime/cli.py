@@ -27,6 +27,7 @@ from pgsuite.settings import closest
 CONFIGS = Path(__file__).parents[2] / "configs"
 LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
+UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
 LOST = (
     "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
     "resume=auto goes on from there, and torchrun --max-restarts=3 has it do so by itself"
@@ -61,7 +62,8 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             if verbose or composed:
                 raise
-            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}")  # Hydra's own words
+            remedy = UNNAMED if "group override" in str(error) else ""  # where Hydra's own words help nobody
+            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}{remedy}")
 
     # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
     @functools.wraps(task)
@@ -72,13 +74,16 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             return _one_of_many(task, cfg)
         return guarded(lambda: task(cfg))
 
-    def work() -> None:
-        with parallel.group():
-            if parallel.size() > 1:
-                _divide(processes)
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
+    def compose() -> None:
+        if parallel.size() > 1:
+            _divide(processes)
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
 
-    guarded(work)
+    def together() -> None:
+        with parallel.group():
+            guarded(compose)  # who speaks for all is settled among the members
+
+    guarded(together)
 
 
 def _divide(processes: bool) -> None:

@@ -18,8 +18,17 @@ from pgsuite.runtime.build import container, versions
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.trainer import Level, Trainer
 
-FREE = ("total_steps", "checkpoint", "recover", "evaluation", "logging", "env_threads", "device")  # may change
-IDLE = ("resume", "checkpoint", "logging", "env_threads")  # make no other run of one
+FREE = (
+    "total_steps",
+    "checkpoint",
+    "recover",
+    "evaluation",
+    "logging",
+    "profile",
+    "env_threads",
+    "device",
+)  # may change
+IDLE = ("resume", "checkpoint", "logging", "profile", "env_threads")  # make no other run of one
 MEANING: dict[Level, str] = {
     "exact": "as if it had never stopped",
     "episode": "its environments cannot be saved and begin new episodes",

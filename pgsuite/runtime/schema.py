@@ -6,6 +6,7 @@ is composed, for this suite's classes and a user's alike.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -121,6 +122,7 @@ class Run:
     clip_reward: Positive | None = 10.0  # scaled ones
     resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    profile: bool = False  # say where the time of an iteration goes, and leave a trace
     recover: Recover = field(default_factory=Recover)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
@@ -149,6 +151,7 @@ def locate(path: str) -> type:
     return cls
 
 
+@functools.cache
 def schema(cls: type) -> type:
     """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
 

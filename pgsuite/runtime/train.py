@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from pgsuite import parallel
 from pgsuite.runtime import callbacks, checkpoint, loggers
-from pgsuite.runtime.build import build, check_alike, container, describe, settings_of, spaces_of, versions
+from pgsuite.runtime.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
+from pgsuite.runtime.profiling import Profile
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
 from pgsuite.runtime.schema import UserError
@@ -45,51 +48,30 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
-    console, writes = callbacks.console(), parallel.rank() == 0
+    console = callbacks.console()
 
     def say(line: str) -> None:
-        if writes:
+        if parallel.rank() == 0:
             console.print(line, highlight=False)
 
     settings_of(cfg)  # complains before anything is looked for
+    folder = parallel.broadcast(folder)  # that of the first process, for whoever speaks of it
     before = past(cfg, hydra, say)
     if before is not None:
         folder, cfg = before.folder, before.cfg
-        if before.steps >= cfg.total_steps and finished(folder):
+        if before.steps >= cfg.total_steps and parallel.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return objective(folder)
     trainer, run = build(cfg), settings_of(cfg)
-    config, env = container(cfg) | {"resume": None}, trainer.collector.env
-    choices = before.state["choices"] if before else dict(hydra.runtime.choices)
-    names = {key: choices[key] for key in ("algo", "env")}
-    again = -1 if (folder / "config.yaml").exists() else None  # it was killed before anything was saved
-    after = before.steps if before else again
-    if writes:
+    if parallel.rank() == 0:
         if before is not None:
             checkpoint.set_aside(folder, before.steps)
         elif holds_another(folder, cfg):
             raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-
-    facts = {"config": config, "choices": choices, "versions": versions(), "device": env.device.type}
-    facts |= {"spaces": spaces_of(env)}
-    checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
-    settings = _flatten(config) | names
-    board = loggers.TensorBoard(folder, settings, after) if writes else None
-    logs: list[loggers.Logger] = [loggers.Csv(folder / "metrics.csv", after), board] if board else []
-    if writes and run.logging.wandb.project is not None:
-        logs.append(loggers.WandB(folder, settings, run.logging.wandb))
-    parts: list[Callback] = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)] if writes else []
-    if run.evaluation.every is not None:
-        play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
-        table = loggers.Csv(folder / "evaluation.csv", after) if writes else None
-        parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
-    parts.append(checkpoints)
-    if writes:
-        found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": parallel.size()}
-        found |= {"resume": trainer.level, "versions": versions()}
-        parts.append(callbacks.Summary(folder / "summary.json", names | found))
-    trainer.callbacks = parts
+    choices = before.state["choices"] if before else dict(hydra.runtime.choices)
+    facts = {"config": container(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
+    facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
+    trainer.callbacks = recorders(trainer, cfg, folder, facts, before.steps if before else None, console)
     trainer.guard = Recovery(folder, facts, run.recover.attempts, say)
     for line in (*describe(trainer, run), *_recipe(hydra)):
         say(line)
@@ -100,7 +82,8 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         trainer.fit()
         parallel.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
-        how = f"go on with: python scripts/train.py resume={short(folder)}"
+        start = "python" if parallel.size() == 1 else f"torchrun --nproc-per-node={parallel.local_size()}"
+        how = f"go on with: {start} scripts/train.py resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
         sys.exit(0 if trainer.stop == signal.SIGINT else 128 + trainer.stop)
     seconds = trainer.seconds["total"]
@@ -109,7 +92,41 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         f"{outcome if trainer.recent else 'no episode finished in the last tenth'} | {trainer.steps:,} steps in "
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
     )
-    return objective(folder) if writes else None
+    return objective(folder) if parallel.rank() == 0 else None
+
+
+def recorders(
+    trainer: Trainer, cfg: DictConfig, folder: Path, facts: dict[str, Any], begun: int | None, console: Console
+) -> list[Callback]:
+    """What writes down a run that begins, or goes on after the ``begun`` steps that it made; config.yaml at once."""
+    run, env, config = settings_of(cfg), trainer.collector.env, facts["config"]
+    names = {key: facts["choices"][key] for key in ("algo", "env")}
+    described = _flatten(config) | names
+    checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
+    parts: list[Callback] = []
+    logs: list[loggers.Logger] = []
+    board = None
+    if writes := parallel.rank() == 0:
+        if begun is None and (folder / "config.yaml").exists():
+            begun = -1  # it was killed before anything was saved
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        board = loggers.TensorBoard(folder, described, begun)
+        logs = [loggers.Csv(folder / "metrics.csv", begun), board]
+        if run.logging.wandb.project is not None:
+            logs.append(loggers.WandB(folder, described, run.logging.wandb))
+        parts = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)]
+        if run.profile:
+            parts.append(Profile(folder, partial(console.print, highlight=False)))
+    if run.evaluation.every is not None:
+        play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
+        table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
+        parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
+    parts.append(checkpoints)
+    if writes:
+        found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": parallel.size()}
+        found |= {"resume": trainer.level, "versions": facts["versions"], "commit": commit()}
+        parts.append(callbacks.Summary(folder / "summary.json", names | found))
+    return parts
 
 
 @contextmanager

@@ -65,7 +65,7 @@ dd { margin: 0; max-width: 46rem }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt }
-  h2, h3 { break-after: avoid }
+  h2, h3, h2 + p { break-after: avoid }
   tr, .box { break-inside: avoid }
   .box { border: 1px solid var(--line) }
   .table { overflow: visible }
