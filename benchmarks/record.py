@@ -23,7 +23,7 @@ def machine() -> str:
 
 def source() -> dict[str, Any]:
     """Command, commit, machine and versions of this process."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     return {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
 
 

@@ -15,7 +15,7 @@ import math
 import operator
 import types
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -47,7 +47,7 @@ Natural = Annotated[int, Range(0)]
 def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:
     """Raise ValueError, naming the field and what would be right, if a field of dataclass obj breaks its type.
 
-    Only numbers, strings, booleans, literals, sequences of them and unions are checked; modules and other
+    Only numbers, strings, booleans, literals, dataclasses, sequences of them and unions are checked; modules and other
     parts are not, nor are fields to skip.
     """
     hints = get_type_hints(type(obj), include_extras=True)
@@ -129,7 +129,7 @@ def _complaint(hint: Any, value: Any) -> str | None:
         ok = isinstance(value, int | float) and not isinstance(value, bool)
     elif hint is int:
         ok = isinstance(value, int) and not isinstance(value, bool)
-    elif hint in (bool, str, type(None)):
+    elif hint in (bool, str, type(None)) or (isinstance(hint, type) and is_dataclass(hint)):
         ok = isinstance(value, hint)
     else:
         ok = True
@@ -144,4 +144,4 @@ def _names(hint: Any) -> str:
         str: "a word",
         type(None): "null",
     }
-    return words.get(hint, str(hint))
+    return words.get(hint, f"of class {hint.__name__}" if isinstance(hint, type) else str(hint))

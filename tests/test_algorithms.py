@@ -342,8 +342,11 @@ def test_advantages_are_standardized_where_asked() -> None:
         assert (abs(float(batch.advantage.std(correction=0)) - 1) < 1e-4) == expected
     seen = []
     algorithm = build(PPO, env, normalize_advantage="minibatch", epochs=1, minibatches=4)
-    loss = algorithm.loss
-    algorithm.loss = lambda batch: (seen.append(batch.advantage.std(correction=0)), loss(batch))[1]
+    surrogate = algorithm.surrogate
+    algorithm.surrogate = lambda ratio, advantage: (
+        seen.append(advantage.std(correction=0)),
+        surrogate(ratio, advantage),
+    )[1]
     algorithm.iterate(collector(algorithm, env))
     assert len(seen) == 4 and all(abs(float(s) - 1) < 1e-3 for s in seen)
 
@@ -371,7 +374,7 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
         theirs = torch.optim.RMSprop(params, 0.05, alpha=0.99, eps=1e-5)
     for _ in range(5):
         x = torch.randn(16, 3)
-        norm = ours.step(layers[1](layers[0](x).tanh()).square().mean())
+        norm = ours.descend(lambda x: (layers[1](layers[0](x).tanh()).square().mean(), {}), x)["grad_norm"]
         theirs.zero_grad()
         twins[1](twins[0](x).tanh()).square().mean().backward()
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(params, 0.5)), rel=1e-5)
@@ -383,9 +386,9 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
 def test_a_parameter_has_one_optimizer() -> None:
     layer = torch.nn.Linear(1, 1)
     first, second = Optimizer([layer], 0.1), Optimizer([layer], 0.1)
-    second.step(layer.weight.sum())
+    second.descend(lambda: (layer.weight.sum(), {}))
     with pytest.raises(RuntimeError, match="left its optimizer"):
-        first.step(layer.weight.sum())
+        first.descend(lambda: (layer.weight.sum(), {}))
 
 
 def test_credit_is_assigned_anew_before_each_epoch_where_asked() -> None:

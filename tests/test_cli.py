@@ -265,6 +265,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["algo.clip=abc"], "PPO.clip must be a number greater than 0, got 'abc'"),
     (["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
     (["num_envs=1.5"], "num_envs: Value '1.5' of type 'float' could not be converted to Integer"),
+    (["algo.estimator={kl: 1}"], "PPO.estimator must be of class Estimator, got {'kl': 1}"),
+    (["tuned=null"], "Got NoneType; a group takes the name of one of its choices"),
     (["algo.clip=0"], "PPO.clip must be a number greater than 0, got 0"),
     (["algo.clip=-1"], "PPO.clip must be a number greater than 0, got -1"),
     (["algo.gamma=1.5"], "PPO.gamma must be a number from 0 to 1, got 1.5"),
@@ -393,6 +395,7 @@ def test_a_run_that_diverges_stops_says_where_and_can_be_replayed(command: Cli) 
     assert bundle["config"]["algo"]["lr"] == 1e30 and bundle["versions"]["torch"] == torch.__version__
     code, out, err = command("replay", "crash=run")
     assert code == 0 and "before the update: everything is finite" in out and "nan values" in out, err
+    assert "which is the gradient of " in out and "Traceback" not in out + err
     assert command("replay", "crash=elsewhere.pt")[0] == 1
 
 

@@ -1,32 +1,31 @@
 """A file that is no whole checkpoint of ours does nothing but be refused, in one message, wherever it is given."""
 
 import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any
 
+import fuzz
 import pytest
 import torch
-from test_cli import Cli
-from test_cli import command as command
 from test_export import save
 
 import pgsuite
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.schema import UserError
 
+HARM = Path("broken_into")  # what a hostile file would make
+
 
 class Hostile:
     """Makes a directory where it is unpickled carelessly."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.place),)
+        return os.mkdir, (str(HARM),)
 
 
-def spoil(path: Path, how: str, harm: Path) -> None:
+def spoil(path: Path, how: str) -> None:
     """Put something else in a checkpoint's place."""
     data, draw = path.read_bytes(), random.Random(how)
     state = torch.load(path, weights_only=True)
@@ -38,9 +37,11 @@ def spoil(path: Path, how: str, harm: Path) -> None:
     elif how == "text":
         path.write_text("[1, 2, 3]")
     elif how == "hostile":
-        torch.save({**state, "algorithm": Hostile(harm)}, path)
-    elif how == "a hostile pickle":
-        torch.save({**state, "algorithm": Hostile(harm)}, path, _use_new_zipfile_serialization=False)
+        torch.save({**state, "algorithm": Hostile()}, path)
+    elif how == "of the old kind":
+        torch.save({**state, "algorithm": Hostile()}, path, _use_new_zipfile_serialization=False)
+    elif how == "a bare pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
     elif how == "a tensor":
         torch.save(torch.zeros(3), path)
     elif how == "another format":
@@ -54,32 +55,88 @@ def spoil(path: Path, how: str, harm: Path) -> None:
     else:  # altered where the pickle lies
         at = data.index(b"data.pkl") + draw.randrange(60, 200)
         path.write_bytes(data[:at] + draw.randbytes(40) + data[at + 40 :])
-    if how in ("hostile", "a tensor", "another format", "of nothing"):
+    if how in SEALED:
         with path.open("r+b") as file:
             checkpoint.seal(file)  # so that it is not for its checksum that it is refused
 
 
-KINDS = ["a directory", "empty", "text", "hostile", "a hostile pickle", "a tensor", "another format", "of nothing"]
-KINDS += ["a dangling link", *(f"cut {i}" for i in range(6)), *(f"altered {i}" for i in range(2))]
+SEALED = ["hostile", "of the old kind", "a bare pickle", "a tensor", "another format", "of nothing"]
+KINDS = [
+    *SEALED,
+    "a directory",
+    "empty",
+    "text",
+    "a dangling link",
+    "cut 0",
+    "cut 1",
+    "cut 2",
+    "altered 0",
+    "altered 1",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """What there is, and when files changed."""
+    return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refuse(folder: Path, script: str, *arguments: str, naming: str) -> None:
+    """One message that names what is refused, and nothing else."""
+    before = stamps(folder)
+    found = fuzz.answer(script, list(arguments))
+    assert not found.wrong and found.kind == "UserError" and naming in found.said, found
+    assert not HARM.exists() and stamps(folder) == before
 
 
 @pytest.mark.parametrize("how", KINDS)
-def test_what_is_no_checkpoint_is_refused_everywhere(command: Cli, how: str) -> None:
-    path, harm = save(command.folder, "gaussian"), command.folder / "broken_into"
-    spoil(path, how, harm)
-    before = sorted(command.folder.rglob("*"))
-    for name, key, *more in (("train", "resume"), ("evaluate", "run"), ("export", "run", "format=torch")):
-        code, out, err = command(name, f"{key}={path.relative_to(command.folder)}", *more)
-        assert code == 1 and err.startswith("error: ") and "Traceback" not in out + err, err
-        assert err.strip().count("\n") == 0 and path.name in err and len(err) < 600, err
+def test_what_is_no_checkpoint_is_refused_everywhere(folder: Path, how: str) -> None:
+    path = save(folder, "gaussian").relative_to(folder)
+    spoil(path, how)
+    for script, key in (("train", "resume"), ("evaluate", "run"), ("export", "run"), ("replay", "crash")):
+        refuse(folder, script, f"{key}={path}", naming=path.name)
     with pytest.raises(UserError) as refused:
         pgsuite.load(path)
-    assert path.name in str(refused.value) and "\n" not in str(refused.value)
-    assert not harm.exists() and sorted(command.folder.rglob("*")) == before
+    assert path.name in str(refused.value) and "\n" not in str(refused.value) and not HARM.exists()
 
 
-def test_such_a_file_does_harm_when_loaded_carelessly(tmp_path: Path) -> None:
-    """The test above proves nothing otherwise."""
-    torch.save(Hostile(tmp_path / "broken_into"), tmp_path / "x.pt")
-    torch.load(tmp_path / "x.pt", weights_only=False)
-    assert (tmp_path / "broken_into").is_dir()
+def test_a_run_of_hostile_files_does_nothing_but_be_refused(folder: Path) -> None:
+    """Whatever of it is given, and to whom."""
+    home, small = Path("runs", "ppo-CartPole"), ["env=CartPole", *fuzz.SMALL, "horizon=16", "evaluation.every=160"]
+    run = home / "old"
+    fuzz.answer("train", [*small, "evaluation.episodes=1", f"hydra.run.dir={run}"], iterations=100)
+    best = run / checkpoint.FOLDER / checkpoint.BEST
+    assert best.is_file()
+    files = [*run.glob("checkpoints/*.pt"), run / "crash.pt", run / "policy.pt2", run / "policy.onnx"]
+    for path in files:
+        path.unlink(missing_ok=True)
+        path.write_bytes(pickle.dumps(Hostile()))
+        with path.open("r+b") as file:
+            checkpoint.seal(file)
+    for name in ("config.yaml", "summary.json", "metrics.csv", "evaluation.csv"):
+        (run / name).write_text(f"!!python/object/apply:os.mkdir [{HARM}]\n")
+
+    last, crash, *exported = run / checkpoint.FOLDER / "000000000320.pt", run / "crash.pt", *files[-2:]
+    doors = {"train": [run, last, best], "evaluate": [run, best, *exported], "export": [run], "replay": [run, crash]}
+    for script, given in doors.items():
+        for path in given:
+            key = {"train": "resume", "replay": "crash"}.get(script, "run")
+            refuse(folder, script, f"{key}={path}", naming=path.name if path.suffix else str(run))
+    refuse(folder, "report", str(run), naming=str(run))
+    for path in (run, best, *exported):
+        with pytest.raises(UserError):
+            pgsuite.load(path)
+    found = fuzz.answer("train", [*small, "resume=auto"], iterations=100)  # which looks for a run, and finds none
+    assert found.kind == "trained" and len(list(home.iterdir())) == 2 and not HARM.exists()
+
+
+def test_such_a_file_does_harm_when_loaded_carelessly(folder: Path) -> None:
+    """The tests above prove nothing otherwise."""
+    torch.save(Hostile(), folder / "x.pt")
+    torch.load(folder / "x.pt", weights_only=False)
+    assert HARM.is_dir()

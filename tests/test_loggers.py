@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
-from pgsuite.runtime.loggers import TensorBoard, WandB
-from pgsuite.runtime.schema import Wandb
+from pgsuite.runtime.loggers import Csv, TensorBoard, WandB
+from pgsuite.runtime.schema import UserError, Wandb
 
 SETTINGS = {"algo": "ppo", "algo.lr": 3e-4, "critic.recurrent": None, "policy.hidden": [64, 64], "checkpoint.every": 9}
 
@@ -60,6 +60,14 @@ def test_results_are_written_where_a_run_came_to_its_end(tmp_path: Path) -> None
     assert finished.Scalars("Result/return_mean")[0].value == 3.0
     assert finished.Scalars("Result/evaluation_return")[0].value == 4.0
     assert not [tag for tag in read(tmp_path / "cut").Tags()["scalars"] if tag.startswith("Result/")]
+
+
+@pytest.mark.parametrize("text", ["\0\x80", "3\n1", ",,\n1,2", "steps\n1,2"])
+def test_a_run_does_not_go_on_with_a_damaged_table(tmp_path: Path, text: str) -> None:
+    (path := tmp_path / "metrics.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"metrics.csv is damaged .*: move it away"):
+        Csv(path, after=10)
+    assert path.read_text(encoding="latin-1") == text
 
 
 def test_wandb_goes_on_with_its_run_where_one_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_an_adaptive_number_follows_the_kl_within_its_bounds(kl: float, factor: 
         ({"lr": {"linear": 1.0}}, r"PPO.lr: this schedule is written \{linear: \[start, end\]\}"),
         ({"lr": {"linear": [1.0, -1.0]}}, "PPO.lr must be a number at least 0, got -1.0"),
         ({"lr": {"linear": [1.0, "x"]}}, "PPO.lr must be|this schedule is written"),
+        ({"target_kl": {"linear": [1.0, None]}}, "this schedule is written"),
         ({"lr": {"linear": [1, 0], "cosine": [1, 0]}}, "must be a number or one schedule"),
         ({"lr": {}}, "must be a number or one schedule"),
         ({"clip": {"piecewise": {0.5: 1, 1: 0}}}, "with fractions of the run in rising order"),

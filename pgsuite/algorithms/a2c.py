@@ -28,11 +28,7 @@ class A2C(ActorCritic):
         self.optimizer = Optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
 
     def update(self, batch: Batch) -> Metrics:
-        return self.step(batch)
-
-    def step(self, batch: Batch) -> Metrics:
-        loss, metrics = self.loss(batch)
-        return metrics | {"grad_norm": self.optimizer.step(loss)}
+        return self.optimizer.descend(self.loss, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and what to watch."""

@@ -217,10 +217,14 @@ class Regression(Algorithm):
             check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
 
     def regress(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
-        steps, count = [], self.critic_minibatches
+        steps: list[Metrics] = []
         for _ in range(self.critic_epochs):
-            for part in minibatches(batch, count, columns=self.sequential, generator=self.generator):
-                error = masked_mean(objectives.squared_error(critic(part), part.target), part.mask)
-                norm = optimizer.step(error)
-                steps.append({"value_loss": error.detach(), "critic_grad_norm": norm})
-        return average(steps)
+            parts = minibatches(batch, self.critic_minibatches, columns=self.sequential, generator=self.generator)
+            steps += [optimizer.descend(self.misfit, critic, part) for part in parts]
+        metrics = average(steps)
+        return metrics | {"critic_grad_norm": metrics.pop("grad_norm")}
+
+    def misfit(self, critic: Critic, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The critic's mean squared error over real cells, to descend and to watch."""
+        error = masked_mean(objectives.squared_error(critic(batch), batch.target), batch.mask)
+        return error, {"value_loss": error.detach()}

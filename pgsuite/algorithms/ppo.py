@@ -63,12 +63,12 @@ class PPO(A2C):
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a step on each of the minibatches."""
         parts = minibatches(batch, self.minibatches, columns=self.sequential, generator=self.generator)
-        return average([self.step(part) for part in parts])
+        return average([self.optimizer.descend(self.loss, part) for part in parts])
 
-    def step(self, batch: Batch) -> Metrics:
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         if self.normalize_advantage == "minibatch":
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
-        return super().step(batch)
+        return super().loss(batch)
 
     def watch_ratio(self, ratio: Tensor) -> Metrics:
         low, high = self.clips

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pgsuite.algorithms.base import Regression
 from pgsuite.functional import estimators
@@ -64,15 +65,13 @@ class Reinforce(Regression):
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 
     def update(self, batch: Batch) -> Metrics:
-        dist = self.policy.dist(batch)
-        gain = dist.log_prob(batch.action) * batch.advantage
-        episodes = batch.logp.shape[1]
-        loss = -gain.where(batch.mask, 0.0).sum() / episodes
-        metrics = {
-            "policy_loss": loss.detach(),
-            "entropy": masked_mean(dist.entropy().detach(), batch.mask),
-            "grad_norm": self.optimizer.step(loss),
-        }
+        metrics = self.optimizer.descend(self.loss, batch)
         if self.critic is not None:
             metrics |= self.regress(self.critic, self.critic_optimizer, batch)
         return metrics
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        dist = self.policy.dist(batch)
+        gain = dist.log_prob(batch.action) * batch.advantage
+        loss = -gain.where(batch.mask, 0.0).sum() / batch.logp.shape[1]
+        return loss, {"policy_loss": loss.detach(), "entropy": masked_mean(dist.entropy().detach(), batch.mask)}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pgsuite.functional import trust_region
+from pgsuite.types import Metrics
 
 Kind = Literal["adam", "rmsprop"]
+Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to descend, and what to watch
 
 
 class Optimizer:
@@ -45,15 +47,26 @@ class Optimizer:
             # RMSprop would read a tensor back to the host: it steps at rate one, and ``step`` goes lr of the way.
             self.inner = torch.optim.RMSprop([self.flat], lr=1.0, alpha=0.99, eps=1e-5)
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Descend loss; returns the gradient's global norm before clipping.
+    def descend(self, objective: Objective, *seen: Any) -> Metrics:
+        """One step down the gradient of the loss that objective(*seen) begins with; the metrics that follow it, and
+        the gradient's global norm before clipping.
 
         Raises RuntimeError if another optimizer has since taken parameters of this one.
         """
+        gradient, metrics = self.gradient(objective, *seen)
+        return metrics | {"grad_norm": self.step(gradient)}
+
+    def gradient(self, objective: Objective, *seen: Any) -> tuple[Tensor, Metrics]:
+        """Of the loss [P], averaged over processes, and the metrics.  Execution may put a compiled one in its place."""
+        loss, metrics = objective(*seen)
+        return trust_region.flat_grad(loss, self.params), metrics
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """Move against a gradient [P], which is clipped in place; returns its norm before that."""
         storage = self.flat.untyped_storage().data_ptr()
         if any(p.untyped_storage().data_ptr() != storage for p in self.params):
             raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
-        self.flat.grad = gradient = trust_region.flat_grad(loss, self.params)
+        self.flat.grad = gradient
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

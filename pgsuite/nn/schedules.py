@@ -33,6 +33,8 @@ class Schedule(nn.Module, ABC):
 
     def __init__(self, *numbers: float) -> None:
         super().__init__()
+        if None in numbers:  # which some settings may be, but on the way to no number
+            raise TypeError(numbers)
         self.numbers = numbers
         self.register_buffer("value", torch.tensor(float(numbers[0])))
 

@@ -64,7 +64,8 @@ def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
 def settings_of(cfg: DictConfig) -> Run:
     """The settings outside method and environment, checked.  Raises UserError."""
     plain = container(cfg)
-    nodes = {f.name: construct(plain.pop(f.name), f.name) for f in fields(Run) if f.default_factory is not MISSING}
+    parts = [f.name for f in fields(Run) if f.default_factory is not MISSING and f.name in plain]
+    nodes = {name: construct(plain.pop(name), name) for name in parts}
     return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 

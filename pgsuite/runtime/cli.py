@@ -27,6 +27,7 @@ from pgsuite.settings import closest
 CONFIGS = Path(__file__).parents[2] / "configs"
 LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
+UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
 LOST = (
     "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
     "resume=auto goes on from there, and torchrun --max-restarts=3 has it do so by itself"
@@ -61,7 +62,8 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             if verbose or composed:
                 raise
-            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}")  # Hydra's own words
+            remedy = UNNAMED if "group override" in str(error) else ""  # where Hydra's own words help nobody
+            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}{remedy}")
 
     # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
     @functools.wraps(task)

@@ -6,30 +6,72 @@ import importlib.util
 import os
 import shutil
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.export import register_dataclass
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
+from pgsuite import parallel
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import TaskEnv, VectorEnv
 from pgsuite.envs.tasks.classic import ClassicTask
+from pgsuite.types import Batch
 
 Execution = Literal["eager", "compile"]
+
+register_dataclass(Batch)  # so that tracing sees the tensors in it
+
+
+class Compiled:
+    """A function of nests of tensors, with all that autograd does in it, as one compiled graph for each shape it meets.
+
+    Tracing sees the operations of forward and backward alike, so they are fused with one another, and no autograd runs
+    afterwards.  What is no tensor is taken for constant.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, nest = pytree.tree_flatten(args)
+        inputs = [x for x in leaves if isinstance(x, Tensor)]
+        key = nest, tuple((x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else x for x in leaves)
+        if key not in self.graphs:
+            self.graphs[key] = self.trace(leaves, nest, inputs)
+        graph, nest = self.graphs[key]
+        with torch.no_grad():
+            return pytree.tree_unflatten(graph(*inputs), nest)
+
+    def trace(self, leaves: list[Any], nest: Any, inputs: list[Tensor]) -> tuple[Callable[..., Any], Any]:
+        found = []
+
+        def flat(*given: Tensor) -> list[Tensor]:
+            rest = iter(given)
+            args = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], nest)
+            outputs, outward = pytree.tree_flatten(self.function(*args))
+            found.append(outward)
+            return outputs
+
+        graph = make_fx(flat)(*inputs)
+        return torch.compile(graph, dynamic=False), found[-1]
 
 
 def execute(algorithm: Algorithm, env: VectorEnv, how: Execution) -> None:
     """Have them run so from here on.
 
-    ``compile`` fuses the loss of a minibatch with its gradient, which is where A2C and PPO spend their time, and a step
-    of tasks written in torch; the numbers agree with eager ones to rounding.  The methods that need second derivatives
-    have no loss that it can take.  Raises ValueError where there is nothing to compile, or nothing to compile it with.
+    ``compile`` makes one graph of each loss with its gradient, which is where A2C and PPO spend their time, and NPG and
+    TRPO what they spend on their critic; and one of a step of tasks written in torch.  The numbers agree with eager
+    ones to rounding.  Raises ValueError where there is nothing to compile with, or several processes.
     """
     if how == "eager":
         return
-    loss = getattr(algorithm, "loss", None)
-    if loss is None:
-        name = type(algorithm).__name__
-        raise ValueError(f"execution=compile is for methods with a minibatch loss, and {name} has none: leave it out")
+    if parallel.size() > 1:
+        raise ValueError("execution=compile is for one process: leave it out under torchrun")
     if env.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("execution=compile needs triton on a GPU: pip install triton, or leave it out")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -38,6 +80,7 @@ def execute(algorithm: Algorithm, env: VectorEnv, how: Execution) -> None:
             f"execution=compile needs a C++ compiler, and there is no {compiler}: install it, or leave it out"
         )
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
-    algorithm.loss = torch.compile(loss, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
+    for optimizer in algorithm.optimizers:
+        optimizer.gradient = Compiled(optimizer.gradient)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv) and isinstance(env.task, ClassicTask):
         env.task.advance = torch.compile(env.task.advance, dynamic=False, fullgraph=True)

@@ -36,7 +36,7 @@ from pgsuite.runtime.build import construct, container, versions
 from pgsuite.runtime.callbacks import console
 from pgsuite.runtime.restore import Restored, restore
 from pgsuite.runtime.schema import UserError
-from pgsuite.settings import Natural
+from pgsuite.settings import Natural, Positive
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-5  # of every output, relative to its size where that is above one
@@ -54,6 +54,7 @@ class Export:
     format: Literal["onnx", "torch"] = "onnx"
     to: str | None = None  # the file; null puts it beside the run's other results
     seed: Natural = 0  # of the observations that the file is tried on
+    tolerance: Positive = TOLERANCE  # a greater difference from the policy is an error
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
@@ -180,9 +181,10 @@ def export(cfg: DictConfig) -> None:
         with quiet():
             write(portable, portable.metadata(restored), temporary, wanted.format)
         found = compare(portable, restored, runner(temporary, wanted.format), wanted.seed)
-        if found.worst > TOLERANCE:
+        if found.worst > wanted.tolerance:
             raise UserError(
-                f"the file that {wanted.format} made of {restored.path} differs from it: {found}; nothing was written"
+                f"the file that {wanted.format} made of {restored.path} differs from it by more than tolerance="
+                f"{wanted.tolerance}: {found}; nothing was written"
             )
         temporary.replace(path)
     finally:

@@ -97,15 +97,26 @@ class Csv:
     """One row a time, on disk at once.  Where a column first appears late, the file is replaced by one that has it."""
 
     def __init__(self, path: Path, after: int | None = None) -> None:
-        """``after`` so many steps the run goes on, and what another process wrote later is dropped."""
+        """``after`` so many steps the run goes on, and what another process wrote later is dropped.
+
+        Raises UserError where what was written is no table with a column of steps.
+        """
         self.path = path
         self.columns: list[str] = ["steps"]
         self.rows: list[dict[str, Any]] = []
         if after is not None and path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or self.columns)
-                self.rows = [row for row in reader if (row["steps"] or "").isdigit() and int(row["steps"]) <= after]
+            try:
+                with path.open(newline="") as file:
+                    reader = csv.DictReader(file)
+                    self.columns = list(reader.fieldnames or self.columns)
+                    rows = [row for row in reader if (row.get("steps") or "").isdecimal()]
+                if "steps" not in self.columns or any(None in row for row in rows):
+                    raise ValueError("its first line does not name its columns")
+            except (ValueError, csv.Error) as error:
+                raise UserError(
+                    f"{path} is damaged ({error}), so the run cannot go on with it: move it away, and another begins"
+                ) from error
+            self.rows = [row for row in rows if int(row["steps"]) <= after]
         self.replace()
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:

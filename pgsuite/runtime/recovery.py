@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -142,13 +144,21 @@ def replay(cfg: DictConfig) -> None:
     rollout = Rollout(**bundle["rollout"]).map(lambda x: x.to(env.device))
     before = [*unsound(algorithm), *filter(None, [unreal(rollout)])]
     say(f"before the update: {'; '.join(before) or 'everything is finite'}", highlight=False)
-    try:
-        with torch.autograd.set_detect_anomaly(True):
+    with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
+        try:
             metrics = algorithm.absorb(rollout)
-    except RuntimeError as error:
-        say(f"in the update: {error}", highlight=False)
-        return
+        except RuntimeError as error:
+            say(f"in the update: {error}", highlight=False)
+            for line in filter(None, map(origin, told)):
+                say(line, highlight=False)
+            return
     for name, value in metrics.items():
         say(f"{'  ' if bool(value.isfinite()) else '! '}{name} = {float(value):.6g}", highlight=False)
     after = unsound(algorithm)
     say(f"after it: {', '.join(after)} not finite" if after else "after it: everything is finite", highlight=False)
+
+
+def origin(told: warnings.WarningMessage) -> str | None:
+    """Where the operation was that lost the numbers, out of the traceback that torch warns with."""
+    frames = re.findall(r'File "(.+)", line (\d+), in .+\n +(.+)', str(told.message))
+    return "which is the gradient of {}:{}: {}".format(*frames[-1]) if frames else None

@@ -6,6 +6,7 @@ is composed, for this suite's classes and a user's alike.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -150,6 +151,7 @@ def locate(path: str) -> type:
     return cls
 
 
+@functools.cache
 def schema(cls: type) -> type:
     """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
 
