@@ -90,7 +90,7 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     assert str(run.relative_to(command.folder)) in lines[-1] and "return -" in lines[-1]
 
     summary = json.loads((run / "summary.json").read_text())
-    facts = "algo env seed backend device processes resume versions status steps total_steps seconds steps_per_second "
+    facts = "algo env seed backend device processes resume versions commit status steps total_steps seconds steps_per_second "
     assert " ".join(summary) == facts + "return_mean return_std episodes evaluation recoveries"
     assert summary["status"] == "finished" and summary["resume"] == "exact"
     assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
