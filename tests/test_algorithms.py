@@ -509,8 +509,8 @@ FAST: dict[type[Algorithm], dict[str, Any]] = {
         "minibatches": 2,
         "beta": {"adaptive": {"start": 1.0, "kl": 0.05, "factor": 0.5}},
     },
-    NPG: {"critic_lr": 0.01, "max_kl": 0.05},
-    TRPO: {"critic_lr": 0.01, "max_kl": 0.05},
+    NPG: {"critic_lr": 0.02, "critic_minibatches": 2, "max_kl": 0.05},
+    TRPO: {"critic_lr": 0.02, "critic_minibatches": 2, "max_kl": 0.05},
 }
 
 
@@ -521,7 +521,7 @@ def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -
     env = Probe(32, pays, blank=blank)
     algorithm = build(cls, env, standardize=False, scale=False, **FAST[cls])
     rollouts = collector(algorithm, env, 8)
-    for _ in range(100):
+    for _ in range(70):
         algorithm.iterate(rollouts)
     rollout = rollouts.collect(algorithm.policy)
     value = algorithm.critic(rollout)[0].detach()

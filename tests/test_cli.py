@@ -90,8 +90,8 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     assert str(run.relative_to(command.folder)) in lines[-1] and "return -" in lines[-1]
 
     summary = json.loads((run / "summary.json").read_text())
-    facts = "algo env seed backend device processes resume versions status steps total_steps seconds steps_per_second "
-    assert " ".join(summary) == facts + "return_mean return_std episodes evaluation recoveries"
+    facts = "algo env seed backend device processes resume versions commit status steps total_steps seconds "
+    assert " ".join(summary) == facts + "steps_per_second return_mean return_std episodes evaluation recoveries"
     assert summary["status"] == "finished" and summary["resume"] == "exact"
     assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
     assert summary["steps"] >= 2000 and summary["episodes"] > 0
@@ -162,7 +162,8 @@ def test_recipes_are_picked_up_and_overridden(command: Cli) -> None:
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs/tuned").glob("*-[A-Z]*.yaml")))
 def test_every_recipe_begins_a_run(command: Cli, recipe: str) -> None:
     algo, env = recipe.split("-")
-    code, out, err = command("train", f"algo={algo}", f"env={env}", "total_steps=1")
+    cheap = ["horizon=8"] if env == "Breakout" else []
+    code, out, err = command("train", f"algo={algo}", f"env={env}", "total_steps=1", *cheap)
     assert code == 0 and f"recipe {recipe}" in out, err
 
 
@@ -224,10 +225,10 @@ def test_the_estimator_is_a_choice(command: Cli, estimator: str) -> None:
 
 
 def test_sweeps_give_every_job_a_directory(command: Cli) -> None:
-    code, _, err = command("train", "-m", "algo=ppo,trpo", "seed=1", "env=CartPole", *TINY, "algo.gamma=0.9,0.99")
+    code, _, err = command("train", "-m", "algo=ppo", "seed=1", "env=CartPole", *TINY, "algo.gamma=0.9,0.99")
     assert code == 0, err
     found = [json.loads(p.read_text()) for p in command.folder.glob("runs/*/*/summary.json")]
-    assert sorted((s["algo"], s["seed"]) for s in found) == [("ppo", 1), ("ppo", 1), ("trpo", 1), ("trpo", 1)]
+    assert sorted((s["algo"], s["seed"]) for s in found) == [("ppo", 1), ("ppo", 1)]
 
 
 def test_evaluation_plays_whole_episodes_and_writes_them_down(command: Cli) -> None:

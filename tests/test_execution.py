@@ -1,6 +1,7 @@
 """Compiled or as written, an algorithm is the same algorithm."""
 
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,22 +9,32 @@ import torch
 from toys import PointMass, build, collector
 
 from pgsuite import parallel
-from pgsuite.algorithms import A2C, PPO, Algorithm, Reinforce
+from pgsuite.algorithms import A2C, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.functional import trust_region as tr
 from pgsuite.runtime.execution import execute
 from pgsuite.testing import random_actions
 
-CASES: list[tuple[type[Algorithm], dict[str, Any]]] = [
-    (PPO, {"epochs": 2, "entropy_coef": 0.01, "clip": {"linear": [0.3, 0.1]}, "lr": {"linear": [1e-2, 0]}}),
-    (Reinforce, {"baseline": "critic", "critic_minibatches": 2}),
+CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
+    (
+        PPO,
+        {"epochs": 2, "entropy_coef": 0.01, "clip": {"linear": [0.3, 0.1]}, "lr": {"linear": [1e-2, 0]}},
+        "aot_eager",
+    ),
+    (Reinforce, {"baseline": "critic", "critic_minibatches": 2}, "inductor"),
+    (TRPO, {"critic_epochs": 2, "critic_lr": {"linear": [1e-2, 0]}}, "aot_eager"),
+    (A2C, {"lr": {"cosine": [1e-2, 1e-3]}, "entropy_coef": {"linear": [0.1, 0]}}, "aot_eager"),
 ]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("method", "settings"), CASES, ids=lambda x: getattr(x, "__name__", ""))
-def test_compiled_learning_is_eager_learning(method: type[Algorithm], settings: dict[str, Any]) -> None:
-    """Schedules included, whose numbers a graph must not take for constant; and each graph is made once."""
+@pytest.mark.parametrize(("method", "settings", "backend"), CASES)
+def test_compiled_learning_is_eager_learning(
+    method: type[Algorithm], settings: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedules included, whose numbers a graph must not take for constant; and each graph is made once.  One method
+    goes all the way through the compiler, which takes its time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     runs = []
     for how in ("eager", "compile"):
         env = make("Pendulum", 8, max_episode_steps=16)
@@ -38,7 +49,7 @@ def test_compiled_learning_is_eager_learning(method: type[Algorithm], settings: 
         params = [x for part in algorithm.parts.values() for x in part.parameters()]
         runs.append((tr.flatten(params), metrics[-1]))
     (eager, eager_metrics), (compiled, compiled_metrics) = runs
-    assert torch.allclose(eager, compiled, atol=1e-5)
+    assert torch.allclose(eager, compiled, atol=1e-4)
     for name, value in eager_metrics.items():
         assert torch.allclose(value, compiled_metrics[name], atol=1e-4), name
 

@@ -1,7 +1,11 @@
 """Sweeps: many runs of one command, in parallel, searched over, cut off and gone on with."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,45 @@ def test_jobs_train_side_by_side_and_the_same_command_makes_no_run_again(sweep: 
         assert yaml.safe_load(Path("runs", name, "config.yaml").read_text())["env_threads"] == sweeps.cores_each(2)
     assert sweep(*arguments, "hydra.launcher.n_jobs=1") == 0
     assert runs() == made
+
+
+@pytest.mark.skipif("PGSUITE_LONG" not in os.environ, reason="long: PGSUITE_LONG=1")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
+def test_a_sweep_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
+    """Launcher and workers end in the middle; the same command again leaves what is finished and makes no run twice."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    script = str(Path(__file__).parents[1] / "scripts" / "train.py")
+    arguments = ["sweep=local", "algo=a2c", "seed=0,1,2", "hydra.launcher.n_jobs=2", "env=CartPole", "num_envs=4"]
+    arguments += ["horizon=16", "total_steps=60_000", "checkpoint.every=2000"]
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, script, *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def found(seed: int) -> tuple[Path, str]:
+        (folder,) = {path.parents[1] for path in tmp_path.glob(f"runs/*/*-s{seed}*/checkpoints/*.pt")}
+        return folder, json.loads((folder / "summary.json").read_text())["status"]
+
+    process, deadline = begin(), time.monotonic() + 120
+    while any(not list(tmp_path.glob(f"runs/*/*-s{seed}*/checkpoints/*.pt")) for seed in (0, 1)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    process.communicate()
+    before = [found(seed) for seed in (0, 1)]
+    assert {"running", "interrupted"} & {status for _, status in before}
+    again = begin()
+    out, _ = again.communicate(timeout=240)
+    assert again.returncode == 0 and "exact: as if it had never stopped" in out
+    assert [found(seed) for seed in (0, 1, 2)] == [*((folder, "finished") for folder, _ in before), found(2)]
+    third = begin()
+    out, _ = third.communicate(timeout=240)
+    assert third.returncode == 0 and out.count("has made all its") == 3
 
 
 def test_names_of_runs_tell_what_was_overridden(sweep: Any) -> None:

@@ -83,7 +83,11 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         with parallel.group():
             guarded(compose)  # who speaks for all is settled among the members
 
-    guarded(together)
+    try:
+        guarded(together)
+    finally:
+        if not verbose:
+            del os.environ["HYDRA_FULL_ERROR"]  # or whatever this process starts later would show tracebacks
 
 
 def _divide(processes: bool) -> None:
