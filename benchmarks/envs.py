@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, source, write_table
+from record import RESULTS, keep, source, write_table
 
 from pgsuite.envs import Gym, VectorEnv, make, tasks
 from pgsuite.envs.tasks.classic import ClassicTask
@@ -162,8 +162,7 @@ def main() -> None:
     result = source() | {"torch threads": args.torch_threads}
     result |= {"rows": measure(found, args.rounds, args.seconds, args.device)}
     print(table(result))
-    path = RESULTS / f"envs-{args.device}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, RESULTS / f"envs-{args.device}.json")
 
 
 if __name__ == "__main__":

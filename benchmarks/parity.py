@@ -21,7 +21,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import torch
-from record import RESULTS, source, write_table
+from record import RESULTS, keep, source, write_table
 
 from pgsuite.envs import make, tasks
 from pgsuite.envs.tasks.mujoco import MujocoTask, unwarned
@@ -126,8 +126,7 @@ def main() -> None:
             if backend != "warp" or importlib.util.find_spec("mujoco_warp"):
                 rows.append(compare(name, backend, args.device))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
-    path = RESULTS / f"parity-{args.device}.json"
-    path.write_text(json.dumps(source() | {"rows": rows}, indent=1) + "\n")
+    keep(source() | {"rows": rows}, RESULTS / f"parity-{args.device}.json")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import WORKLOADS, Workload
-from record import RESULTS, source, write_table
+from record import RESULTS, keep, source, write_table
 
 KEPT = RESULTS / "peers"
 PEERS = ("stable-baselines3", "sb3-contrib", "rsl-rl-lib", "tianshou", "envpool")
@@ -147,13 +147,12 @@ def main() -> None:
         found = [text(name, json.loads(path.read_text())) for name, path in kept.items() if path.exists()]
         write_table("docs/speed.md", "peers.py --docs", "\n".join(found))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         result = source() | {"seconds": args.seconds}
         result["versions"] |= {peer: version(peer) for peer in PEERS}
         result["rows"] = measure(name, args.rounds, args.seconds)
         print(text(name, result))
-        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, args.out / f"{name}.json")
 
 
 if __name__ == "__main__":

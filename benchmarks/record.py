@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -25,6 +26,12 @@ def source() -> dict[str, Any]:
     """Command, commit, machine and versions of this process."""
     command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     return {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+
+
+def keep(result: dict[str, Any], path: Path) -> None:
+    """Write down what was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write_table(page: str, script: str, text: str) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, ROOT, commit, machine, write_table
+from record import RESULTS, ROOT, commit, keep, machine, write_table
 
 from pgsuite.runtime.statistics import interquartile_mean, interval
 
@@ -62,12 +62,11 @@ def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
 
 def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str]) -> None:
     """Every name with every seed, ``jobs`` at a time."""
-    RUNS.mkdir(parents=True, exist_ok=True)
 
     def work(item: tuple[str, int]) -> None:
         name, seed = item
         result = train(name, seed, overrides)
-        (RUNS / f"{name}-s{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, RUNS / f"{name}-s{seed}.json")
         summary = result["summary"]
         print(f"{name} seed {seed}: {summary['return_mean']:,.1f} in {summary['seconds']:,.0f} s", flush=True)
 

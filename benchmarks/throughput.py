@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from record import RESULTS, source, write_table
+from record import RESULTS, keep, source, write_table
 
 from pgsuite import seeding
 from pgsuite.algorithms import PPO
@@ -121,7 +121,7 @@ def main() -> None:
         write_table("README.md", "throughput.py --readme", table(json.loads(RESULT.read_text())))
         return
     result = source() | measure(args.rounds, args.seconds, args.torch_threads)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, args.out)
 
 
 if __name__ == "__main__":

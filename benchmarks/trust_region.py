@@ -10,7 +10,6 @@ medians in milliseconds and the ratios round by round; writes all rounds to benc
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from time import perf_counter
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from record import RESULTS, source
+from record import RESULTS, keep, source
 from torch import Tensor
 
 from pgsuite import seeding
@@ -132,7 +131,7 @@ def main() -> None:
             each = ", ".join(f"{way} {ms:.2f} ms" for way, ms in result["ms"].items())
             low, high = result["range"]
             print(f"{name}: {what}: {each}; ratio {result['ratio']:.2f} ({low:.2f} to {high:.2f})", flush=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, RESULT)
 
 
 if __name__ == "__main__":

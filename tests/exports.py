@@ -9,7 +9,6 @@ size that those of trained ones are, and no statistic is where it began.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from importlib.metadata import version
@@ -141,14 +140,13 @@ def main() -> None:
     print(f"{near} of {len(results)} within {TOLERANCE}")
     if wanted.out is not None:
         sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-        from record import source  # pyright: ignore[reportMissingImports]
+        from record import keep, source  # pyright: ignore[reportMissingImports]
 
         packages = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
         record = source()
         record["versions"] |= packages
         record |= {"tolerance": TOLERANCE, "within": near, "files": results}
-        wanted.out.parent.mkdir(parents=True, exist_ok=True)
-        wanted.out.write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, wanted.out)
     sys.exit(near < len(results))
 
 

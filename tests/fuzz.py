@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import gc
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -40,7 +39,6 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, PPOPenalty, Reinforce
 from pgsuite.envs import Gym
 from pgsuite.envs.tasks import CartPole, HalfCheetah, Pendulum
 from pgsuite.runtime import checkpoint
-from pgsuite.runtime.build import versions
 from pgsuite.runtime.evaluate import Playing
 from pgsuite.runtime.export import Export
 from pgsuite.runtime.recovery import Replaying
@@ -358,14 +356,11 @@ def main() -> None:
             print(f"seed {seed}: {results[seed]}", *here, sep="\n", flush=True)
     if wanted.out is not None:
         sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-        from record import commit, machine  # pyright: ignore[reportMissingImports]
+        from record import keep, source  # pyright: ignore[reportMissingImports]
 
-        seeds = " ".join(map(str, wanted.seeds))
-        record = {"command": f"python tests/fuzz.py --count {wanted.count} --seeds {seeds}", "commit": commit()}
-        record |= {"machine": machine(), "versions": versions(), "lines": wanted.count * len(wanted.seeds)}
+        record = source() | {"lines": wanted.count * len(wanted.seeds)}
         record |= {"tracebacks": sum(x.get("traceback", 0) for x in results.values()), "wrong": wrong, "seeds": results}
-        wanted.out.parent.mkdir(parents=True, exist_ok=True)
-        wanted.out.write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, wanted.out)
     sys.exit(bool(wrong))
 
 

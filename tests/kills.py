@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import multiprocessing
 import os
 import random
@@ -178,14 +177,9 @@ def main() -> None:
     print(f"{same} of {len(results)} identical")
     if wanted.out is not None:
         sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-        from record import commit, machine  # pyright: ignore[reportMissingImports]
+        from record import keep, source  # pyright: ignore[reportMissingImports]
 
-        from pgsuite.runtime.build import versions
-
-        record = {"command": f"python tests/kills.py --count {wanted.count}", "commit": commit(), "machine": machine()}
-        record |= {"versions": versions(), "identical": same, "trials": results}
-        wanted.out.parent.mkdir(parents=True, exist_ok=True)
-        wanted.out.write_text(json.dumps(record, indent=1) + "\n")
+        keep(source() | {"identical": same, "trials": results}, wanted.out)
     sys.exit(same < len(results))
 
 
