@@ -397,6 +397,9 @@ def test_a_run_that_diverges_stops_says_where_and_can_be_replayed(command: Cli) 
     code, out, err = command("replay", "crash=run")
     assert code == 0 and "before the update: everything is finite" in out and "nan values" in out, err
     assert "which is the gradient of " in out and "Traceback" not in out + err
+    compiled = bundle | {"config": bundle["config"] | {"execution": "compile"}}
+    checkpoint.save(compiled, command.folder / "compiled" / "crash.pt")
+    assert "which is the gradient of " in command("replay", "crash=compiled")[1]
     assert command("replay", "crash=elsewhere.pt")[0] == 1
 
 

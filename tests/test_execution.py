@@ -1,5 +1,6 @@
 """Compiled or as written, an algorithm is the same algorithm."""
 
+import copy
 import shutil
 from functools import partial
 from typing import Any
@@ -32,26 +33,30 @@ CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
 def test_compiled_learning_is_eager_learning(
     method: type[Algorithm], settings: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Schedules included, whose numbers a graph must not take for constant; and each graph is made once.  One method
-    goes all the way through the compiler, which takes its time."""
+    """Schedules included, whose numbers a graph must not take for constant, nor parameters that were put back; and each
+    graph is made once.  One method goes all the way through the compiler, which takes its time."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     runs = []
     for how in ("eager", "compile"):
         env = make("Pendulum", 8, max_episode_steps=16)
         algorithm = build(method, env, **settings)
+        begun = copy.deepcopy(algorithm.state_dict())
         execute(algorithm, env, how)
-        rollouts, metrics, graphs = collector(algorithm, env), [], []
-        for fraction in (0.0, 0.3, 0.6, 0.9):
-            algorithm.progress(fraction)
-            metrics.append(algorithm.iterate(rollouts))
+        rollouts, found, graphs = collector(algorithm, env), [], []
+        for fraction in (0.0, 0.3, 0.6, 0.9, None):
+            if fraction is None:
+                algorithm.load_state_dict(begun)
+            algorithm.progress(fraction or 0.0)
+            metrics = algorithm.iterate(rollouts)
+            params = tr.flatten([x for part in algorithm.parts.values() for x in part.parameters()])
+            found.append((params, metrics))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert graphs[0] == graphs[-1]
-        params = [x for part in algorithm.parts.values() for x in part.parameters()]
-        runs.append((tr.flatten(params), metrics[-1]))
-    (eager, eager_metrics), (compiled, compiled_metrics) = runs
-    assert torch.allclose(eager, compiled, atol=1e-4)
-    for name, value in eager_metrics.items():
-        assert torch.allclose(value, compiled_metrics[name], atol=1e-4), name
+        runs.append(found[-2:])
+    for (eager, eager_metrics), (compiled, compiled_metrics) in zip(*runs, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-4)
+        for name, value in eager_metrics.items():
+            assert torch.allclose(value, compiled_metrics[name], atol=1e-4), name
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

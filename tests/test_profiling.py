@@ -33,11 +33,20 @@ def test_profiled_run_learns_the_same_and_says_where_its_time_went(command: Cli,
     assert {"collect", "credit", "update", "observe", "the rest"} <= shares.keys()
     assert sum(shares.values()) == pytest.approx(100, abs=0.05 * len(shares) + 1e-6)  # they are rounded to tenths
     assert shares["the rest"] > 0
+    steps = re.search(r"^  gradient steps .* (\d+)$", out, flags=re.MULTILINE)
+    assert steps and int(steps[1]) == (4 if "ppo" in method else 1)  # epochs x minibatches
 
     events = json.loads(Path("profiled/trace.json").read_text())["traceEvents"]
     seen = [event["name"].strip() for event in events if event.get("cat") == "user_annotation"]
     assert seen.count("collect") == seen.count("observe") == 2
     assert seen.count("act") == seen.count("environments") == 16
+
+
+def test_run_goes_on_where_no_trace_can_be_written(command: Cli) -> None:
+    Path("run/trace.json/taken").mkdir(parents=True)
+    code, out, _ = command("train", *SMALL, "algo=a2c", "profile=true", "hydra.run.dir=run")
+    assert code == 0 and "no trace: cannot write" in out and "traced in" not in out
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "finished"
 
 
 def test_run_too_short_for_a_profile_says_so(command: Cli) -> None:

@@ -71,6 +71,7 @@ class Reinforce(Regression):
         return metrics
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Minus the gain, summed over each episode's steps and averaged over episodes, and what to watch."""
         dist = self.policy.dist(batch)
         gain = dist.log_prob(batch.action) * batch.advantage
         loss = -gain.where(batch.mask, 0.0).sum() / batch.logp.shape[1]

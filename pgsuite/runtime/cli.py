@@ -87,7 +87,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         guarded(together)
     finally:
         if not verbose:
-            del os.environ["HYDRA_FULL_ERROR"]  # or whatever this process starts later would show tracebacks
+            os.environ.pop("HYDRA_FULL_ERROR", None)  # or whatever this process starts later would show tracebacks
 
 
 def _divide(processes: bool) -> None:

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,32 +35,29 @@ class Profile(Callback):
         self.iterations = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls = Counter[str]()
-        self.restore: Callable[[], None] = lambda: None
+        self.looking = ExitStack()  # what ends when it is closed
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         self.iterations += 1
         if self.iterations == WARM_UP:
             self.device = trainer.collector.env.device
-            self.restore = surround(phases(trainer), self.clock)
+            self.looking.enter_context(surrounded(phases(trainer), self.clock))
             self.began, self.before = self.now(), report.steps
         elif self.iterations == WARM_UP + TIMED:
             took, steps = self.now() - self.began, report.steps - self.before
-            self.restore()
+            self.looking.close()
             self.lines = self.table(trainer, took, steps)
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self.tracer = profile(activities=activities, acc_events=True)
-            self.restore = surround(phases(trainer), record_function)
-            self.tracer.start()
+            self.looking.enter_context(surrounded(phases(trainer), record_function))
+            self.tracer = self.looking.enter_context(profile(activities=activities, acc_events=True))
         elif self.iterations == WARM_UP + TIMED + TRACED:
-            self.restore()
-            self.tracer.stop()
-            self.tracer.export_chrome_trace(str(self.folder / TRACE))
-            for line in (*self.lines, *self.operations(trainer)):
+            self.looking.close()
+            for line in (*self.lines, *self.operations(trainer), self.keep(self.folder / TRACE)):
                 self.say(line)
 
     def on_end(self, trainer: Trainer) -> None:
         if self.iterations < (wanted := WARM_UP + TIMED + TRACED):
-            self.restore()
+            self.looking.close()
             self.say(f"no profile: it takes {wanted} iterations, and the run had {self.iterations}")
 
     def now(self) -> float:
@@ -101,14 +98,21 @@ class Profile(Callback):
         yield f"{'an operation':<42}{'share':>8}{'calls':>8}"
         for x in sorted(found, key=lambda x: getattr(x, on), reverse=True)[:OPERATIONS]:
             yield f"{x.key[:40]:<42}{getattr(x, on) / total:>8.1%}{x.count / TRACED:>8,.0f}"
-        yield f"traced in {self.folder.name}/{TRACE}"
+
+    def keep(self, path: Path) -> str:
+        """Write the trace; what came of it, since a run goes on without one."""
+        with suppress(OSError):
+            self.tracer.export_chrome_trace(str(path))  # which says nothing where it could not
+        written = path.is_file() and path.stat().st_size
+        return f"traced in {path.parent.name}/{TRACE}" if written else f"no trace: cannot write {path}"
 
 
 def phases(trainer: Trainer) -> list[tuple[Any, str, str]]:
     """Object, method and name of everything that is looked at, in the order of an iteration."""
     algorithm, collector = trainer.algorithm, trainer.collector
-    parts = {"step": "  minibatch", "improve": "  policy", "search": "    line search", "regress": "  critic"}
+    parts = {"improve": "  policy", "search": "    line search", "regress": "  critic"}
     inside = [(algorithm, method, name) for method, name in parts.items() if hasattr(algorithm, method)]
+    inside += [(optimizer, "descend", "  gradient steps") for optimizer in algorithm.optimizers]
     return [
         (collector, "collect", "collect"),
         (algorithm.policy, "act", "  act"),
@@ -125,8 +129,9 @@ def phases(trainer: Trainer) -> list[tuple[Any, str, str]]:
     ]
 
 
-def surround(methods: list[tuple[Any, str, str]], around: Around) -> Callable[[], None]:
-    """Have each method run inside ``around`` its name; returns what undoes it."""
+@contextmanager
+def surrounded(methods: list[tuple[Any, str, str]], around: Around) -> Iterator[None]:
+    """Each method runs inside ``around`` its name."""
 
     def wrapped(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
@@ -137,12 +142,11 @@ def surround(methods: list[tuple[Any, str, str]], around: Around) -> Callable[[]
 
     for owner, method, name in methods:
         setattr(owner, method, wrapped(getattr(owner, method), name))
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         for owner, method, _ in methods:
             delattr(owner, method)
-
-    return undo
 
 
 def memory(device: torch.device) -> str:

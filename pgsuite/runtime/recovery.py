@@ -136,7 +136,7 @@ def replay(cfg: DictConfig) -> None:
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
         raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
-    trainer = build(DictConfig(bundle["config"]))
+    trainer = build(DictConfig(bundle["config"] | {"execution": "eager"}))  # compiled, operations have no names
     algorithm, env = trainer.algorithm, trainer.collector.env
     say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
     algorithm.load_state_dict(bundle["state"]["algorithm"])

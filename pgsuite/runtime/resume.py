@@ -18,17 +18,9 @@ from pgsuite.runtime.build import container, versions
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.trainer import Level, Trainer
 
-FREE = (
-    "total_steps",
-    "checkpoint",
-    "recover",
-    "evaluation",
-    "logging",
-    "profile",
-    "env_threads",
-    "device",
-)  # may change
-IDLE = ("resume", "checkpoint", "logging", "profile", "env_threads")  # make no other run of one
+# What may change where a run goes on, and what makes no other run of one.
+FREE = ("total_steps", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads", "device")
+IDLE = ("resume", "checkpoint", "logging", "profile", "env_threads")
 MEANING: dict[Level, str] = {
     "exact": "as if it had never stopped",
     "episode": "its environments cannot be saved and begin new episodes",
