@@ -496,7 +496,6 @@ def test_reinforce_refuses_torn_episodes() -> None:
 PROBES: list[tuple[str, Callable[[Tensor, Tensor], Tensor], bool]] = [
     ("reward is one", lambda obs, action: torch.ones_like(obs), True),
     ("reward is the observation", lambda obs, action: obs, False),
-    ("reward is the action", lambda obs, action: action.float(), True),
     ("reward is the action times the observation", lambda obs, action: (2 * action - 1) * obs, False),
 ]
 FAST: dict[type[Algorithm], dict[str, Any]] = {
@@ -521,7 +520,7 @@ def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -
     env = Probe(32, pays, blank=blank)
     algorithm = build(cls, env, standardize=False, scale=False, **FAST[cls])
     rollouts = collector(algorithm, env, 8)
-    for _ in range(70):
+    for _ in range(45):
         algorithm.iterate(rollouts)
     rollout = rollouts.collect(algorithm.policy)
     value = algorithm.critic(rollout)[0].detach()
