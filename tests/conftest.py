@@ -1,6 +1,11 @@
+import os
+
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or a pool of processes imports torch to compile little
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -508,8 +508,8 @@ FAST: dict[type[Algorithm], dict[str, Any]] = {
         "minibatches": 2,
         "beta": {"adaptive": {"start": 1.0, "kl": 0.05, "factor": 0.5}},
     },
-    NPG: {"critic_lr": 0.02, "critic_minibatches": 2, "max_kl": 0.05},
-    TRPO: {"critic_lr": 0.02, "critic_minibatches": 2, "max_kl": 0.05},
+    NPG: {"critic_lr": 0.02, "critic_epochs": 4, "critic_minibatches": 2, "max_kl": 0.05},
+    TRPO: {"critic_lr": 0.02, "critic_epochs": 4, "critic_minibatches": 2, "max_kl": 0.05},
 }
 
 
@@ -574,10 +574,10 @@ class QuadraticCritic(Critic):
 def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
     """At discount .9, u = -K x with K = .58840335, whatever noise is added; K once it has settled."""
     env = LQR(256, max_episode_steps=10)
-    natural: dict[str, Any] = {"max_kl": 3e-3, "critic_lr": {"linear": [0.02, 0]}}
+    natural: dict[str, Any] = {"max_kl": 3e-3, "critic_lr": {"linear": [0.02, 0]}, "critic_epochs": 4}
     first_order: dict[Any, Any] = {
         A2C: {"lr": {"linear": [0.05, 0]}, "optim": "adam"},
-        PPO: {"lr": {"linear": [0.01, 0]}, "epochs": 4},
+        PPO: {"lr": {"linear": [0.01, 0]}, "epochs": 2},
     }
     options = first_order.get(cls, natural)
     generator = torch.Generator().manual_seed(0)
