@@ -168,8 +168,9 @@ def build(cfg: DictConfig) -> Trainer:
             f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
         )
     try:
-        execute(algorithm, env, run.execution)
-        return Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
+        collector = algorithm.collector(env, horizon, seed)
+        execute(algorithm, collector, run.execution)
+        return Trainer(algorithm, collector, run.total_steps)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
