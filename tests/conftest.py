@@ -4,8 +4,8 @@ import pytest
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or a pool of processes imports torch to compile little
 
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -73,7 +73,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(finished: Path, command: Cli) -> Path:
+def own_run(finished: Path, command: Cli) -> Path:
     """A copy of that run, where the command is given."""
     return shutil.copytree(finished, command.folder / "run")
 
@@ -252,9 +252,9 @@ def test_sweeps_give_every_job_a_directory(command: Cli) -> None:
     assert sorted((s["algo"], s["seed"]) for s in found) == [("ppo", 1), ("ppo", 1)]
 
 
-def test_evaluation_plays_whole_episodes_and_writes_them_down(command: Cli, run: Path) -> None:
+def test_evaluation_plays_whole_episodes_and_writes_them_down(command: Cli, own_run: Path) -> None:
     code, out, err = command("evaluate", "run=run", "episodes=7")
-    result = json.loads((run / "evaluation.json").read_text())
+    result = json.loads((own_run / "evaluation.json").read_text())
     assert code == 0 and len(result["returns"]) == 7 and result["returns"] == result["lengths"], err
     assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 7) and result["deterministic"]
     assert "over 7 deterministic episodes" in out
@@ -262,7 +262,7 @@ def test_evaluation_plays_whole_episodes_and_writes_them_down(command: Cli, run:
     assert again[1] == out
     code, out, _ = command("evaluate", "run=run", "episodes=7", "deterministic=false")
     assert code == 0 and "over 7 stochastic episodes" in out
-    assert command("evaluate", f"run={checkpoint.numbered(run)[0]}", "episodes=2")[0] == 0
+    assert command("evaluate", f"run={checkpoint.numbered(own_run)[0]}", "episodes=2")[0] == 0
 
 
 # Bad input
@@ -340,7 +340,7 @@ def test_cuda_is_refused_where_there_is_none(command: Cli) -> None:
     assert code == 1 and "sees no CUDA device: use device=cpu or auto" in err
 
 
-@pytest.mark.usefixtures("run")
+@pytest.mark.usefixtures("own_run")
 def test_a_directory_that_holds_a_run_is_left_alone(command: Cli) -> None:
     before = {p: p.read_bytes() for p in command.folder.rglob("*") if p.is_file()}
     code, _, err = command("train", "env=CartPole", "hydra.run.dir=run", *TINY)
@@ -349,8 +349,8 @@ def test_a_directory_that_holds_a_run_is_left_alone(command: Cli) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "altered", "hostile", "foreign", "missing", "nowhere", "nothing"])
-def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, run: Path, how: str) -> None:
-    *before, path = checkpoint.numbered(run)
+def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, own_run: Path, how: str) -> None:
+    *before, path = checkpoint.numbered(own_run)
     for other in before:
         other.unlink()  # or it would be taken in its place
     data, given = path.read_bytes(), "run=run"
@@ -377,7 +377,7 @@ def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, run:
     expected = {"nowhere": "no run directory elsewhere", "missing": "no checkpoint in", "nothing": "run must be a run"}
     assert code == 1 and expected.get(how, str(path.relative_to(command.folder))) in err
     assert "Traceback" not in err and not (command.folder / "broken_into").exists()
-    assert not (run / "evaluation.json").exists()
+    assert not (own_run / "evaluation.json").exists()
 
 
 def test_a_pickle_is_hostile_when_it_is_allowed_to_be(tmp_path: Path) -> None:

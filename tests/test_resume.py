@@ -10,7 +10,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
-from test_cli import TINY, Cli, command, finished, run  # noqa: F401
+from test_cli import TINY, Cli, command, finished, own_run  # noqa: F401
 from toys import ALL, BRIEF, PointMass, build, collector
 
 from pgsuite.algorithms import PPO
@@ -110,7 +110,7 @@ def test_a_signal_saves_says_how_to_go_on_and_has_its_exit_code(tmp_path: Path, 
     assert summary["status"] == "interrupted" and summary["steps"] == state["steps"] > 0
 
 
-@pytest.mark.usefixtures("run")
+@pytest.mark.usefixtures("own_run")
 def test_what_may_not_change_where_a_run_goes_on_is_refused_by_name(command: Cli) -> None:  # noqa: F811
     for change, key in (
         ("algo.clip=0.1", "algo.clip"),
@@ -146,8 +146,8 @@ def test_auto_goes_on_with_the_newest_run_of_the_same_settings_or_begins_one(com
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "hostile"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(command: Cli, run: Path, harm: str) -> None:  # noqa: F811
-    *_, before, last = checkpoint.numbered(run)
+def test_a_damaged_checkpoint_is_passed_over_by_name(command: Cli, own_run: Path, harm: str) -> None:  # noqa: F811
+    *_, before, last = checkpoint.numbered(own_run)
     data = last.read_bytes()
     if harm == "truncated":
         last.write_bytes(data[:-100])
