@@ -57,8 +57,9 @@ def ppo(
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
     )
-    execute(algorithm, env, execution)
-    return algorithm, StepCollector(env, horizon)
+    collector = StepCollector(env, horizon)
+    execute(algorithm, collector, execution)
+    return algorithm, collector
 
 
 def training(algorithm: PPO, collector: StepCollector, seconds: float) -> float:
