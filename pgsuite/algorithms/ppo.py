@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 
 from pgsuite import parallel
@@ -58,7 +59,7 @@ class PPO(A2C):
             if epochs and self.recompute_advantage:
                 batch = self.credit(rollout)
             epochs.append(self.update(batch))
-        return average(epochs) | {"epochs": batch.logp.new_tensor(len(epochs))} | self.watch(batch)
+        return average(epochs) | {"epochs": torch.full_like(batch.logp[0, 0], len(epochs))} | self.watch(batch)
 
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a step on each of the minibatches."""

@@ -41,11 +41,12 @@ class Optimizer:
         self.share = torch.ones_like(self.lr)
         self.rate = self.lr * self.share
         self.inner: torch.optim.Optimizer
+        capturable = self.flat.is_cuda  # into CUDA graphs; torch refuses it elsewhere
         if kind == "adam":
-            self.inner = torch.optim.Adam([self.flat], lr=self.rate, eps=1e-5, fused=True)
+            self.inner = torch.optim.Adam([self.flat], lr=self.rate, eps=1e-5, fused=True, capturable=capturable)
         else:
             # RMSprop would read a tensor back to the host: it steps at rate one, and ``step`` goes lr of the way.
-            self.inner = torch.optim.RMSprop([self.flat], lr=1.0, alpha=0.99, eps=1e-5)
+            self.inner = torch.optim.RMSprop([self.flat], lr=1.0, alpha=0.99, eps=1e-5, capturable=capturable)
 
     def descend(self, objective: Objective, *seen: Any) -> Metrics:
         """One step down the gradient of the loss that objective(*seen) begins with; the metrics that follow it, and
@@ -85,5 +86,6 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.inner.load_state_dict({key: x for key, x in state.items() if key != "share"})
         self.share.copy_(state["share"])
+        self.inner.param_groups[0]["capturable"] = self.flat.is_cuda
         if isinstance(self.inner, torch.optim.Adam):
             self.inner.param_groups[0]["lr"] = self.rate  # which loading has put a copy in the place of

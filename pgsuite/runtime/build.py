@@ -24,6 +24,7 @@ from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.spaces import to_data
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.runtime.cuda_graphs import capture
 from pgsuite.runtime.execution import execute
 from pgsuite.runtime.schema import Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
@@ -169,10 +170,13 @@ def build(cfg: DictConfig) -> Trainer:
         )
     try:
         execute(algorithm, env, run.execution)
-        return Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
+        trainer = Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
+    if run.execution == "cuda_graph":
+        capture(trainer)
+    return trainer
 
 
 def check_alike(trainer: Trainer, cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ from pgsuite.envs import TaskEnv, VectorEnv
 from pgsuite.envs.tasks.classic import ClassicTask
 from pgsuite.types import Batch
 
-Execution = Literal["eager", "compile"]
+Execution = Literal["eager", "compile", "cuda_graph"]
 
 register_dataclass(Batch)  # so that tracing sees the tensors in it
 
@@ -68,7 +68,9 @@ def execute(algorithm: Algorithm, env: VectorEnv, how: Execution) -> None:
     TRPO what they spend on their critic; and one of a step of tasks written in torch.  The numbers agree with eager
     ones to rounding.  Raises ValueError where there is nothing to compile with, or several processes.
     """
-    if how == "eager":
+    if how == "cuda_graph" and env.device.type != "cuda":
+        raise ValueError("execution=cuda_graph is for a GPU: give device=cuda, or leave it out")
+    if how != "compile":  # whole iterations are captured, in cuda_graphs
         return
     if parallel.size() > 1:
         raise ValueError("execution=compile is for one process: leave it out under torchrun")

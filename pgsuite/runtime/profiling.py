@@ -140,13 +140,16 @@ def surrounded(methods: list[tuple[Any, str, str]], around: Around) -> Iterator[
 
         return inside
 
+    before = [(owner, method, vars(owner).get(method)) for owner, method, _ in methods]
     for owner, method, name in methods:
         setattr(owner, method, wrapped(getattr(owner, method), name))
     try:
         yield
     finally:
-        for owner, method, _ in methods:
+        for owner, method, own in before:
             delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
 
 
 def memory(device: torch.device) -> str:
