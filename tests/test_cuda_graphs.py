@@ -44,3 +44,20 @@ def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
 
 def check(x: Any, y: Any) -> None:
     torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_masked_early_stop_learns_what_an_early_stop_does(recompute: bool) -> None:
+    """And Adam remembers the same, to the last bit."""
+    stops = set()
+    for target in (1e-4, 3e-3, 1.0):
+        states = []
+        for how in ("read", "masked"):
+            env = make("CartPole", 8, max_episode_steps=16)
+            algorithm = build(PPO, env, lr=1e-2, target_kl=target, early_stop=how, recompute_advantage=recompute)
+            metrics = algorithm.iterate(collector(algorithm, env, 8))
+            states.append(algorithm.state_dict() | {"generator": None, "metrics": metrics["epochs"]})
+            assert metrics["kl"].isfinite()
+        check(*states)
+        stops.add(int(metrics["epochs"]))
+    assert min(stops) == 1 and max(stops) == 10 and len(stops) == 3

@@ -40,6 +40,7 @@ class Optimizer:
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
         self.share = torch.ones_like(self.lr)
         self.rate = self.lr * self.share
+        self.frozen: Tensor | None = None  # [] in float32: where it is one, steps of Adam change nothing
         self.inner: torch.optim.Optimizer
         capturable = self.flat.is_cuda  # into CUDA graphs; torch refuses it elsewhere
         if kind == "adam":
@@ -73,6 +74,7 @@ class Optimizer:
             gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         torch.mul(self.lr, self.share, out=self.rate)
         if isinstance(self.inner, torch.optim.Adam):
+            self.inner.found_inf = self.frozen  # pyright: ignore[reportAttributeAccessIssue]
             self.inner.step()
         else:
             start = self.flat.detach().clone()
