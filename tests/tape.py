@@ -1,6 +1,7 @@
 """CUDA graphs' stand-in where there is no GPU: what was recorded is operations on tensors, and replaying does them
 again, on the same tensors, with none of the Python around them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +50,12 @@ class Tape(Graphs):
     def record(self, work: Any) -> Any:
         Tape.made += 1
         for thing, method in self.outside:
-            setattr(thing, method, lambda *args, launch=getattr(thing, method): self.between(launch, *args))
+            setattr(thing, method, partial(self.between, getattr(thing, method)))
         self.begin()
         try:
             return work()
+        except AssertionError as error:
+            raise RuntimeError(*error.args) from error
         finally:
             self.end()
             for thing, method in self.outside:
@@ -84,5 +87,5 @@ def play(operations: list[Any]) -> None:
     for func, (args, kwargs), fresh in operations:
         outputs = func(*args, **kwargs)
         for old, new in zip(fresh, pytree.tree_leaves(outputs), strict=False):
-            if isinstance(old, Tensor):
+            if isinstance(old, Tensor) and not old._is_zerotensor():
                 old.copy_(new)

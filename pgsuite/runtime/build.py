@@ -26,6 +26,7 @@ from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.runtime.cuda_graphs import capture
 from pgsuite.runtime.execution import execute
+from pgsuite.runtime.precision import lower
 from pgsuite.runtime.schema import Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
 from pgsuite.settings import closest
@@ -169,6 +170,7 @@ def build(cfg: DictConfig) -> Trainer:
             f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
         )
     try:
+        lower(algorithm, env.device, run.precision)
         execute(algorithm, env, run.execution)
         trainer = Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
     except ValueError as error:
@@ -211,6 +213,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
+    words += [f"layers in {run.precision}"] if run.precision != "float32" else []
     words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)

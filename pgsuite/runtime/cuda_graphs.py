@@ -303,4 +303,4 @@ def distant(env: VectorEnv) -> str | None:
     """Why steps of these environments cannot be part of a graph, and what can; None where they can."""
     if isinstance(env, TaskEnv) and env.task.device == env.device:
         return None
-    return f"{env.name} runs on {env.backend}, out of torch's sight; MuJoCo on backend=warp can be captured, or a Task in torch"
+    return f"{env.name} runs on {env.backend}, which torch does not see; a Task in torch can be captured, or on Warp"

@@ -116,7 +116,7 @@ class Pendulum(ClassicTask):
 
     def initial_state(self, generator: Generator) -> Tensor:
         state = torch.empty_like(self.state).uniform_(-1, 1, generator=generator)
-        state[:, 0] *= math.pi
+        state[:, 0].mul_(math.pi)
         return state
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ class MountainCar(ClassicTask):
 
     def initial_state(self, generator: Generator) -> Tensor:
         state = torch.empty_like(self.state).uniform_(-0.6, -0.4, generator=generator)
-        state[:, 1] = 0
+        state[:, 1].zero_()
         return state
 
     def push(self, action: Tensor) -> Tensor:
