@@ -214,6 +214,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
+    words += ["replayed as CUDA graphs after a few iterations"] if run.execution == "cuda_graph" else []
     words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)

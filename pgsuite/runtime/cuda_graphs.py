@@ -28,7 +28,7 @@ from pgsuite.runtime.trainer import Trainer
 
 FOREIGN = ("gymnasium", "mujoco", "mujoco_warp", "numpy", "warp")  # packages whose objects hold nothing of ours
 CLOCKS = sys.intern("seconds")  # the name of what the host measures, and nothing depends on
-STEADY = 2  # calls after which a function is taken to do the same each time
+STEADY = 2  # calls in a row, after the first, by which a function has shown that it does the same each time
 PATIENCE = 20  # calls to become so
 
 Outside = Sequence[tuple[Any, str]]  # methods that launch what no graph of torch's can hold, and return nothing
@@ -136,7 +136,7 @@ class Graphs:
     """What one call of a function launches, in order: CUDA graphs, and between them what no graph can hold."""
 
     def __init__(self, generators: Sequence[Generator], outside: Outside) -> None:
-        self.generators, self.outside = generators, outside
+        self.generators, self.outside = [x for x in generators if x.device.type == "cuda"], outside
         self.launches: list[Callable[[], Any]] = []
         self.pool = torch.cuda.graph_pool_handle()  # one for all of them, since they are replayed in their order
 
@@ -229,7 +229,7 @@ class Captured:
         if self.hopeless:
             return self.function(*args)
         if self.graphs is None:
-            return self.capture(args) if self.steady == STEADY else self.rehearse(args)
+            return self.capture(args) if self.settled else self.rehearse(args)
         try:
             self.slots.restore((self.args, args))
         except ChangedError:  # such as a scheduled number of epochs
@@ -237,6 +237,10 @@ class Captured:
             return self.rehearse(args)
         self.graphs.replay()
         return self.outputs
+
+    @property
+    def settled(self) -> bool:
+        return self.steady >= STEADY and self.calls > STEADY
 
     def rehearse(self, args: tuple[Any, ...]) -> Any:
         """Run it as it is written, and see whether it can be captured."""
@@ -250,7 +254,7 @@ class Captured:
             self.steady = 0
             if self.calls == PATIENCE:
                 self.leave(f"{change}, which the host holds, differs from call to call; a tensor on the device may")
-        if self.steady == STEADY and waits:
+        if self.settled and waits:
             places = ", ".join(dict.fromkeys(waits))
             self.leave(f"it waits for the device at {places}; what leaves its values there can be captured")
         return outputs
@@ -289,6 +293,8 @@ def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
         (algorithm, "absorb", (algorithm,), "learning", algorithm.reads, ()),
         (trainer, "digest", (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
     )
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)  # of the streams that graphs are captured on
     for thing, method, roots, what, why, between in parts:
         captured = Captured(getattr(thing, method), roots, what, between, record)
         if parallel.size() > 1:
