@@ -27,7 +27,7 @@ from pgsuite.runtime.cuda_graphs import PATIENCE, Graphs, Slots, capture
 from pgsuite.runtime.recovery import clone
 from pgsuite.runtime.trainer import Trainer
 
-ITERATIONS = 7  # one allocates, two show that they are alike, and the next is recorded
+ITERATIONS = 6  # one allocates, two show that they are alike, and the next is recorded
 PARTS = 3  # collecting, learning and the digest
 SHORT: dict[type[Algorithm], dict[str, Any]] = {
     PPO: {"epochs": 2},
@@ -106,10 +106,10 @@ def test_what_is_scheduled_remembered_or_put_back_is_replayed_too(
         warnings.simplefilter("error", UserWarning)
         runs = [trainer(cls, make(task, 8, max_episode_steps=16), record, **settings) for record in (None, Tape)]
         before = Tape.made
-        for i in range(11):
-            if i == 5:
+        for i in range(10):
+            if i == 4:
                 kept = [clone(run.position()) for run in runs]
-            if i == 8:
+            if i == 7:
                 for run, position in zip(runs, kept, strict=True):
                     run.place(position, "exact")
                     run.algorithm.slow_down()
@@ -194,12 +194,9 @@ def test_on_a_gpu_replays_are_eager_iterations_that_wait_once(task: str, method:
         eager.iterate()
         captured.iterate()
     captured.load_state_dict(clone(eager.state_dict()))
-    for run in (eager, captured):
-        found = [run.iterate() for _ in range(2)]
-        run.found = found  # pyright: ignore[reportAttributeAccessIssue]
-    for x, y in zip(eager.found, captured.found, strict=True):  # pyright: ignore[reportAttributeAccessIssue]
-        for name, value in x.metrics.items():
-            assert y.metrics[name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
+    for _ in range(2):
+        written, replayed = eager.iterate().metrics, captured.iterate().metrics
+        assert replayed == pytest.approx(written, rel=2e-2, abs=1e-2)
     for _ in range(4):
         captured.iterate()
     held = torch.cuda.memory_allocated()

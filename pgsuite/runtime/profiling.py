@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from pgsuite.runtime.trainer import Callback, Report, Trainer
 
 TRACE = "trace.json"
-WARM_UP, TIMED, TRACED = 3, 10, 2  # iterations
+WARM_UP, TIMED, TRACED = 8, 10, 2  # iterations; by then is captured what can be, into which nobody looks
 OPERATIONS = 8  # lines of the table
 Around = Callable[[str], AbstractContextManager[Any]]
 
