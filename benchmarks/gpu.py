@@ -29,8 +29,7 @@ from pgsuite.runtime.trainer import Trainer
 WARM_UP = 8  # iterations: some that settle, one that is captured, some that are replayed
 CHEETAH = "env=HalfCheetah num_envs=2048 horizon=32 algo.epochs=5 algo.minibatches=4"
 WIDE = f"{CHEETAH} policy.hidden=[512,512,512] critic.hidden=[512,512,512]"
-CARTPOLE = "env=CartPole num_envs=4096 horizon=64 algo.epochs=1 algo.minibatches=8 "
-CARTPOLE += "policy.hidden=[128] critic.hidden=[128]"
+CARTPOLE = (
     "env=CartPole num_envs=4096 horizon=64 algo.epochs=1 algo.minibatches=8 policy.hidden=[128] critic.hidden=[128]"
 )
 GRAPH = "execution=cuda_graph"

@@ -75,17 +75,20 @@ def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
     between iterations reads nothing back either."""
     with replays(PARTS * (ITERATIONS - 4)):
         runs = [trainer(cls, make("CartPole", 8, max_episode_steps=16), record) for record in (None, Tape)]
-        for i in range(ITERATIONS):
+        run_alike(runs)
+        first = addresses(runs[1])
+        for _ in range(ITERATIONS - 1):
             run_alike(runs)
-            slots = Slots(runs[1].algorithm, runs[1].collector, runs[1].tracker)
-            tensors = [(x, x.data_ptr()) for *_, x, _ in slots.held if isinstance(x, torch.Tensor)]
-            if i == 1:
-                first = tensors
-        for (x, at), (y, before) in zip(tensors, first, strict=True):
-            assert x is y and at == before
+        assert addresses(runs[1]) == first
         with NothingRead():
             clone(runs[1].position())
     check(*(run.position() for run in runs))
+
+
+def addresses(run: Trainer) -> dict[str, int]:
+    """Of every tensor that is held between iterations."""
+    slots = Slots(run.algorithm, run.collector, run.tracker)
+    return {name: x.data_ptr() for *_, x, name in slots.held if isinstance(x, torch.Tensor)}
 
 
 CASES: list[tuple[type[Algorithm], str, dict[str, Any], int]] = [
@@ -106,14 +109,16 @@ def test_what_is_scheduled_remembered_or_put_back_is_replayed_too(
         warnings.simplefilter("error", UserWarning)
         runs = [trainer(cls, make(task, 8, max_episode_steps=16), record, **settings) for record in (None, Tape)]
         before = Tape.made
-        for i in range(10):
-            if i == 4:
-                kept = [clone(run.position()) for run in runs]
-            if i == 7:
-                for run, position in zip(runs, kept, strict=True):
-                    run.place(position, "exact")
-                    run.algorithm.slow_down()
-                    run.collector.divert()
+        for _ in range(4):
+            run_alike(runs)
+        kept = [clone(run.position()) for run in runs]
+        for _ in range(3):
+            run_alike(runs)
+        for run, position in zip(runs, kept, strict=True):
+            run.place(position, "exact")
+            run.algorithm.slow_down()
+            run.collector.divert()
+        for _ in range(3):
             run_alike(runs)
     check(*(run.position() for run in runs))
     assert Tape.made - before == PARTS + changes
