@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from pgsuite.runtime import schema
 from pgsuite.runtime.build import build as build_run
 from pgsuite.runtime.cli import CONFIGS
 from pgsuite.runtime.cuda_graphs import PATIENCE, Graphs, Slots, capture
-from pgsuite.runtime.recovery import clone
+from pgsuite.runtime.recovery import Recovery, clone
 from pgsuite.runtime.trainer import Trainer
 
 ITERATIONS = 6  # one allocates, two show that they are alike, and the next is recorded
@@ -202,15 +203,17 @@ def test_on_a_gpu_replays_are_eager_iterations_that_wait_once(task: str, method:
     for _ in range(2):
         written, replayed = eager.iterate().metrics, captured.iterate().metrics
         assert replayed == pytest.approx(written, rel=2e-2, abs=1e-2)
+    captured.guard = Recovery(Path(), {}, 0, print)
+    captured.guard.on_start(captured)
     for _ in range(4):
-        captured.iterate()
+        captured.turn()
     held = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         for _ in range(100):
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                captured.iterate()
+                captured.turn()
             assert sum("called a synchronizing" in str(x.message) for x in told) <= 1
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -127,10 +127,10 @@ class Trainer:
         began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
         self.algorithm.progress(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
-        read = self.digest(metrics).cpu()  # all that an iteration reads back to the host, at once
-        values, episodes = read[: len(metrics) + 2], read[len(metrics) + 2 :].view(2, -1)
-        values = parallel.total(torch.cat([values, values.new_tensor([bool(self.asked)])])).tolist()
-        *read, steps, unsound, asked = values
+        digest = self.digest(metrics).cpu()  # all that an iteration reads back to the host, at once
+        values, episodes = digest[: len(metrics) + 2], digest[len(metrics) + 2 :].view(2, -1)
+        values = parallel.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
+        *read, steps, unsound, asked = values.tolist()
         read = [x / parallel.size() for x in read]
         self.steps += int(steps)
         self.stop = (self.asked or signal.SIGTERM) if asked else 0
