@@ -41,8 +41,6 @@ class PPO(A2C):
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
-        if self.early_stop == "masked" and self.optim != "adam":
-            raise ValueError(f"algo.early_stop=masked needs algo.optim=adam, got {self.optim}")
         check_split(collector.horizon, collector.env.num_envs, self.minibatches, columns=self.sequential)
 
     @property
@@ -70,7 +68,7 @@ class PPO(A2C):
                     break
             if epochs and self.recompute_advantage:
                 batch = self.credit(rollout)
-            self.optimizer.frozen = strayed.float() if self.early_stop == "masked" else None
+            self.optimizer.frozen = strayed if self.early_stop == "masked" else None
             epochs.append(self.update(batch))
             live.append(~strayed)
         live = torch.stack(live)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.envs.base import VectorEnv
-from pgsuite.nn.policy import Policy
+from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.types import Memory, Obs, Rollout, map_obs
 
@@ -47,7 +47,7 @@ class Collector(ABC):
     def advance(self, t: int, policy: Policy, live: Tensor) -> Tensor:
         """One step in every environment, written to row t; returns done [N]."""
         began = perf_counter()
-        choice = policy.act(self.obs, self.memory, self.start, self.generator)
+        choice = self.act(policy)
         acted = perf_counter()
         step = self.env.step(choice.action)
         self.seconds["environment"] += perf_counter() - acted
@@ -70,6 +70,10 @@ class Collector(ABC):
         self.buffer.write(t, row)
         self.obs, self.memory, self.start = step.obs, choice.memory, start
         return done
+
+    def act(self, policy: Policy) -> Choice:
+        """What to do about what is seen.  Execution may put a compiled one in its place."""
+        return policy.act(self.obs, self.memory, self.start, self.generator)
 
     def divert(self) -> None:
         """Draw other actions from here on than would have come."""

@@ -171,8 +171,9 @@ def build(cfg: DictConfig) -> Trainer:
         )
     try:
         lower(algorithm, env.device, run.precision)
-        execute(algorithm, env, run.execution)
-        trainer = Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
+        collector = algorithm.collector(env, horizon, seed)
+        execute(algorithm, collector, run.execution)
+        trainer = Trainer(algorithm, collector, run.total_steps)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
