@@ -107,7 +107,7 @@ def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
 def _ends(done: Tensor) -> Tensor:
     """[T, N] bool, where no next row continues this one."""
     last = torch.zeros_like(done)
-    last[-1] = True
+    last[-1].fill_(True)
     return done | last
 
 

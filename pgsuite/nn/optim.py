@@ -13,7 +13,11 @@ from pgsuite.types import Metrics
 
 Kind = Literal["adam", "rmsprop"]
 Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to descend, and what to watch
-MOMENTUM, MEMORY, EPS = 0.9, {"adam": 0.999, "rmsprop": 0.99}, 1e-5  # torch's defaults, but eps, which follows baselines
+MOMENTUM, MEMORY, EPS = (
+    0.9,
+    {"adam": 0.999, "rmsprop": 0.99},
+    1e-5,
+)  # torch's defaults, but eps, which follows baselines
 
 
 class Optimizer:
@@ -40,6 +44,7 @@ class Optimizer:
             p.data = chunk.view_as(p)
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
         self.share = torch.ones_like(self.lr)
+        self.frozen: Tensor | None = None  # [] bool: where it is true, steps change nothing
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # of gradients [P], decaying
         self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # or 1 - 0.999 would lose half its digits
 
@@ -53,7 +58,12 @@ class Optimizer:
         storage = self.flat.untyped_storage().data_ptr()
         if any(p.untyped_storage().data_ptr() != storage for p in self.params):
             raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
-        return metrics | {"grad_norm": self.step(gradient)}
+        moving = (self.flat, self.mean, self.square, self.steps)
+        before = [x.clone() for x in moving] if self.frozen is not None else ()
+        norm = self.step(gradient)
+        for x, old in zip(moving, before, strict=False):
+            x.copy_(old.where(self.frozen, x))
+        return metrics | {"grad_norm": norm}
 
     def gradient(self, objective: Objective, *seen: Any) -> tuple[Tensor, Metrics]:
         """Of the loss [P], averaged over processes, and the metrics.  Execution may put a compiled one in its place."""

@@ -20,6 +20,7 @@ class Collector(ABC):
     """Runs a policy for up to T = horizon steps in N environments, sampling from a generator of its own."""
 
     whole_episodes = False
+    reads: str | None = None  # what is read back to the host while collecting, and how not to; None where nothing is
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
         if horizon < 1:
@@ -124,6 +125,12 @@ class EpisodeCollector(Collector):
                 f"that, got {horizon}"
             )
         self.poll = poll
+
+    @property
+    def reads(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.poll >= self.horizon:
+            return None
+        return f"every {self.poll} steps it is asked whether any episode still runs; with poll={self.horizon} it is not"
 
     def collect(self, policy: Policy) -> Rollout:
         self.begin(policy)

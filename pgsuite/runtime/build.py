@@ -24,7 +24,9 @@ from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.spaces import to_data
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.runtime.cuda_graphs import capture
 from pgsuite.runtime.execution import execute
+from pgsuite.runtime.precision import lower
 from pgsuite.runtime.schema import Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
 from pgsuite.settings import closest
@@ -168,12 +170,16 @@ def build(cfg: DictConfig) -> Trainer:
             f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
         )
     try:
+        lower(algorithm, env.device, run.precision)
         collector = algorithm.collector(env, horizon, seed)
         execute(algorithm, collector, run.execution)
-        return Trainer(algorithm, collector, run.total_steps)
+        trainer = Trainer(algorithm, collector, run.total_steps)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
+    if run.execution == "cuda_graph":
+        capture(trainer)
+    return trainer
 
 
 def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
@@ -208,6 +214,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
+    words += [f"layers in {run.precision}"] if run.precision != "float32" else []
+    words += ["replayed as CUDA graphs after a few iterations"] if run.execution == "cuda_graph" else []
     words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)

@@ -23,7 +23,7 @@ from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout import Collector
 from pgsuite.types import Batch
 
-Execution = Literal["eager", "compile"]
+Execution = Literal["eager", "compile", "cuda_graph"]
 
 register_dataclass(Batch)  # so that tracing sees the tensors in it
 
@@ -94,9 +94,11 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> None:
     noise; and one of what a step of a task does in torch.  The numbers agree with eager ones to rounding.  Raises
     ValueError where there is nothing to compile with, or several processes.
     """
-    if how == "eager":
-        return
     env = collector.env
+    if how == "cuda_graph" and env.device.type != "cuda":
+        raise ValueError("execution=cuda_graph is for a GPU: give device=cuda, or leave it out")
+    if how != "compile":  # whole iterations are captured, in cuda_graphs
+        return
     if parallel.size() > 1:
         raise ValueError("execution=compile is for one process: leave it out under torchrun")
     if env.device.type == "cuda" and importlib.util.find_spec("triton") is None:

@@ -447,7 +447,7 @@ class Reacher(MujocoTask):
 
     def initial_qvel(self, generator: Generator) -> Tensor:
         qvel = self.uniform(self.physics.qvel, 0.005, generator)
-        qvel[:, -2:] = 0
+        qvel[:, -2:].zero_()
         return qvel
 
     def gap(self) -> Tensor:
@@ -486,12 +486,12 @@ class Pusher(MujocoTask):
         first = (tries.norm(dim=-1) > 0.17).to(torch.int8).argmax(-1)
         qpos = self.init_qpos.repeat(self.num_envs, 1)
         qpos[:, -4:-2] = tries.gather(1, first.view(-1, 1, 1).expand(-1, 1, 2)).squeeze(1)
-        qpos[:, -2:] = 0
+        qpos[:, -2:].zero_()
         return qpos
 
     def initial_qvel(self, generator: Generator) -> Tensor:
         qvel = self.uniform(self.physics.qvel, 0.005, generator)
-        qvel[:, -4:] = 0
+        qvel[:, -4:].zero_()
         return qvel
 
     def observe(self) -> Tensor:
