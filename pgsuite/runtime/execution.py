@@ -112,6 +112,9 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> None:
     for optimizer in algorithm.optimizers:
         optimizer.gradient = Compiled(optimizer.gradient)  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step = torch.compile(optimizer.step, dynamic=False, fullgraph=True)
+    for critic in algorithm.critics:
+        if not critic.sequential:  # or its steps through time would be unrolled
+            critic.bootstrap = torch.compile(critic.bootstrap, dynamic=False, fullgraph=True)
     collector.act = CompiledActing(collector)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv):
         env.advance = torch.compile(env.advance, dynamic=False, fullgraph=True)
