@@ -25,6 +25,7 @@ from pgsuite.language.tokens import Vocabulary
 from pgsuite.nn.optim import Optimizer
 from pgsuite.runtime.build import commit, versions
 from pgsuite.runtime.schema import UserError
+from pgsuite.runtime.train import short
 from pgsuite.settings import Count, Natural, Positive
 
 PAIRS = "preferences.jsonl"
@@ -38,14 +39,14 @@ class RewardTraining:
 
     model: str = "runs/language/model"  # a pretrained one, which writes the pairs and whose body judges begin with
     pairs: str | None = None  # a file of preferences; null has the hidden scorer make some
-    count: Count = 8_000  # of pairs to make
+    count: Count = 16_000  # of pairs to make
     noise: Positive = 1.0  # of choices: the score difference that is e times as likely preferred
     held_out: Count = 1_000  # of the pairs, the last ones
     members: Count = 1  # judges, each trained with a seed of its own
     seed: Natural = 0
     epochs: Count = 2
     batch: Count = 64  # pairs to a step
-    lr: Positive = 1e-3  # falls to zero
+    lr: Positive = 5e-4  # falls to zero
     torch_threads: Count = 1
 
     def __post_init__(self) -> None:
@@ -116,11 +117,12 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     torch.set_num_threads(wanted.torch_threads)
     model = WordModel.load(wanted.model)
     generator = seeding.generator(wanted.seed, "preferences")
-    prompts = [review.prompt for review in Grammar().sample(wanted.count, seeding.number(wanted.seed, "prompts"))]
+    count = wanted.count if wanted.pairs is None else REFERENCES
+    prompts = [review.prompt for review in Grammar().sample(count, seeding.number(wanted.seed, "prompts"))]
     if wanted.pairs is None:
         pairs = preferences.collect(model, prompts, scorer.score, wanted.noise, generator)
         preferences.save(pairs, folder / PAIRS)
-        say(f"{len(pairs):,} pairs in {perf_counter() - began:,.0f} s | {folder / PAIRS}")
+        say(f"{len(pairs):,} pairs in {perf_counter() - began:,.0f} s | {short(folder / PAIRS)}")
     else:
         pairs = preferences.load(Path(wanted.pairs))
     if wanted.held_out >= len(pairs):
@@ -147,6 +149,7 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
             writer.add_scalar(f"held_out/{name}", found[name], 1)
     for line in report(found):
         say(line)
+    say(f"{len(judges)} trained on {len(train):,} pairs in {perf_counter() - began:,.0f} s | {short(path)}")
     summary: dict[str, Any] = asdict(wanted) | found
     summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
     reward.save(path, **summary)
