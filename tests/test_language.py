@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from pgsuite.language import corpus
 from pgsuite.language.grammar import Grammar, Review
 from pgsuite.language.scorer import KIND, VALUE, judge, score
 from pgsuite.language.tokens import BEGIN, PAD, STOP, Vocabulary
@@ -63,13 +64,21 @@ def test_the_scorer_knows_every_noun_and_every_opinion_of_the_grammar() -> None:
 
 
 def test_texts_come_back_from_their_tokens_with_nothing_but_padding_behind_them() -> None:
-    corpus = Grammar().sample(50, seed=0)
-    vocabulary = Vocabulary(Grammar().words)
-    tokens, real = vocabulary.encode([r.prompt for r in corpus], [r.response for r in corpus])
-    assert vocabulary.decode(tokens) == [f"{r.prompt} {r.response}" for r in corpus]
+    reviews = Grammar().sample(50, seed=0)
+    vocabulary = corpus.vocabulary()
+    tokens, real = vocabulary.encode([r.prompt for r in reviews], [r.response for r in reviews])
+    assert vocabulary.decode(tokens) == [f"{r.prompt} {r.response}" for r in reviews]
     assert (tokens[0] == BEGIN).all() and ((tokens == PAD) == ~real).all()
     assert ((tokens == STOP).sum(0) == 1).all() and (real.sum(0) == (tokens == STOP).int().argmax(0) + 1).all()
     assert tokens.max() < len(vocabulary)
+
+
+def test_openings_that_are_held_out_are_no_others_and_all_are_of_known_words() -> None:
+    learned, apart = corpus.prompts(), corpus.held_out()
+    assert not set(learned) & set(apart) and len(set(apart)) == len(apart) > 20
+    assert len(learned) > 1000 > len(set(learned)) > 80
+    tokens, real = corpus.vocabulary().encode([*learned, *apart])
+    assert corpus.vocabulary().decode(tokens) == [*learned, *apart] and real.any(0).all()
 
 
 def test_an_unknown_word_is_named_with_its_neighbours() -> None:

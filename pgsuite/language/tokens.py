@@ -16,6 +16,8 @@ SPECIAL = 3
 class Vocabulary:
     """Words, and the number of each: its place in ``words`` after those of padding, beginning and stop."""
 
+    pad, stop = PAD, STOP
+
     def __init__(self, words: Iterable[str]) -> None:
         self.words = list(words)
         self.numbers = {word: number for number, word in enumerate(self.words, SPECIAL)}
