@@ -172,6 +172,7 @@ class LanguageEnv:
         seed: int = 0,
     ) -> None:
         """Raises ValueError where there are no prompts, or one that has no tokens."""
+        self.options = {"ensemble": ensemble, "scorer": scorer, "length": length, "unfinished": unfinished}
         self.texts, self.tokens, self.rewards, self.scorer = list(texts), tokens, list(rewards), scorer
         self.held_out = list(held_out or ())
         self.num_envs, self.samples, self.length, self.unfinished = num_envs, samples, length, unfinished
@@ -190,10 +191,18 @@ class LanguageEnv:
             f"{self.name} | {len(self.texts):,} prompts of up to {self.width} tokens, responses of up to {length} | "
             f"{num_envs} at a time{each}"
         )
+        self.ordered = False  # each prompt in its turn, instead of drawn
         self.generator = seeding.generator(seed, "environment")
         self.chosen = torch.zeros(num_envs, dtype=torch.long)  # which prompt each answers
         self.text = torch.full((self.max_episode_steps + 1, num_envs), self.pad, device=self.device)
         self.clock = torch.zeros(num_envs, dtype=torch.long, device=self.device)
+
+    def apart(self) -> LanguageEnv:
+        """Each of the prompts that are held out once, or without them each of these, in order."""
+        texts, placed = self.held_out or self.texts, {"device": self.device, "dtype": self.dtype}
+        env = LanguageEnv(texts, self.tokens, self.rewards, num_envs=len(texts), **self.options, **placed)
+        env.ordered = True
+        return env
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts [P, N] with what is missing to the longest at their beginning, and which tokens are real [P, N]."""
@@ -207,6 +216,7 @@ class LanguageEnv:
     def prompts(self) -> tuple[Tensor, Tensor]:
         """The prompts [P, N] of the next N responses, those of one prompt side by side, and which tokens are real."""
         drawn = torch.randint(len(self.texts), (self.num_envs // self.samples,), generator=self.generator)
+        drawn = torch.arange(self.num_envs) if self.ordered else drawn
         self.chosen = drawn.repeat_interleave(self.samples)
         chosen = self.chosen.to(self.device)
         return self.encoded[:, chosen], self.real[:, chosen]
