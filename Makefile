@@ -33,6 +33,8 @@ plots: $(VENV)/.dev
 	$(RUN) benchmarks/returns.py table --readme
 	$(RUN) benchmarks/throughput.py --readme
 	$(RUN) benchmarks/peers.py --docs
+	$(RUN) benchmarks/wallclock.py table --docs
+	$(RUN) benchmarks/scaling.py table --docs
 	$(RUN) benchmarks/parity.py --docs
 	$(RUN) benchmarks/envs.py --docs
 

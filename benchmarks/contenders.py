@@ -125,8 +125,8 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
         "Reinforce": {"lr": LR},
     }[work.method]
     algorithm = getattr(algorithms, work.method)(**parts, **settings, gamma=GAMMA)
-    execute(algorithm, env, execution)
     collector = algorithm.collector(env, work.horizon)
+    execute(algorithm, collector, execution)
 
     def iterate() -> int:
         algorithm.iterate(collector)

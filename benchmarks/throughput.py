@@ -44,19 +44,22 @@ def stepper(env: Any, seconds: float) -> float:
     return steps / (now - began)
 
 
-def ppo(env: VectorEnv, execution: Execution) -> tuple[PPO, StepCollector]:
+def ppo(
+    env: VectorEnv, execution: Execution, horizon: int = HORIZON, hidden: tuple[int, ...] = (64, 64)
+) -> tuple[PPO, StepCollector]:
     generator = seeding.generator(0, "networks")
     norm = Standardize(env.observation_space)
     algorithm = PPO(
-        policy=Policy(norm, env.action_space, generator=generator),
-        critic=Critic(norm, generator=generator),
-        reward_scale=RewardScale(ENVS),
+        policy=Policy(norm, env.action_space, hidden=hidden, generator=generator),
+        critic=Critic(norm, hidden=hidden, generator=generator),
+        reward_scale=RewardScale(env.num_envs),
         generator=generator,
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
     )
-    execute(algorithm, env, execution)
-    return algorithm, StepCollector(env, HORIZON)
+    collector = StepCollector(env, horizon)
+    execute(algorithm, collector, execution)
+    return algorithm, collector
 
 
 def training(algorithm: PPO, collector: StepCollector, seconds: float) -> float:

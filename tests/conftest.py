@@ -1,4 +1,9 @@
+import os
+
 import pytest
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or a pool of processes imports torch to compile little
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -64,6 +64,7 @@ GOOD: dict[str, list[str]] = {
     "device": ["auto", "cpu"],
     "backend": ["auto", "torch", "mujoco.batch", "gymnasium"],
     "execution": ["eager"],  # compiling takes longer than all the rest
+    "precision": ["float32", "bf16"],  # tf32 is for a GPU
     "policy.distribution": ["auto", "gaussian", "squashed", "beta", "categorical"],
     "env.id": ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "FrozenLake-v1", "Blackjack-v1", "Taxi-v3"],
     "run": [RUNS[0], *RUNS],

@@ -25,14 +25,15 @@ from typing import Any
 SMALL = ["num_envs=4", "total_steps=960", "checkpoint.every=160", "logging.points=20"]
 CHEETAH = ["env=HalfCheetah", "env.max_episode_steps=40", "horizon=16", *SMALL, "env_threads=1"]
 POLE = ["env=CartPole", "env.max_episode_steps=60", "horizon=16", *SMALL]
+SCORED = ["evaluation.every=320", "evaluation.episodes=2"]
 WHOLE = ["env.max_episode_steps=20", *SMALL]
 CASES: dict[str, list[str]] = {
     "reinforce": ["algo=reinforce", "env=Pendulum", "algo.baseline=critic", *WHOLE],
     "a2c": ["algo=a2c", *CHEETAH, "algo.lr={adaptive: {start: 1e-3, kl: 0.01}}"],
-    "npg": ["algo=npg", *CHEETAH, "algo.max_kl={linear: [0.01, 0]}"],
-    "trpo": ["algo=trpo", *POLE, "policy.recurrent=gru", "algo.critic_minibatches=2"],
-    "ppo": ["algo=ppo", *CHEETAH, "evaluation.every=320", "evaluation.episodes=2", "algo.lr={cosine: [3e-4, 0]}"],
-    "ppo_penalty": ["algo=ppo_penalty", *CHEETAH],
+    "npg": ["algo=npg", *CHEETAH, "algo.max_kl={linear: [0.01, 0]}", "algo.critic_epochs=2"],
+    "trpo": ["algo=trpo", *POLE, "policy.recurrent=gru", "algo.critic_minibatches=2", "algo.critic_epochs=2"],
+    "ppo": ["algo=ppo", *CHEETAH, "algo.lr={cosine: [3e-4, 0]}", "algo.epochs=2", *SCORED],
+    "ppo_penalty": ["algo=ppo_penalty", *CHEETAH, "algo.epochs=2"],
     "ppo-lstm": ["algo=ppo", *POLE, "policy.recurrent=lstm", "algo.minibatches=2", "algo.epochs=2"],
     "reinforce-gru": ["algo=reinforce", "env=Pendulum", "policy.recurrent=gru", *WHOLE],
     "a2c-pendulum": ["algo=a2c", "env=Pendulum", "env.max_episode_steps=30", "horizon=16", *SMALL],

@@ -1,4 +1,5 @@
-"""A guard against reading tensors back to Python, which is what stalls an accelerator; it works on any device."""
+"""A guard against reading tensors back to Python, and making them of what Python holds, which is what stalls an
+accelerator; it works on any device."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,10 +18,12 @@ class NothingAsked(TorchFunctionMode):
 
 
 class NothingRead(TorchDispatchMode):
-    """Forbids every way of a tensor's value, or of a shape that depends on one, to the host."""
+    """Forbids every way of a tensor's value, or of a shape that depends on one, to the host, and of lists and arrays to
+    the device."""
 
     FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "argwhere")
     FORBIDDEN += ("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount")
+    FORBIDDEN += ("lift_fresh",)  # torch.tensor, new_tensor
 
     def __enter__(self):
         self.asked = NothingAsked()

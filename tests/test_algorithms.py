@@ -352,12 +352,13 @@ def test_advantages_are_standardized_where_asked() -> None:
 
 
 def test_the_gradient_norm_is_bounded_where_asked() -> None:
-    """RMSprop's first step from p with gradient g is lr g / (sqrt(0.01) |g| + eps), so look at the gradient."""
+    """RMSprop's first step from p with gradient g is lr g / (sqrt(0.01) |g| + eps), so look at what it remembers: the
+    squares, a hundredth of them."""
     for bound in (None, 1e-3):
         env = PointMass(8)
         algorithm = build(A2C, env, max_grad_norm=bound)
         norm = float(algorithm.iterate(collector(algorithm, env))["grad_norm"])
-        clipped = float(algorithm.optimizer.flat.grad.norm())
+        clipped = 10 * float(algorithm.optimizer.square.sum().sqrt())
         assert clipped == pytest.approx(norm if bound is None else bound, rel=1e-3) and norm > 1e-3
 
 
@@ -496,7 +497,6 @@ def test_reinforce_refuses_torn_episodes() -> None:
 PROBES: list[tuple[str, Callable[[Tensor, Tensor], Tensor], bool]] = [
     ("reward is one", lambda obs, action: torch.ones_like(obs), True),
     ("reward is the observation", lambda obs, action: obs, False),
-    ("reward is the action", lambda obs, action: action.float(), True),
     ("reward is the action times the observation", lambda obs, action: (2 * action - 1) * obs, False),
 ]
 FAST: dict[type[Algorithm], dict[str, Any]] = {
@@ -509,8 +509,8 @@ FAST: dict[type[Algorithm], dict[str, Any]] = {
         "minibatches": 2,
         "beta": {"adaptive": {"start": 1.0, "kl": 0.05, "factor": 0.5}},
     },
-    NPG: {"critic_lr": 0.02, "critic_minibatches": 2, "max_kl": 0.05},
-    TRPO: {"critic_lr": 0.02, "critic_minibatches": 2, "max_kl": 0.05},
+    NPG: {"critic_lr": 0.02, "critic_epochs": 4, "critic_minibatches": 2, "max_kl": 0.05},
+    TRPO: {"critic_lr": 0.02, "critic_epochs": 4, "critic_minibatches": 2, "max_kl": 0.05},
 }
 
 
@@ -521,7 +521,7 @@ def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -
     env = Probe(32, pays, blank=blank)
     algorithm = build(cls, env, standardize=False, scale=False, **FAST[cls])
     rollouts = collector(algorithm, env, 8)
-    for _ in range(70):
+    for _ in range(45):
         algorithm.iterate(rollouts)
     rollout = rollouts.collect(algorithm.policy)
     value = algorithm.critic(rollout)[0].detach()
@@ -575,10 +575,10 @@ class QuadraticCritic(Critic):
 def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
     """At discount .9, u = -K x with K = .58840335, whatever noise is added; K once it has settled."""
     env = LQR(256, max_episode_steps=10)
-    natural: dict[str, Any] = {"max_kl": 3e-3, "critic_lr": {"linear": [0.02, 0]}}
+    natural: dict[str, Any] = {"max_kl": 3e-3, "critic_lr": {"linear": [0.02, 0]}, "critic_epochs": 4}
     first_order: dict[Any, Any] = {
         A2C: {"lr": {"linear": [0.05, 0]}, "optim": "adam"},
-        PPO: {"lr": {"linear": [0.01, 0]}, "epochs": 4},
+        PPO: {"lr": {"linear": [0.01, 0]}, "epochs": 2},
     }
     options = first_order.get(cls, natural)
     generator = torch.Generator().manual_seed(0)

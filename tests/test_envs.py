@@ -41,7 +41,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("Reacher", {"reward_dist_weight": 2.0, "reward_control_weight": 0.5}),
     ("Pusher", {"reward_near_weight": 2.0, "reward_dist_weight": 0.5, "frame_skip": 2}),
 ]
-STEPS, ENVS = 1_000, 3
+STEPS, ENVS = 500, 3
 
 
 def reference(name: str, options: dict[str, Any]) -> Any:
@@ -138,7 +138,7 @@ def test_classic_tasks_equal_gymnasium_in_float64(name: str, options: dict[str, 
     env.reset()
     env.action_space.seed(0)
     ended, action = 0, torch.as_tensor(np.stack([env.action_space.sample() for _ in range(4)]))
-    for t in range(1_500):
+    for t in range(1_500 if name == "Acrobot" else 800):  # whose episodes are long
         for i, other in enumerate(others):
             other.state = env.task.state[i].numpy().copy()
         if name.startswith("MountainCar") and t % 3:  # push the way it rolls

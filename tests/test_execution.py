@@ -41,8 +41,8 @@ def test_compiled_learning_is_eager_learning(
         env = make("Pendulum", 8, max_episode_steps=16)
         algorithm = build(method, env, **settings)
         begun = copy.deepcopy(algorithm.state_dict())
-        execute(algorithm, env, how)
         rollouts, found, graphs = collector(algorithm, env), [], []
+        execute(algorithm, rollouts, how)
         for fraction in (0.0, 0.3, 0.6, 0.9, None):
             if fraction is None:
                 algorithm.load_state_dict(begun)
@@ -61,13 +61,16 @@ def test_compiled_learning_is_eager_learning(
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     env = PointMass(8)
+    algorithm = build(A2C, env)
     monkeypatch.setattr(parallel, "size", lambda: 2)
     with pytest.raises(ValueError, match="for one process"):
-        execute(build(A2C, env), env, "compile")
+        execute(algorithm, collector(algorithm, env), "compile")
     monkeypatch.undo()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"no no-such-compiler: install it"):
-        execute(build(A2C, env), env, "compile")
+        execute(algorithm, collector(algorithm, env), "compile")
+    with pytest.raises(ValueError, match=r"cuda_graph is for a GPU: give device=cuda, or leave it out"):
+        execute(algorithm, collector(algorithm, env), "cuda_graph")
 
 
 @pytest.mark.parametrize("name", ["CartPole", "Pendulum", "Acrobot", "MountainCar", "MountainCarContinuous"])

@@ -84,8 +84,10 @@ def first_gradient(algorithm: Any, rollout: Rollout) -> Tensor:
         norm = algorithm.improve(batch)["grad_norm"]
         step = tr.flatten(params).detach() - before
         return norm * step / step.norm()
+    step, taken = algorithm.optimizer.step, []
+    algorithm.optimizer.step = lambda gradient: taken.append(gradient) or step(gradient)
     algorithm.update(batch)
-    return -algorithm.optimizer.flat.grad[: sum(p.numel() for p in params)]
+    return -taken[-1][: sum(p.numel() for p in params)]
 
 
 def per_episode(algorithm: Any, rollout: Rollout) -> float:

@@ -227,7 +227,7 @@ def test_an_environment_without_a_time_limit_is_no_place_for_whole_episodes() ->
 def test_ppo_learns_through_the_adapter(way: dict[str, Any]) -> None:
     """To balance: a random policy lasts 22 steps on average, this one 100 after 8,000."""
     env = make(Gym(id="CartPole-v1", **way), 8, seed=1)
-    algorithm = build(PPO, env, lr=2e-3, standardize=False)
+    algorithm = build(PPO, env, lr=5e-3, epochs=4, standardize=False)
     rollouts = StepCollector(env, 64)
     tracker, returns = EpisodeTracker(8, env.device), [0.0]
     for _ in range(16):

@@ -76,7 +76,7 @@ def test_bounded_and_state_dependent_policies_learn(cls: Any, look: dict[str, An
     """To stay at the origin: standing still is paid 17 on average, a policy before learning less than that, the best
     some 45."""
     env = PointMass(32)
-    options: dict[str, Any] = {"lr": 3e-3} if cls is PPO else {}
+    options: dict[str, Any] = {"lr": 1e-2, "epochs": 4} if cls is PPO else {"critic_epochs": 4}
     algorithm = build(cls, env, look=look, **options)
     rollouts, tracker, returns = StepCollector(env, 50), EpisodeTracker(32, env.device), []
     for _ in range(15):

@@ -168,8 +168,8 @@ def test_who_leaves_too_early_is_missed_and_no_thread_stays_behind(tmp_path: Pat
 # From end to end
 
 ENDS = {
-    "ppo": [*kills.CASES["ppo"], "scale_reward=true", "algo.epochs=3", "algo.target_kl=0.01"],
-    "trpo": [*kills.CASES["trpo"], "algo.critic_epochs=2"],
+    "ppo": [*kills.CASES["ppo"], "scale_reward=true", "algo.target_kl=0.01"],
+    "trpo": kills.CASES["trpo"],
 }
 ENDS |= {case: arguments for case, arguments in kills.CASES.items() if LONG and case not in ENDS}
 

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from reads import NothingRead
 from test_algorithms import flat
 from torch import Tensor
-from toys import ALL, PointMass, Toy, build, collector, resume_alike
+from toys import ALL, BRIEF, PointMass, Toy, build, collector, resume_alike
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.functional import trust_region as tr
@@ -48,7 +48,7 @@ class Recall(Toy):
 
 
 def remembering(cls: type[Algorithm], env: Any, kind: Any = "gru", **fields: Any) -> Any:
-    return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, recurrent=kind, **fields)
+    return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, recurrent=kind, **BRIEF[cls] | fields)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(GRU, torch.nn.GRUCell), (LSTM, torch.nn.LSTMCell)])
@@ -223,7 +223,7 @@ def test_a_memory_is_restored_with_the_rest(cls: type[Algorithm]) -> None:
 
 
 def sharing(cls: type[Algorithm], env: Any, kind: Any = "none", **fields: Any) -> Any:
-    return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, shared=True, **fields)
+    return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, shared=True, **BRIEF[cls] | fields)
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])

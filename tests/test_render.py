@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from test_cli import TINY, Cli, command  # noqa: F401
+from test_cli import TINY, Cli, command, finished, own_run  # noqa: F401
 from toys import PointMass
 
 from pgsuite.envs import Gym, make
@@ -224,8 +224,7 @@ def test_a_gif_keeps_time_although_it_knows_only_hundredths_of_a_second(tmp_path
     assert frames_of(tmp_path / "x.gif")[2] == pytest.approx(60 / fps, abs=0.01)
 
 
-def test_a_wrong_video_is_refused_before_anything_is_played(command: Cli) -> None:  # noqa: F811
-    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
+def test_a_wrong_video_is_refused_before_anything_is_played(command: Cli, own_run: Path) -> None:  # noqa: F811
     for video, message in (
         ("film.avi", "video=film.avi must end in .mp4 or .gif, or be tensorboard"),
         ("nowhere/film.mp4", "there is no directory nowhere"),
@@ -233,11 +232,11 @@ def test_a_wrong_video_is_refused_before_anything_is_played(command: Cli) -> Non
     ):
         code, _, err = command("evaluate", "run=run", f"video={video}")
         assert code == 1 and message in err and err.strip().count("\n") == 0
-        assert not (command.folder / "run" / "evaluation.json").exists()
+        assert not (own_run / "evaluation.json").exists()
 
 
+@pytest.mark.usefixtures("own_run")
 def test_missing_packages_are_named(command: Cli) -> None:  # noqa: F811
-    assert command("train", "env=CartPole", "hydra.run.dir=run", *TINY)[0] == 0
     for package in ("imageio_ffmpeg", "pygame"):
         with command.monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -4,16 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import kills
 import pytest
 import torch
-from test_cli import TINY, Cli, command  # noqa: F401
-from toys import ALL, PointMass, build, collector
+from test_cli import TINY, Cli, command, finished, own_run  # noqa: F401
+from toys import ALL, BRIEF, PointMass, build, collector
 
 from pgsuite.algorithms import PPO
 from pgsuite.runtime import checkpoint
@@ -21,7 +19,6 @@ from pgsuite.runtime.recovery import Recovery, clone
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
 RUN = ["env=CartPole", "hydra.run.dir=run", *TINY, "checkpoint.every=250"]
 
 
@@ -40,7 +37,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path, case: str) ->
 def test_a_trainer_put_back_does_what_it_would_have_done(cls: type, tmp_path: Path) -> None:
     def trainer(seed: int) -> Trainer:
         env = PointMass(4, seed=seed)
-        algorithm = build(cls, env, seed=seed, recurrent="lstm")
+        algorithm = build(cls, env, seed=seed, recurrent="lstm", **BRIEF[cls])
         return Trainer(algorithm, collector(algorithm, env, seed=seed), 10_000)
 
     one, two = trainer(1), trainer(2)
@@ -57,7 +54,7 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type, tmp_path: Pa
 @pytest.mark.parametrize("cls", ALL)
 def test_going_back_takes_everything_back_but_the_pace_and_the_actions_to_come(cls: type, tmp_path: Path) -> None:
     env = PointMass(4)
-    algorithm, said = build(cls, env, recurrent="gru"), []
+    algorithm, said = build(cls, env, recurrent="gru", **BRIEF[cls]), []
     guard = Recovery(tmp_path, {}, 1, said.append)
     trainer = Trainer(algorithm, collector(algorithm, env), 10_000, guard=guard)
     guard.on_start(trainer)
@@ -93,26 +90,28 @@ def test_what_the_comparison_would_see() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_how_to_go_on_and_has_its_exit_code(tmp_path: Path, how: signal.Signals) -> None:
-    script = [sys.executable, str(ROOT / "scripts" / "train.py")]
     long = ["env=CartPole", "num_envs=4", "horizon=16", "total_steps=10_000_000", "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        [*script, *long], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while "running" not in (path.read_text() if (path := tmp_path / "run" / "summary.json").is_file() else ""):
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(how)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 0}[how], err
-    assert f"{how.name} at" in out and "saved; go on with: python scripts/train.py resume=run" in out and not err
+    process = kills.start(tmp_path, [*long, "checkpoint.every=64"])
+    try:
+        while not list(tmp_path.glob("run/checkpoints/*.pt")):
+            assert process.is_alive()
+            time.sleep(0.05)
+        os.kill(process.pid, how)
+        process.join(60)
+    finally:
+        process.kill()
+    said = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == {signal.SIGTERM: 143, signal.SIGINT: 0}[how], said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"{how.name} at") and "saved; go on with: python scripts/train.py resume=run" in last
+    assert "Traceback" not in said and "error" not in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     state = checkpoint.load(checkpoint.numbered(tmp_path / "run")[-1])
     assert summary["status"] == "interrupted" and summary["steps"] == state["steps"] > 0
 
 
+@pytest.mark.usefixtures("own_run")
 def test_what_may_not_change_where_a_run_goes_on_is_refused_by_name(command: Cli) -> None:  # noqa: F811
-    assert command("train", *RUN)[0] == 0
     for change, key in (
         ("algo.clip=0.1", "algo.clip"),
         ("seed=1", "seed"),
@@ -147,9 +146,8 @@ def test_auto_goes_on_with_the_newest_run_of_the_same_settings_or_begins_one(com
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "hostile"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(command: Cli, harm: str) -> None:  # noqa: F811
-    assert command("train", *RUN)[0] == 0
-    *_, before, last = checkpoint.numbered(command.folder / "run")
+def test_a_damaged_checkpoint_is_passed_over_by_name(command: Cli, own_run: Path, harm: str) -> None:  # noqa: F811
+    *_, before, last = checkpoint.numbered(own_run)
     data = last.read_bytes()
     if harm == "truncated":
         last.write_bytes(data[:-100])

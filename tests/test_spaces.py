@@ -249,7 +249,7 @@ def test_ppo_learns_what_is_shown_in_any_way(shown: str, action: str) -> None:
     """A random policy is paid 5 an episode and the best 20."""
     world = Gym(id="Signal-v0", import_="test_spaces", options={"shown": shown, "action": action})
     env = make(world, 8)
-    algorithm = build(PPO, env, lr=3e-3, gamma=0.5, convolutions=[[8, 4, 4]])
+    algorithm = build(PPO, env, lr=5e-3, epochs=4, gamma=0.5, convolutions=[[8, 4, 4]])
     rollouts, tracker = StepCollector(env, 40), EpisodeTracker(8, env.device)
     returns = []
     for _ in range(25):

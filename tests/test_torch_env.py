@@ -248,7 +248,7 @@ def test_a_restored_environment_draws_what_the_saved_one_would_have() -> None:
 def test_ppo_learns_through_the_adapter(kind: str) -> None:
     """To stay near the origin: resting where an episode begins pays a third of a point a step."""
     env = make(TorchNative(entry=f"torch_worlds:{kind}", max_episode_steps=50), 16)
-    algorithm = build(PPO, env, lr=3e-3)
+    algorithm = build(PPO, env, lr=1e-2, epochs=4)
     rollouts = StepCollector(env, 50)
     tracker, returns = EpisodeTracker(16, env.device), []
     for _ in range(25):

@@ -164,6 +164,9 @@ def test_a_world_that_blows_up_begins_again_from_rest_and_harms_no_other(device:
     others = [0, 2, 3]
     assert torch.equal(physics.qpos[others], whole.qpos[others])
     assert all(x.isfinite().all() for x in physics.outputs.values())
+    if device == "cuda":
+        physics.state_dict()  # asks, and
+        torch.cuda.synchronize()
     with pytest.warns(UserWarning, match="1 of 4 worlds reached numbers that are not finite, and began again"):
         physics.state_dict()
 

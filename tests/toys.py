@@ -18,6 +18,15 @@ from pgsuite.rollout import Collector
 from pgsuite.types import Step
 
 ALL: list[type[Algorithm]] = [Reinforce, A2C, PPO, PPOPenalty, NPG, TRPO]
+# Passes over a batch: enough that each is shuffled anew and steps on what the one before left, and no more.
+BRIEF: dict[type[Algorithm], dict[str, Any]] = {
+    Reinforce: {"critic_epochs": 2, "critic_minibatches": 2},
+    A2C: {},
+    PPO: {"epochs": 2, "minibatches": 2},
+    PPOPenalty: {"epochs": 2, "minibatches": 2},
+    NPG: {"critic_epochs": 2, "critic_minibatches": 2},
+    TRPO: {"critic_epochs": 2, "critic_minibatches": 2},
+}
 
 
 class Toy:

@@ -131,6 +131,11 @@ class Algorithm(Scheduled, ABC):
         return parallel.mean(masked_mean(objectives.sampled_kl(log_ratio), seen.mask))
 
     @property
+    def reads(self) -> str | None:
+        """What learning reads back to the host, and what to set so that it does not; None where it reads nothing."""
+        return None
+
+    @property
     def critics(self) -> list[Critic]:
         return [part for part in vars(self).values() if isinstance(part, Critic)]
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 
 from pgsuite import parallel
@@ -12,7 +13,7 @@ from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split, minibatches
 from pgsuite.settings import Count, Positive, Range
-from pgsuite.types import Batch, Metrics, Rollout, average, standardize
+from pgsuite.types import Batch, Metrics, Rollout, average, masked_means, standardize
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,8 +29,15 @@ class PPO(A2C):
     minibatches: Count = 4
     value_clip: Positive | None = None
     recompute_advantage: bool = False  # before every epoch but the first, with the critic as it then is
-    target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this; read once per epoch
+    target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this
+    early_stop: Literal["read", "masked"] = "read"  # one bit an epoch; masked epochs are made, and change nothing
     normalize_advantage: Literal["none", "batch", "minibatch"] = "minibatch"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def reads(self) -> str | None:
+        if self.target_kl is None or self.early_stop == "masked":
+            return super().reads
+        return "target_kl reads one bit of each epoch; algo.early_stop=masked reads none"
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
@@ -51,14 +59,21 @@ class PPO(A2C):
 
     def learn(self, rollout: Rollout) -> Metrics:
         """Epoch after epoch, until the last or one that strays too far."""
-        batch, epochs = self.credit(rollout), []
+        batch, epochs, live = self.credit(rollout), [], []
+        strayed = torch.zeros_like(batch.mask[0, 0])
         while len(epochs) < self.epochs:
-            if epochs and self.target_kl is not None and bool(parallel.mean(epochs[-1]["kl"]) > self.target_kl):
-                break
+            if epochs and self.target_kl is not None:
+                strayed = strayed | (parallel.mean(epochs[-1]["kl"]) > self.target_kl)
+                if self.early_stop == "read" and bool(strayed):
+                    break
             if epochs and self.recompute_advantage:
                 batch = self.credit(rollout)
+            self.optimizer.frozen = strayed if self.early_stop == "masked" else None
             epochs.append(self.update(batch))
-        return average(epochs) | {"epochs": batch.logp.new_tensor(len(epochs))} | self.watch(batch)
+            live.append(~strayed)
+        live = torch.stack(live)
+        means = masked_means({name: torch.stack([x[name] for x in epochs]) for name in epochs[0]}, live)
+        return means | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.watch(batch)
 
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a step on each of the minibatches."""

@@ -24,6 +24,12 @@ class TRPO(NPG):
     tries: Count = 10
     line_search: Literal["sequential", "batched"] = "sequential"
 
+    @property
+    def reads(self) -> str | None:
+        if self.line_search == "batched":
+            return super().reads
+        return "the line search reads one bit of each try; algo.line_search=batched reads none"
+
     def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
         def accept(fraction: Tensor) -> Tensor:
             gain, kl = attempt(fraction)

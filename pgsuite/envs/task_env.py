@@ -45,20 +45,24 @@ class TaskEnv:
         action = action.to(self.task.device)
         if self.bounds is not None:
             action = action.to(self.task.dtype).clamp(*self.bounds)
+        self.task.simulate(action)
+        step = self.advance(action)
+        done = step.done.to(self.task.device)
+        if self.task.on_host and not bool(done.any()):
+            return step
+        self.task.reset(done, self.generator)
+        return step._replace(obs=self._out(self.task.observe()))
+
+    def advance(self, action: Tensor) -> Step:
+        """What follows from what the task has simulated, before any restart.  Execution may put a compiled one in its
+        place."""
         reward, terminated = self.task.advance(action)
         next_obs = self._out(self.task.observe())
         self.clock += 1
         truncated = (self.clock >= self.max_episode_steps) & ~terminated
-        done = terminated | truncated
-        self.task.reset(done, self.generator)
-        self.clock.masked_fill_(done, 0)
-        return Step(
-            obs=self._out(self.task.observe()),
-            next_obs=next_obs,
-            reward=self._out(reward),
-            terminated=terminated.to(self.device),
-            truncated=truncated.to(self.device),
-        )
+        self.clock.masked_fill_(terminated | truncated, 0)
+        terminated, truncated = terminated.to(self.device), truncated.to(self.device)
+        return Step(next_obs, next_obs, self._out(reward), terminated, truncated)
 
     def _out(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype)

@@ -123,7 +123,7 @@ def less_others(score: Tensor) -> Tensor:
 def _ends(done: Tensor) -> Tensor:
     """[T, N] bool, where no next row continues this one."""
     last = torch.zeros_like(done)
-    last[-1] = True
+    last[-1].fill_(True)
     return done | last
 
 

@@ -30,7 +30,8 @@ ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float, generator: Generator | None) -> None:
     """Draw weights that were never drawn before; biases are zero."""
-    layer.to_empty(device="cpu")
+    for name, p in list(layer.named_parameters()):  # to_empty would do, and import what takes half a second
+        setattr(layer, name, nn.Parameter(torch.empty(p.shape)))
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

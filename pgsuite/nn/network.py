@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
 from pgsuite.nn.normalize import Standardize, is_image
 from pgsuite.nn.recurrent import RECURRENCES, Kind
-from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs, Rollout
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs, Rollout, leaves
 
 
 class Seen(Protocol):
@@ -74,6 +74,9 @@ class Features(Body):
     """``size`` features of each observation: what may be seen of it is standardized, images go through convolutions,
     and all that through a memory, if there is one, and hidden layers.
 
+    Convolutions and hidden layers are computed in ``dtype``, by autocast; parameters, what comes out, a memory, and the
+    numbers that a ``Network`` makes of them are not.
+
     With ``privileged`` it sees the part of the observations that is for the critic, where they have one; without, the
     rest.  ``obs_norm`` may be shared with other bodies.
     """
@@ -107,7 +110,7 @@ class Features(Body):
             privileged = privileged and PRIVILEGED in space.spaces
             self.keys = [key for key in space if key != ACTION_MASK and (key == PRIVILEGED) == privileged]
             space = spaces.Dict({key: space[key] for key in self.keys})
-        self.obs_norm, self.name = obs_norm, name
+        self.obs_norm, self.name, self.dtype = obs_norm, name, torch.float32
         self.encoder, features = encoder(space)
         images = ["x".join(map(str, m.shape)) + " > " for m in self.encoder.modules() if isinstance(m, Convolutions)]
         self.shape = "".join(images) + str(features)  # for people
@@ -129,21 +132,29 @@ class Features(Body):
     def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
         x = self.encode(seen.obs)
         if self.recurrence is None:
-            return self.hidden(x), {}
+            return self.low(self.hidden, x), {}
         x, after = self.recurrence(x, seen.memory[self.name][0], seen.start)
-        return self.hidden(x), {self.name: after}
+        return self.low(self.hidden, x), {self.name: after}
 
     def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
         x = self.encode(obs)
         if self.recurrence is None:
-            return self.hidden(x), {}
+            return self.low(self.hidden, x), {}
         x, after = self.recurrence(x.unsqueeze(0), memory[self.name], start.unsqueeze(0))
-        return self.hidden(x.squeeze(0)), {self.name: after.squeeze(0)}
+        return self.low(self.hidden, x.squeeze(0)), {self.name: after.squeeze(0)}
 
     def encode(self, obs: Obs) -> Tensor:
         if self.keys is not None:
             obs = {key: obs[key] for key in self.keys}
-        return self.encoder(self.obs_norm(obs))
+        return self.low(self.encoder, self.obs_norm(obs))
+
+    def low(self, layers: nn.Module, x: Obs) -> Tensor:
+        """layers(x), computed in ``dtype``."""
+        if self.dtype is torch.float32:
+            return layers(x)
+        # Without the cache of cast weights, which a CUDA graph may not fill.
+        with torch.autocast(leaves(x)[0].device.type, self.dtype, cache_enabled=False):
+            return layers(x).float()
 
 
 class Network(nn.Module):

@@ -13,6 +13,11 @@ from pgsuite.types import Metrics
 
 Kind = Literal["adam", "rmsprop"]
 Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to descend, and what to watch
+MOMENTUM, MEMORY, EPS = (
+    0.9,
+    {"adam": 0.999, "rmsprop": 0.99},
+    1e-5,
+)  # torch's defaults, but eps, which follows baselines
 
 
 class Optimizer:
@@ -21,8 +26,8 @@ class Optimizer:
     It moves them into one vector, ``flat`` [P], of which they become views: the collective, the norm, the clipping and
     the step are then one operation each, however many layers there are.  The learning rate is a tensor, so that a
     schedule may write to it and nothing is read back to the host; steps are taken at ``share`` of it, which is one
-    until a run had to be slowed down.  eps 1e-5 follows baselines.  ``max_grad_norm``
-    bounds the global norm of the averaged gradient; None leaves it alone.
+    until a run had to be slowed down.  ``max_grad_norm`` bounds the global norm of the averaged gradient; None leaves
+    it alone.
     """
 
     def __init__(
@@ -33,19 +38,15 @@ class Optimizer:
         max_grad_norm: float | Tensor | None = None,
     ) -> None:
         self.params = list(dict.fromkeys(p for module in modules for p in module.parameters()))
-        self.max_grad_norm = max_grad_norm
-        self.flat = nn.Parameter(trust_region.flatten(self.params).detach())
-        for p, chunk in zip(self.params, self.flat.detach().split([p.numel() for p in self.params]), strict=True):
+        self.kind, self.max_grad_norm = kind, max_grad_norm
+        self.flat = trust_region.flatten(self.params).detach()
+        for p, chunk in zip(self.params, self.flat.split([p.numel() for p in self.params]), strict=True):
             p.data = chunk.view_as(p)
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
         self.share = torch.ones_like(self.lr)
-        self.rate = self.lr * self.share
-        self.inner: torch.optim.Optimizer
-        if kind == "adam":
-            self.inner = torch.optim.Adam([self.flat], lr=self.rate, eps=1e-5, fused=True)
-        else:
-            # RMSprop would read a tensor back to the host: it steps at rate one, and ``step`` goes lr of the way.
-            self.inner = torch.optim.RMSprop([self.flat], lr=1.0, alpha=0.99, eps=1e-5)
+        self.frozen: Tensor | None = None  # [] bool: where it is true, steps change nothing
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # of gradients [P], decaying
+        self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # or 1 - 0.999 would lose half its digits
 
     def descend(self, objective: Objective, *seen: Any) -> Metrics:
         """One step down the gradient of the loss that objective(*seen) begins with; the metrics that follow it, and
@@ -54,36 +55,47 @@ class Optimizer:
         Raises RuntimeError if another optimizer has since taken parameters of this one.
         """
         gradient, metrics = self.gradient(objective, *seen)
-        return metrics | {"grad_norm": self.step(gradient)}
+        storage = self.flat.untyped_storage().data_ptr()
+        if any(p.untyped_storage().data_ptr() != storage for p in self.params):
+            raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
+        moving = (self.flat, self.mean, self.square, self.steps)
+        before = [x.clone() for x in moving] if self.frozen is not None else ()
+        norm = self.step(gradient)
+        for x, old in zip(moving, before, strict=False):
+            x.copy_(old.where(self.frozen, x))
+        return metrics | {"grad_norm": norm}
 
     def gradient(self, objective: Objective, *seen: Any) -> tuple[Tensor, Metrics]:
         """Of the loss [P], averaged over processes, and the metrics.  Execution may put a compiled one in its place."""
         loss, metrics = objective(*seen)
         return trust_region.flat_grad(loss, self.params), metrics
 
+    @torch.no_grad()
     def step(self, gradient: Tensor) -> Tensor:
-        """Move against a gradient [P], which is clipped in place; returns its norm before that."""
-        storage = self.flat.untyped_storage().data_ptr()
-        if any(p.untyped_storage().data_ptr() != storage for p in self.params):
-            raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
-        self.flat.grad = gradient
+        """Move against a gradient [P]; returns its norm before clipping.  Execution may put a compiled one in its
+        place, as may nothing that torch's own optimizers are: those count their steps on the host."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
-            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        torch.mul(self.lr, self.share, out=self.rate)
-        if isinstance(self.inner, torch.optim.Adam):
-            self.inner.step()
-        else:
-            start = self.flat.detach().clone()
-            self.inner.step()
-            torch.lerp(start, self.flat.detach(), self.rate, out=self.flat.detach())
+            gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        memory = MEMORY[self.kind]
+        self.steps += 1
+        self.square.mul_(memory).addcmul_(gradient, gradient, value=1 - memory)
+        if self.kind == "adam":  # Kingma and Ba, 2015, algorithm 1
+            self.mean.lerp_(gradient, 1 - MOMENTUM)
+            deviation = (self.square / (1 - memory**self.steps)).sqrt_()
+            direction = self.mean / (1 - MOMENTUM**self.steps) / deviation.add_(EPS)
+        else:  # Tieleman and Hinton, 2012
+            direction = gradient / self.square.sqrt().add_(EPS)
+        self.flat.sub_(self.lr * self.share * direction)
         return norm
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("mean", "square", "steps", "share")}
+
     def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() | {"share": self.share.clone()}
+        return {name: x.clone() for name, x in self.state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict({key: x for key, x in state.items() if key != "share"})
-        self.share.copy_(state["share"])
-        if isinstance(self.inner, torch.optim.Adam):
-            self.inner.param_groups[0]["lr"] = self.rate  # which loading has put a copy in the place of
+        for name, x in self.state.items():
+            x.copy_(state[name])

@@ -3,6 +3,7 @@ memory look at obs alone, and those with one want [T, N] cells, in time order.""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Unpack
 
@@ -76,9 +77,13 @@ class Policy(Network):
         deterministic: bool = False,
     ) -> Choice:
         """Sample an action for each environment, or take the likeliest."""
+        return self.choose(obs, memory, start, lambda d: d.mode() if deterministic else d.sample(generator))
+
+    def choose(self, obs: Obs, memory: Memory, start: Tensor, pick: Callable[[Distribution], Tensor]) -> Choice:
+        """What to do in each environment, where ``pick`` takes an action [N, *A] from a distribution of them."""
         features, memory = self.body.step(obs, memory, start)
         dist = self.distribution(features, obs)
-        action = dist.mode() if deterministic else dist.sample(generator)
+        action = pick(dist)
         return Choice(action, dist.log_prob(action), memory)
 
     def watch(self) -> Metrics:

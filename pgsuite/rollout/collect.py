@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.envs.base import VectorEnv
-from pgsuite.nn.policy import Policy
+from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.types import Memory, Obs, Rollout, map_obs
 
@@ -20,6 +20,7 @@ class Collector(ABC):
     """Runs a policy for up to T = horizon steps in N environments, sampling from a generator of its own."""
 
     whole_episodes = False
+    reads: str | None = None  # what is read back to the host while collecting, and how not to; None where nothing is
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
         if horizon < 1:
@@ -46,7 +47,7 @@ class Collector(ABC):
     def advance(self, t: int, policy: Policy, live: Tensor) -> Tensor:
         """One step in every environment, written to row t; returns done [N]."""
         began = perf_counter()
-        choice = policy.act(self.obs, self.memory, self.start, self.generator)
+        choice = self.act(policy)
         acted = perf_counter()
         step = self.env.step(choice.action)
         self.seconds["environment"] += perf_counter() - acted
@@ -69,6 +70,10 @@ class Collector(ABC):
         self.buffer.write(t, row)
         self.obs, self.memory, self.start = step.obs, choice.memory, start
         return done
+
+    def act(self, policy: Policy) -> Choice:
+        """What to do about what is seen.  Execution may put a compiled one in its place."""
+        return policy.act(self.obs, self.memory, self.start, self.generator)
 
     def divert(self) -> None:
         """Draw other actions from here on than would have come."""
@@ -120,6 +125,12 @@ class EpisodeCollector(Collector):
                 f"that, got {horizon}"
             )
         self.poll = poll
+
+    @property
+    def reads(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.poll >= self.horizon:
+            return None
+        return f"every {self.poll} steps it is asked whether any episode still runs; with poll={self.horizon} it is not"
 
     def collect(self, policy: Policy) -> Rollout:
         self.begin(policy)

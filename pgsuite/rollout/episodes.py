@@ -19,13 +19,19 @@ class EpisodeTracker:
 
     def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Returns and lengths in real steps, each [K], of the K episodes that finished in this rollout."""
+        returns, lengths = self.follow(rollout)
+        return returns[lengths > 0], lengths[lengths > 0]
+
+    def follow(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The same where an episode finished, each [T, N], with a length of zero elsewhere; nothing is read back to the
+        host."""
         reward, going = rollout.reward.double(), (~rollout.start).double()
         returns, lengths = torch.empty_like(reward), torch.empty_like(reward)
         for t in range(reward.shape[0]):
             returns[t] = self.reward.mul_(going[t]).add_(reward[t])
             lengths[t] = self.length.mul_(going[t]).add_(rollout.mask[t])
         finished = rollout.done & rollout.mask
-        return returns[finished], lengths[finished]
+        return returns, lengths.where(finished, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"reward": self.reward.clone(), "length": self.length.clone()}

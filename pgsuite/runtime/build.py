@@ -27,7 +27,9 @@ from pgsuite.nn.language import TokenBody, language_policy, load
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import collector_of
+from pgsuite.runtime.cuda_graphs import capture
 from pgsuite.runtime.execution import execute
+from pgsuite.runtime.precision import lower
 from pgsuite.runtime.schema import Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
 from pgsuite.settings import closest
@@ -191,11 +193,16 @@ def build(cfg: DictConfig) -> Trainer:
             f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
         )
     try:
-        execute(algorithm, env, run.execution)
-        return Trainer(algorithm, collector_of(env, algorithm.collector)(env, horizon, seed), run.total_steps)
+        lower(algorithm, env.device, run.precision)
+        collector = collector_of(env, algorithm.collector)(env, horizon, seed)
+        execute(algorithm, collector, run.execution)
+        trainer = Trainer(algorithm, collector, run.total_steps)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
+    if run.execution == "cuda_graph":
+        capture(trainer)
+    return trainer
 
 
 def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
@@ -230,6 +237,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
+    words += [f"layers in {run.precision}"] if run.precision != "float32" else []
+    words += ["replayed as CUDA graphs after a few iterations"] if run.execution == "cuda_graph" else []
     words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)

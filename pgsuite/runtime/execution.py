@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from pgsuite import parallel
 from pgsuite.algorithms.base import Algorithm
-from pgsuite.envs import TaskEnv, VectorEnv
-from pgsuite.envs.tasks.classic import ClassicTask
+from pgsuite.envs import TaskEnv
+from pgsuite.nn.distributions import Distribution, Drawn
+from pgsuite.nn.policy import Choice, Policy
+from pgsuite.rollout import Collector
 from pgsuite.types import Batch
 
-Execution = Literal["eager", "compile"]
+Execution = Literal["eager", "compile", "cuda_graph"]
 
 register_dataclass(Batch)  # so that tracing sees the tensors in it
 
@@ -61,14 +63,41 @@ class Compiled:
         return torch.compile(graph, dynamic=False), found[-1]
 
 
-def execute(algorithm: Algorithm, env: VectorEnv, how: Execution) -> None:
+class CompiledActing:
+    """Acts through one graph.  What is random stays outside it, drawn as acting as written draws it, number by number."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector, self.act = collector, collector.act
+        self.dist: Distribution | None = None
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy) -> Choice:
+        c = self.collector
+        if self.dist is None:
+            self.dist = policy.distribution(policy.body.step(c.obs, c.memory, c.start)[0], c.obs)
+            self.choose = torch.compile(
+                lambda policy, obs, memory, start, noise: policy.choose(obs, memory, start, lambda d: d.draw(noise)),
+                dynamic=False,
+                fullgraph=True,
+            )
+        if not isinstance(self.dist, Drawn):
+            return self.act(policy)
+        noise = self.dist.noise(c.generator)  # of whose numbers the law and the shape alone count
+        return self.choose(policy, c.obs, c.memory, c.start, noise)
+
+
+def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> None:
     """Have them run so from here on.
 
     ``compile`` makes one graph of each loss with its gradient, which is where A2C and PPO spend their time, and NPG and
-    TRPO what they spend on their critic; and one of a step of tasks written in torch.  The numbers agree with eager
-    ones to rounding.  Raises ValueError where there is nothing to compile with, or several processes.
+    TRPO what they spend on their critic; one of a gradient step; one of acting, but for actions that are no function of
+    noise; and one of what a step of a task does in torch.  The numbers agree with eager ones to rounding.  Raises
+    ValueError where there is nothing to compile with, or several processes.
     """
-    if how == "eager":
+    env = collector.env
+    if how == "cuda_graph" and env.device.type != "cuda":
+        raise ValueError("execution=cuda_graph is for a GPU: give device=cuda, or leave it out")
+    if how != "compile":  # whole iterations are captured, in cuda_graphs
         return
     if parallel.size() > 1:
         raise ValueError("execution=compile is for one process: leave it out under torchrun")
@@ -82,5 +111,10 @@ def execute(algorithm: Algorithm, env: VectorEnv, how: Execution) -> None:
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
     for optimizer in algorithm.optimizers:
         optimizer.gradient = Compiled(optimizer.gradient)  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(env, TaskEnv) and isinstance(env.task, ClassicTask):
-        env.task.advance = torch.compile(env.task.advance, dynamic=False, fullgraph=True)
+        optimizer.step = torch.compile(optimizer.step, dynamic=False, fullgraph=True)
+    for critic in algorithm.critics:
+        if not critic.sequential:  # or its steps through time would be unrolled
+            critic.bootstrap = torch.compile(critic.bootstrap, dynamic=False, fullgraph=True)
+    collector.act = CompiledActing(collector)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(env, TaskEnv):
+        env.advance = torch.compile(env.advance, dynamic=False, fullgraph=True)

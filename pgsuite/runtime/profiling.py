@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from pgsuite.runtime.trainer import Callback, Report, Trainer
 
 TRACE = "trace.json"
-WARM_UP, TIMED, TRACED = 3, 10, 2  # iterations
+WARM_UP, TIMED, TRACED = 8, 10, 2  # iterations; by then is captured what can be, into which nobody looks
 OPERATIONS = 8  # lines of the table
 Around = Callable[[str], AbstractContextManager[Any]]
 
@@ -140,13 +140,16 @@ def surrounded(methods: list[tuple[Any, str, str]], around: Around) -> Iterator[
 
         return inside
 
+    before = [(owner, method, vars(owner).get(method)) for owner, method, _ in methods]
     for owner, method, name in methods:
         setattr(owner, method, wrapped(getattr(owner, method), name))
     try:
         yield
     finally:
-        for owner, method, _ in methods:
+        for owner, method, own in before:
             delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
 
 
 def memory(device: torch.device) -> str:

@@ -25,6 +25,7 @@ from pgsuite.nn.heads import Sigma
 from pgsuite.nn.recurrent import Kind as Recurrent
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.runtime.execution import Execution
+from pgsuite.runtime.precision import Precision
 from pgsuite.settings import Count, Natural, NonNegative, Positive, Range, closest, number, plain
 
 GROUP = "schema/"
@@ -139,6 +140,7 @@ class Run:
     env_threads: Natural = 0  # for physics on the CPU; 0 takes every core
     torch_threads: Count = 1  # more only slow small networks and the physics beside them
     execution: Execution = "eager"
+    precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
     standardize_obs: bool = True
     clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations
     scale_reward: bool = True

@@ -11,11 +11,13 @@ from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from pgsuite import parallel
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs.base import NotFiniteError
 from pgsuite.rollout import Collector, EpisodeTracker
+from pgsuite.types import Metrics
 
 Level = Literal["exact", "episode", "weights"]
 
@@ -125,22 +127,30 @@ class Trainer:
         began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
         self.algorithm.progress(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
-        rollout = self.collector.buffer.read()
-        returns, lengths = self.tracker.update(rollout)
-        sound = rollout.finite() & self.algorithm.finite()
-        asked = torch.tensor(float(bool(self.asked)))
-        values = [x.to(rollout.reward) for x in (*metrics.values(), sound, asked)]
-        *read, sound, asked = parallel.mean(torch.stack(values)).tolist()
-        self.steps += int(parallel.total(rollout.mask.sum()))
+        digest = self.digest(metrics).cpu()  # all that an iteration reads back to the host, at once
+        values, episodes = digest[: len(metrics) + 2], digest[len(metrics) + 2 :].view(2, -1)
+        values = parallel.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
+        *read, steps, unsound, asked = values.tolist()
+        read = [x / parallel.size() for x in read]
+        self.steps += int(steps)
         self.stop = (self.asked or signal.SIGTERM) if asked else 0
-        sound = sound == 1 and all(map(math.isfinite, read))
-        episodes = parallel.gather((returns.tolist(), lengths.tolist())) or [([], [])]
+        sound = not unsound and all(map(math.isfinite, read))
+        episodes = parallel.gather(episodes[:, episodes[1] > 0].tolist()) or [([], [])]
         returns, lengths = ([x for part in parts for x in part] for parts in zip(*episodes, strict=True))
         report = Report(before, self.steps, dict(zip(metrics, read, strict=True)), returns, lengths, sound)
         took = perf_counter() - began
         self.seconds["total"] += took
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
         return report
+
+    def digest(self, metrics: Metrics) -> Tensor:
+        """What the host is to know of an iteration, in one vector of float64 on the device: the metrics, the steps that
+        were made, whether anything is not finite, and of each cell [T, N] the return and then the length of the episode
+        that finished there, zero where none did."""
+        rollout = self.collector.buffer.read()
+        unsound = ~(rollout.finite() & self.algorithm.finite())
+        values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), unsound)]
+        return torch.cat([torch.stack(values), *(x.flatten() for x in self.tracker.follow(rollout))])
 
     @property
     def recent(self) -> list[float]:

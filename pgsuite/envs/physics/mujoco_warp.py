@@ -78,6 +78,7 @@ class WarpPhysics:
         self.warmstart, self.time = shared(self.data.qacc_warmstart), shared(self.data.time)
         self.overflow = shared(self.data.overflow)  # [N] bits that stay once they are set
         self.broken = torch.zeros(num_envs, dtype=torch.bool, device=device)  # that ever blew up
+        self.trouble = torch.zeros(2, dtype=torch.long, pin_memory=device.type == "cuda")
         self.told = False
         self.pose = self.qpos[:1].clone()
         self.derived = {name: shared(getattr(self.data, name)) for name in outputs}
@@ -153,10 +154,12 @@ class WarpPhysics:
         self.time.masked_fill_(mask, 0)
 
     def tell(self) -> None:
-        """Warn, once, of worlds that were not simulated as they are; waits for the device."""
+        """Warn, once, of worlds that were not simulated as they are; of what the device has not come to yet, the next
+        time, for the host does not wait."""
         kinds = self.mujoco_warp.OverflowType
         full = (self.overflow & ~int(kinds.ITERATIONS | kinds.LS_ITERATIONS)) != 0
-        crowded, broken = torch.stack([full, self.broken]).sum(-1).tolist()
+        self.trouble.copy_(torch.stack([full, self.broken]).sum(-1), non_blocking=True)
+        crowded, broken = self.trouble.tolist()
         if crowded:
             warnings.warn(
                 f"{crowded} of {self.num_envs} worlds ran out of room for contacts or constraints, and ignored some: "
@@ -171,7 +174,7 @@ class WarpPhysics:
         self.told = bool(crowded or broken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tells, too: here the host waits for the device anyway."""
+        """Tells, too."""
         if not self.told:
             self.tell()
         state = {name: getattr(self, name).clone() for name in STATE}

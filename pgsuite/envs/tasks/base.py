@@ -48,9 +48,17 @@ class Task(ABC):
     def reset(self, mask: Tensor, generator: Generator) -> None:
         """Start afresh the worlds where mask [N] is true."""
 
+    @property
+    def on_host(self) -> bool:
+        """Whether a look at its tensors costs nothing."""
+        return False
+
+    def simulate(self, action: Tensor) -> None:
+        """What of a step with action [N, *A] is no tensor arithmetic."""
+
     @abstractmethod
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """One step with action [N, *A]: reward [N] and terminated [N]."""
+        """The rest of the step: reward [N] and terminated [N]."""
 
     @abstractmethod
     def observe(self) -> Tensor:

@@ -115,8 +115,9 @@ class Pendulum(ClassicTask):
         self.action_space = spaces.Box(-self.MAX_TORQUE, self.MAX_TORQUE, (1,))
 
     def initial_state(self, generator: Generator) -> Tensor:
-        unit = torch.empty_like(self.state).uniform_(-1, 1, generator=generator)
-        return unit * unit.new_tensor([math.pi, 1.0])
+        state = torch.empty_like(self.state).uniform_(-1, 1, generator=generator)
+        state[:, 0].mul_(math.pi)
+        return state
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         angle, spin = self.state.unbind(-1)
@@ -221,7 +222,7 @@ class MountainCar(ClassicTask):
 
     def initial_state(self, generator: Generator) -> Tensor:
         state = torch.empty_like(self.state).uniform_(-0.6, -0.4, generator=generator)
-        state[:, 1] = 0
+        state[:, 1].zero_()
         return state
 
     def push(self, action: Tensor) -> Tensor:

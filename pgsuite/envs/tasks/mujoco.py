@@ -97,8 +97,6 @@ class MujocoTask(Task):
         self.observation_space = spaces.Box(-np.inf, np.inf, self.observe().shape[1:], np.float64)
 
     def reset(self, mask: Tensor, generator: Generator) -> None:
-        if self.physics.on_host and not bool(mask.any()):
-            return
         self.physics.set_state(mask, self.initial_qpos(generator), self.initial_qvel(generator))
 
     @abstractmethod
@@ -112,14 +110,13 @@ class MujocoTask(Task):
     def uniform(self, like: Tensor, bound: float, generator: Generator) -> Tensor:
         return torch.empty_like(like).uniform_(-bound, bound, generator=generator)
 
-    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def on_host(self) -> bool:
+        return self.physics.on_host
+
+    def simulate(self, action: Tensor) -> None:
         self.physics.ctrl.copy_(action)
         self.physics.step(self.frame_skip)
-        return self.judge(action)
-
-    @abstractmethod
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward [N] and terminated [N] of the step just made."""
 
     def never(self) -> Tensor:
         """Nothing [N] terminates."""
@@ -183,15 +180,19 @@ class Locomotion(Robot):
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.1
 
-    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        self.before = self.x().clone()
-        return super().advance(action)
+    def bind(self, physics: Physics) -> None:
+        super().bind(physics)
+        self.before = torch.zeros_like(self.x())
+
+    def simulate(self, action: Tensor) -> None:
+        self.before.copy_(self.x())
+        super().simulate(action)
 
     def x(self) -> Tensor:
         """How far [N] along the track, in m."""
         return self.physics.qpos[:, 0]
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         velocity, effort = (self.x() - self.before) / self.dt, action.square().sum(-1)
         return self.forward_reward_weight * velocity - self.ctrl_cost_weight * effort, self.never()
 
@@ -225,8 +226,8 @@ class Legged(Locomotion):
     def healthy(self) -> Tensor:
         """[N] bool."""
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        reward, _ = super().judge(action)
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        reward, _ = super().advance(action)
         healthy = self.healthy()
         return reward + self.healthy_reward * healthy, ~healthy & self.terminate_when_unhealthy
 
@@ -304,8 +305,8 @@ class Ant(Legged):
         finite = self.physics.qpos.isfinite().all(-1) & self.physics.qvel.isfinite().all(-1)
         return finite & (low <= z) & (z <= high)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        reward, terminated = super().judge(action)
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        reward, terminated = super().advance(action)
         return reward - self.contact_cost_weight * self.contact_forces().square().sum((-1, -2)), terminated
 
 
@@ -357,8 +358,8 @@ class Humanoid(HumanBody, Legged):
     def healthy(self) -> Tensor:
         return between(self.physics.qpos[:, 2], self.healthy_z_range)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        reward, terminated = super().judge(action)
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        reward, terminated = super().advance(action)
         return reward - self.contact_cost(self.contact_cost_weight, self.contact_cost_range), terminated
 
 
@@ -373,7 +374,7 @@ class HumanoidStandup(HumanBody):
     impact_cost_weight: float = 0.5e-6
     impact_cost_range: tuple[float, float] = (-math.inf, 10.0)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         height = self.physics.qpos[:, 2] / self.model.opt.timestep
         impact = self.contact_cost(self.impact_cost_weight, self.impact_cost_range)
         return height - self.ctrl_cost_weight * action.square().sum(-1) - impact + 1, self.never()
@@ -392,7 +393,7 @@ class InvertedPendulum(NoisyStart):
     def observe(self) -> Tensor:
         return torch.cat([self.physics.qpos, self.physics.qvel], -1)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         obs = self.observe()
         upright = obs.isfinite().all(-1) & (obs[:, 1].abs() <= 0.2)
         return upright.to(obs.dtype), ~upright
@@ -414,7 +415,7 @@ class InvertedDoublePendulum(NoisyStart):
         qvel = self.physics.qvel.clamp(-10, 10)
         return torch.cat([self.physics.qpos[:, :1], angles.sin(), angles.cos(), qvel, force.clamp(-10, 10)], -1)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         x, _, y = self.physics.outputs["site_xpos"][:, 0].unbind(-1)
         _, spin, second_spin = self.physics.qvel.unbind(-1)
         fallen = y <= 1
@@ -446,7 +447,7 @@ class Reacher(MujocoTask):
 
     def initial_qvel(self, generator: Generator) -> Tensor:
         qvel = self.uniform(self.physics.qvel, 0.005, generator)
-        qvel[:, -2:] = 0
+        qvel[:, -2:].zero_()
         return qvel
 
     def gap(self) -> Tensor:
@@ -457,7 +458,7 @@ class Reacher(MujocoTask):
         angles, goal = self.physics.qpos[:, :2], self.physics.qpos[:, 2:]
         return torch.cat([angles.cos(), angles.sin(), goal, self.physics.qvel[:, :2], self.gap()[:, :2]], -1)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         distance, effort = self.gap().norm(dim=-1), action.square().sum(-1)
         return -self.reward_dist_weight * distance - self.reward_control_weight * effort, self.never()
 
@@ -485,19 +486,19 @@ class Pusher(MujocoTask):
         first = (tries.norm(dim=-1) > 0.17).to(torch.int8).argmax(-1)
         qpos = self.init_qpos.repeat(self.num_envs, 1)
         qpos[:, -4:-2] = tries.gather(1, first.view(-1, 1, 1).expand(-1, 1, 2)).squeeze(1)
-        qpos[:, -2:] = 0
+        qpos[:, -2:].zero_()
         return qpos
 
     def initial_qvel(self, generator: Generator) -> Tensor:
         qvel = self.uniform(self.physics.qvel, 0.005, generator)
-        qvel[:, -4:] = 0
+        qvel[:, -4:].zero_()
         return qvel
 
     def observe(self) -> Tensor:
         bodies = (self.body(name) for name in ("tips_arm", "object", "goal"))
         return torch.cat([self.physics.qpos[:, :7], self.physics.qvel[:, :7], *bodies], -1)
 
-    def judge(self, action: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         cylinder = self.body("object")
         near, far = (cylinder - self.body("tips_arm")).norm(dim=-1), (cylinder - self.body("goal")).norm(dim=-1)
         cost = self.reward_near_weight * near + self.reward_dist_weight * far

@@ -1,0 +1,220 @@
+"""Iterations that are captured and replayed are the iterations that they were captured from.
+
+Without a GPU a tape of operations stands in for CUDA's graphs, and everything around it is the same.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from reads import NothingRead
+from tape import Tape
+from toys import ALL, PointMass, build, collector
+
+from pgsuite import parallel
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
+from pgsuite.envs import make
+from pgsuite.rollout import EpisodeCollector
+from pgsuite.runtime import schema
+from pgsuite.runtime.build import build as build_run
+from pgsuite.runtime.cli import CONFIGS
+from pgsuite.runtime.cuda_graphs import PATIENCE, Graphs, Slots, capture
+from pgsuite.runtime.recovery import Recovery, clone
+from pgsuite.runtime.trainer import Trainer
+
+ITERATIONS = 6  # one allocates, two show that they are alike, and the next is recorded
+PARTS = 3  # collecting, learning and the digest
+SHORT: dict[type[Algorithm], dict[str, Any]] = {
+    PPO: {"epochs": 2},
+    PPOPenalty: {"epochs": 2},
+    NPG: {"critic_epochs": 2, "cg_iters": 3},
+    TRPO: {"critic_epochs": 2, "cg_iters": 3, "tries": 3, "line_search": "batched"},
+}
+ADAPTIVE = {"adaptive": {"start": 3e-3, "kl": 1e-3}}
+
+
+def trainer(cls: type[Algorithm], env: Any, record: type[Graphs] | None, **settings: Any) -> Trainer:
+    algorithm = build(cls, env, **SHORT.get(cls, {}) | settings)
+    rollouts = collector(algorithm, env, horizon=8)
+    if isinstance(rollouts, EpisodeCollector):
+        rollouts.poll = rollouts.horizon
+    made = Trainer(algorithm, rollouts, 1_000)
+    if record is not None:
+        capture(made, record)
+    return made
+
+
+def run_alike(runs: list[Trainer]) -> None:
+    """One iteration of each, with the same outcome to the last bit."""
+    eager, replayed = (run.iterate() for run in runs)
+    check(vars(eager), vars(replayed))
+
+
+def check(x: Any, y: Any) -> None:
+    torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def replays(least: int) -> Iterator[None]:
+    """With at least so many recordings played, and not a warning."""
+    before = Tape.replays
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+    assert Tape.replays - before >= least
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
+    """For every number that the next iteration depends on, which all stay at their addresses; and what a guard keeps
+    between iterations reads nothing back either."""
+    with replays(PARTS * (ITERATIONS - 4)):
+        runs = [trainer(cls, make("CartPole", 8, max_episode_steps=16), record) for record in (None, Tape)]
+        run_alike(runs)
+        first = addresses(runs[1])
+        for _ in range(ITERATIONS - 1):
+            run_alike(runs)
+        assert addresses(runs[1]) == first
+        with NothingRead():
+            clone(runs[1].position())
+    check(*(run.position() for run in runs))
+
+
+def addresses(run: Trainer) -> dict[str, int]:
+    """Of every tensor that is held between iterations."""
+    slots = Slots(run.algorithm, run.collector, run.tracker)
+    return {name: x.data_ptr() for *_, x, name in slots.held if isinstance(x, torch.Tensor)}
+
+
+CASES: list[tuple[type[Algorithm], str, dict[str, Any], int]] = [
+    (PPO, "Pendulum", {"recurrent": "lstm", "lr": ADAPTIVE, "clip": {"linear": [0.3, 0.1]}}, 0),
+    (PPO, "CartPole", {"target_kl": 1e-3, "early_stop": "masked", "epochs": 3, "lr": {"cosine": [1e-2, 0]}}, 0),
+    (PPO, "Pendulum", {"epochs": {"piecewise": {0: 3, 0.29: 3, 0.3: 2, 1: 2}}, "look": {"distribution": "beta"}}, 1),
+    (A2C, "MountainCarContinuous", {"lr": 1e-2, "look": {"distribution": "squashed"}}, 0),
+    (TRPO, "Acrobot", {"recurrent": "gru", "fisher": "gauss-newton"}, 0),
+]
+
+
+@pytest.mark.parametrize(("cls", "task", "settings", "changes"), CASES)
+def test_what_is_scheduled_remembered_or_put_back_is_replayed_too(
+    cls: type[Algorithm], task: str, settings: dict[str, Any], changes: int
+) -> None:
+    """A number that the host holds, such as that of epochs, is captured anew when it changes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        runs = [trainer(cls, make(task, 8, max_episode_steps=16), record, **settings) for record in (None, Tape)]
+        before = Tape.made
+        for _ in range(4):
+            run_alike(runs)
+        kept = [clone(run.position()) for run in runs]
+        for _ in range(3):
+            run_alike(runs)
+        for run, position in zip(runs, kept, strict=True):
+            run.place(position, "exact")
+            run.algorithm.slow_down()
+            run.collector.divert()
+        for _ in range(3):
+            run_alike(runs)
+    check(*(run.position() for run in runs))
+    assert Tape.made - before == PARTS + changes
+
+
+def test_physics_on_warp_is_launched_between_graphs() -> None:
+    pytest.importorskip("mujoco_warp", reason="needs the gpu extra")
+    envs = [make("InvertedPendulum", 4, backend="warp", max_episode_steps=6) for _ in range(2)]
+    with replays(PARTS * (ITERATIONS - 4)):
+        runs = [trainer(PPO, env, record) for env, record in zip(envs, (None, Tape), strict=True)]
+        for _ in range(ITERATIONS):
+            run_alike(runs)
+    check(*(run.position() for run in runs))
+
+
+def test_what_cannot_be_captured_is_named_and_the_rest_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make("CartPole", 8, max_episode_steps=16)
+    alone = [
+        (PPO, PointMass(8), {}, r"collecting is not captured: toy runs on toy, .*; a Task in torch can be captured"),
+        (TRPO, env, {"line_search": "sequential"}, r"learning is .*: the line search .*; algo.line_search=batched"),
+        (PPO, env, {"target_kl": 0.1}, r"learning is .*: target_kl .*; algo.early_stop=masked reads none"),
+    ]
+    for cls, world, settings, message in alone:
+        with pytest.warns(UserWarning, match=f"^execution=cuda_graph: {message}"):
+            run = trainer(cls, world, Tape, **settings)
+        before = Tape.replays
+        for _ in range(ITERATIONS):
+            run.iterate()
+        assert Tape.replays - before >= 2 * (ITERATIONS - 4)
+    algorithm = build(Reinforce, env)
+    with pytest.warns(UserWarning, match=r"collecting is .*: every 10 steps it is asked .*; with poll=16 it is not"):
+        capture(Trainer(algorithm, collector(algorithm, env), 1_000), Tape)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    with pytest.warns(UserWarning, match="the digest of an iteration is not captured: 2 processes meet in it") as told:
+        trainer(PPO, env, Tape)
+    assert len(told) == PARTS
+
+
+def test_what_the_host_counts_or_reads_is_found_and_named() -> None:
+    env: Any = make("CartPole", 8)
+    runs = [trainer(A2C, copy.deepcopy(env), record) for record in (None, Tape)]
+    for run in runs:
+        task: Any = run.collector.env.task  # pyright: ignore[reportAttributeAccessIssue]
+        task.count, advance = 0, task.advance
+
+        def counted(action: torch.Tensor, task: Any = task, advance: Any = advance) -> Any:
+            task.count += 1
+            return advance(action)
+
+        task.advance = counted
+    for i in range(PATIENCE + 2):
+        if i == PATIENCE - 1:
+            with pytest.warns(UserWarning, match=r"StepCollector.env.task.count, which the host holds, differs"):
+                run_alike(runs)
+        else:
+            run_alike(runs)
+    run = trainer(A2C, env, Tape)
+    observe = env.task.observe
+    env.task.observe = lambda: observe() * float(env.clock[0] < 1_000)
+    with pytest.warns(UserWarning, match="collecting is not captured: __float__"):
+        for _ in range(ITERATIONS):
+            run.iterate()
+
+
+def train(*overrides: str) -> Trainer:
+    schema.register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return build_run(compose("train", [*overrides, "device=cuda", "~tuned"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["CartPole", "HalfCheetah"])
+@pytest.mark.parametrize("method", ["ppo", "trpo algo.line_search=batched", "a2c", "npg"])
+def test_on_a_gpu_replays_are_eager_iterations_that_wait_once(task: str, method: str) -> None:
+    settings = [f"algo={method.split()[0]}", *method.split()[1:], f"env={task}", "num_envs=64", "horizon=16"]
+    eager, captured = train(*settings), train(*settings, "execution=cuda_graph")
+    for _ in range(4):
+        eager.iterate()
+        captured.iterate()
+    captured.load_state_dict(clone(eager.state_dict()))
+    for _ in range(2):
+        written, replayed = eager.iterate().metrics, captured.iterate().metrics
+        assert replayed == pytest.approx(written, rel=2e-2, abs=1e-2)
+    captured.guard = Recovery(Path(), {}, 0, print)
+    captured.guard.on_start(captured)
+    for _ in range(4):
+        captured.turn()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for _ in range(100):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                captured.turn()
+            assert sum("called a synchronizing" in str(x.message) for x in told) <= 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == held
