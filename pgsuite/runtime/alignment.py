@@ -92,16 +92,18 @@ class Alignment(Callback):
             logger.write(trainer.steps, {f"language/{name}": x for name, x in found.items()})
         if trainer.steps == 0 or trainer.steps >= trainer.total_steps:
             scores = ours.reward if ours.true is None else ours.true
-            rows = zip(ours.prompts, ours.responses, scores.tolist(), strict=True)
-            lines = ["| prompt | response | score |", "|---|---|---|"]
-            self.show(
-                "\n".join([*lines, *(f"| {p} | {r} | {x:.2f} |" for p, r, x in list(rows)[:SHOWN])]), trainer.steps
-            )
+            rows = list(zip(ours.prompts, ours.responses, scores.tolist(), strict=True))[:SHOWN]
+            lines = [
+                "| prompt | response | score |",
+                "|---|---|---|",
+                *(f"| {p} | {r} | {x:.2f} |" for p, r, x in rows),
+            ]
+            self.show("\n".join(lines), trainer.steps)
         if trainer.steps >= trainer.total_steps:
             true = f", true score {found['true_score']:.2f}" if "true_score" in found else ""
             self.say(
-                f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats a response "
-                f"| reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}"
+                f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats a response"
+                f" | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}"
             )
 
     def on_end(self, trainer: Trainer) -> None:

@@ -16,8 +16,8 @@ def lower(algorithm: Algorithm, device: torch.device, precision: Precision) -> N
     """Have its networks compute so from here on.
 
     ``bf16`` is for convolutions and hidden layers alone (``Features``): what a distribution or a value is made of, and
-    with it log-probabilities, ratios, losses and credit, is float32.  ``tf32`` rounds the factors of every float32 product
-    of matrices, in the whole process.  Raises ValueError for tf32 where there is none.
+    with it log-probabilities, ratios, losses and credit, is float32.  ``tf32`` rounds the factors of every float32
+    product of matrices, in the whole process.  Raises ValueError for tf32 where there is none.
     """
     if precision == "tf32" and device.type != "cuda":
         raise ValueError("precision=tf32 is for a GPU: use float32, or bf16")
