@@ -18,12 +18,12 @@ class EpisodeTracker:
         self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
 
     def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Returns and lengths, each [K], of the K episodes that finished in this rollout."""
+        """Returns and lengths in real steps, each [K], of the K episodes that finished in this rollout."""
         reward, going = rollout.reward.double(), (~rollout.start).double()
         returns, lengths = torch.empty_like(reward), torch.empty_like(reward)
         for t in range(reward.shape[0]):
             returns[t] = self.reward.mul_(going[t]).add_(reward[t])
-            lengths[t] = self.length.mul_(going[t]).add_(1.0)
+            lengths[t] = self.length.mul_(going[t]).add_(rollout.mask[t])
         finished = rollout.done & rollout.mask
         return returns[finished], lengths[finished]
 

@@ -20,10 +20,13 @@ from torch import nn
 import pgsuite
 from pgsuite import parallel, seeding
 from pgsuite.algorithms.base import Algorithm
+from pgsuite.algorithms.reference import Reference
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.spaces import to_data
-from pgsuite.nn.normalize import RewardScale, Standardize
+from pgsuite.nn.language import TokenBody, language_policy, load
+from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.rollout import collector_of
 from pgsuite.runtime.execution import execute
 from pgsuite.runtime.schema import Run, UserError, locate
 from pgsuite.runtime.trainer import Trainer
@@ -124,8 +127,20 @@ def build_policy(
     observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
 ) -> Policy:
     """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
+    options = dict(vars(run.policy))
+    language = dict(vars(options.pop("language")))
+    if path := language.pop("model"):
+        policy = language_policy(*load(path), **language)
+        if policy.head.inputs != int(getattr(action_space, "n", 0)):
+            raise ValueError(
+                f"the language model of policy.language.model knows {policy.head.inputs} tokens, and actions are "
+                f"{action_space}"
+            )
+        return policy
+    if set(language.items()) != {("temperature", 1.0), ("top_p", 1.0), ("frozen", 0)}:
+        raise ValueError("policy.language is for language models: give policy.language.model, or leave it out")
     norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
-    return Policy(norm, action_space, **vars(run.policy), generator=generator)
+    return Policy(norm, action_space, **options, generator=generator)
 
 
 def spaces_of(env: VectorEnv) -> dict[str, Any]:
@@ -140,6 +155,8 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
         options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
         options["recurrent"] = run.critic.recurrent or run.policy.recurrent
+        if isinstance(policy.body, TokenBody) and not run.critic.shared:
+            options["body"] = policy.body.another("critic")
         critic = Critic(policy.obs_norm, **options, generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
@@ -154,13 +171,19 @@ def build(cfg: DictConfig) -> Trainer:
     env = build_env(cfg, run, share(run.num_envs), device)
     seed = seeding.of_process(run.seed, parallel.rank())
     policy, critic = build_networks(env, run)
+    reward_scale = None
+    if run.scale_reward or run.whiten_reward:
+        kind = WhitenReward if run.whiten_reward else RewardScale
+        reward_scale = kind(env.num_envs, run.clip_reward).to(device)
+    reference = dict(vars(run.reference))
     algorithm: Algorithm = construct(
         container(cfg.algo),
         "algo",
         policy=policy,
         critic=critic,
         generator=seeding.generator(seed, "minibatches", device),
-        reward_scale=RewardScale(env.num_envs, run.clip_reward).to(device) if run.scale_reward else None,
+        reward_scale=reward_scale,
+        reference=None if reference["coef"] is None else Reference(policy, **reference),
     )
     horizon = run.horizon or env.max_episode_steps
     if horizon is None:
@@ -169,7 +192,7 @@ def build(cfg: DictConfig) -> Trainer:
         )
     try:
         execute(algorithm, env, run.execution)
-        return Trainer(algorithm, algorithm.collector(env, horizon, seed), run.total_steps)
+        return Trainer(algorithm, collector_of(env, algorithm.collector)(env, horizon, seed), run.total_steps)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
@@ -200,7 +223,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     policy, env = trainer.algorithm.policy, trainer.collector.env
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
-    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters())
+    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters() if p.requires_grad)
     words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
     if critic is not None:
         words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")
@@ -215,7 +238,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
 def versions() -> dict[str, str]:
     """Of everything that a result depends on."""
     found = {"python": platform.python_version(), "pgsuite": pgsuite.__version__}
-    for package in ("torch", "gymnasium", "mujoco", "numpy", "mujoco-warp", "warp-lang", "envpool", "ale-py"):
+    others = ("mujoco-warp", "warp-lang", "envpool", "ale-py", "transformers")
+    for package in ("torch", "gymnasium", "mujoco", "numpy", *others):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
