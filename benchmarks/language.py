@@ -1,6 +1,7 @@
 """Align the generated reviews' language model with every method, and set what is gained in truth beside its KL.
 
     python benchmarks/language.py run ppo rloo --seeds 0 1 2 3 4      # trains, and measures every checkpoint
+    python benchmarks/language.py run ppo --label=-free --set reference.coef=0 algo.lr=1e-3    # strays freely
     python benchmarks/language.py best                               # the best of n samples under the reward model
     python benchmarks/language.py keep runs/ppo-rlhf/<run> --as ppo  # measures a run that is there
     python benchmarks/language.py table
@@ -39,8 +40,8 @@ PROMPTS = 1_000  # to which a policy and its reference respond
 ASKED, SAMPLES = 100, 512  # prompts, and samples of each, for the best of n
 METHODS = {  # what is given to scripts/train.py
     "reinforce": ["algo=reinforce"],
-    "rloo": ["algo=reinforce", "algo/estimator@algo.estimator=rloo"],
-    "grpo": ["algo=ppo", "algo/estimator@algo.estimator=grpo"],
+    "rloo": ["algo=reinforce", "algo/estimator=rloo", "env.samples=4"],
+    "grpo": ["algo=ppo", "algo/estimator=grpo", "env.samples=4"],
     "a2c": ["algo=a2c"],
     "ppo": ["algo=ppo"],
     "npg": ["algo=npg"],
@@ -106,6 +107,7 @@ def train(name: str, seed: int, models: Path, overrides: list[str]) -> Path:
         *METHODS[name],
         "env=rlhf",
         f"seed={seed}",
+        "checkpoint.every=10000",
         "checkpoint.keep=100",
         f"hydra.run.dir={folder}",
         *overrides,
@@ -205,10 +207,13 @@ def plot(out: Path) -> None:
                 continue
             count = min(len(run["points"]) for run in runs)
             kl, value = (np.mean([[x[k] for x in run["points"][:count]] for run in runs], 0) for k in ("kl", key))
-            panel.plot(kl, value, color=COLORS.get(name), label=f"{name}, {len(runs)} seeds" if len(runs) > 1 else name)
+            look = {"color": COLORS.get(name.split("-")[0]), "linestyle": "-" if name in METHODS else ":"}
+            panel.plot(kl, value, label=name if len(runs) == 1 else f"{name}, {len(runs)} seeds", **look)
     for panel, title in zip(axes, ("under the reward model", "in truth"), strict=True):
         panel.set_title(title)
-        panel.set_xlabel("KL from the reference, nats a response")
+        panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))  # as Gao et al., 2023
+        panel.set_xlim(left=0)
+        panel.set_xlabel("KL from the reference, nats a response, drawn at its root")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean score of responses")

@@ -234,10 +234,11 @@ def test_the_commands_of_the_demonstration_leave_models_that_load_and_say_what_t
     for name in ("model", "reward"):
         assert list((folder / name).glob("events.out.tfevents.*"))
     assert "is there already" in command("pretrain", *TINY) and "is there already" in command("reward_model")
-    (tmp_path / "own.jsonl").write_text('{"prompt": "the soup was", "chosen": "soupy", "rejected": "bad"}\n' * 9)
+    (tmp_path / "own.jsonl").write_text('{"prompt": "the soup was", "chosen": "soupy", "rejected": "bad"}\n')
     own = ["pairs=own.jsonl", "hydra.run.dir=other"]
-    assert "held_out=1000 of 9 pairs leaves none" in command("reward_model", *own)
-    assert "own.jsonl: 'soupy' is no word of the 101" in command("reward_model", *own, "held_out=1")
+    assert "line 1 of own.jsonl: 'soupy' is no word of the 101" in command("reward_model", *own)
+    own[0] = "pairs=runs/language/reward/preferences.jsonl"
+    assert "held_out=1000 of 100 pairs leaves none" in command("reward_model", *own)
 
 
 def test_rewards_are_zero_on_average_over_what_the_pretrained_model_writes(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pgsuite.language import files
-from pgsuite.language.tokens import BEGIN, PAD, STOP, Vocabulary, pad
+from pgsuite.language.tokens import BEGIN, PAD, STOP, Vocabulary
+from pgsuite.nn.language import language_policy
 from pgsuite.nn.transformer import LanguageModel, Transformer
-from pgsuite.types import Memory
+from pgsuite.rollout.generate import generate
 
 FILE = "model.pt"
 LONGEST = 32  # tokens of a response, STOP with them; the corpus has none over 24
@@ -30,26 +32,16 @@ class WordModel(LanguageModel):
         logp = self(tokens[:-1], real[:-1]).log_softmax(-1)
         return logp.gather(-1, tokens[1:].unsqueeze(-1)).squeeze(-1).where(real[1:], 0.0)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[str], generator: Generator, longest: int = LONGEST) -> list[str]:
         """A response to each prompt, drawn from the model, of at most so many tokens.
 
         Raises ValueError for unknown words.
         """
-        rows = [[BEGIN, *self.vocabulary.numbers_of(prompt)] for prompt in prompts]
-        tokens, _ = pad([[*row, *[PAD] * longest] for row in rows])
-        place, lengths = torch.arange(len(tokens)).unsqueeze(-1), torch.tensor([len(row) for row in rows])
-        response = (place >= lengths) & (place < lengths + longest)
-        real, finished = torch.ones(1, len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.bool)
-        cache: Memory = {}
-        for t in range(1, len(tokens)):  # all columns together: those whose prompt is longer read on in it
-            features, cache = self.body.extend(tokens[t - 1 : t], real, cache)
-            drawn = torch.multinomial(self.out(features[0]).softmax(-1), 1, generator=generator).squeeze(-1)
-            tokens[t] = torch.where(response[t] & ~finished, drawn, tokens[t])
-            finished |= tokens[t] == STOP
-            if bool(finished.all()):
-                break
-        return self.vocabulary.decode(tokens.where(response, PAD))
+        rows = [torch.tensor([BEGIN, *self.vocabulary.numbers_of(prompt)]) for prompt in prompts]
+        tokens = pad_sequence(rows, padding_value=PAD, padding_side="left")
+        policy = language_policy(self.body, self.out)
+        text = generate(policy, tokens, tokens != PAD, longest, STOP, generator, pad=PAD)
+        return self.vocabulary.decode(text.tokens[len(tokens) :])
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write a file that ``load`` reads, with further facts for people.

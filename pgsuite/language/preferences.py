@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from pgsuite.language.model import WordModel
+from pgsuite.language.tokens import Vocabulary
 from pgsuite.runtime.schema import UserError
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Tensor]  # of prompts and responses, [N]
@@ -59,10 +60,11 @@ def save(preferences: Sequence[Preference], path: Path) -> None:
     path.write_text("".join(json.dumps(asdict(each)) + "\n" for each in preferences))
 
 
-def load(path: Path) -> list[Preference]:
+def load(path: Path, vocabulary: Vocabulary | None = None) -> list[Preference]:
     """What ``save`` wrote, or anybody else: lines of JSON with prompt, chosen and rejected.
 
-    Raises UserError for a file that is missing, empty or holds anything else, naming the line.
+    Raises UserError for a file that is missing, empty or holds anything else, and for words that are not in the
+    vocabulary given, naming the line.
     """
     if not path.is_file():
         raise UserError(f"no preferences at {path}: python scripts/reward_model.py makes some")
@@ -76,6 +78,11 @@ def load(path: Path) -> list[Preference]:
         except (TypeError, ValueError) as error:
             wanted = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
             raise UserError(f"line {number} of {path} is no preference: it must be {wanted}") from error
+        try:
+            if vocabulary is not None:
+                vocabulary.encode(*([text] for text in (each.prompt, f"{each.chosen} {each.rejected}")))
+        except ValueError as error:
+            raise UserError(f"line {number} of {path}: {error}") from error
         found.append(each)
     if not found:
         raise UserError(f"{path} is empty")

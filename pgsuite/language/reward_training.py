@@ -83,10 +83,7 @@ def calibration_error(table: Sequence[tuple[float, float, int]]) -> float:
 def fit(
     judge: Judge, vocabulary: Vocabulary, pairs: Sequence[Preference], wanted: RewardTraining, generator: Generator
 ) -> list[float]:
-    """Descend the loss of Bradley and Terry, -log sigmoid(r(chosen) - r(rejected)); its mean over each step's pairs.
-
-    Raises ValueError for unknown words.
-    """
+    """Descend the loss of Bradley and Terry, -log sigmoid(r(chosen) - r(rejected)); its mean over each step's pairs."""
     losses: list[float] = []
     optimizer = Optimizer([judge], wanted.lr, max_grad_norm=1.0)
 
@@ -124,35 +121,32 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
         preferences.save(pairs, folder / PAIRS)
         say(f"{len(pairs):,} pairs in {perf_counter() - began:,.0f} s | {short(folder / PAIRS)}")
     else:
-        pairs = preferences.load(Path(wanted.pairs))
+        pairs = preferences.load(Path(wanted.pairs), model.vocabulary)
     if wanted.held_out >= len(pairs):
         raise UserError(f"held_out={wanted.held_out} of {len(pairs)} pairs leaves none to train on")
     train, held = pairs[: -wanted.held_out], pairs[-wanted.held_out :]
-    references = prompts[:REFERENCES], model.generate(prompts[:REFERENCES], generator)
+    references = model.vocabulary.encode(prompts[:REFERENCES], model.generate(prompts[:REFERENCES], generator))
     judges: list[Judge] = []
     with SummaryWriter(str(folder)) as writer:
         for member in range(wanted.members):
             generator = seeding.generator(wanted.seed, f"judge {member}")
             judge = Judge(copy.deepcopy(model.body).requires_grad_(), generator)
-            try:
-                losses = fit(judge, model.vocabulary, train, wanted, generator)
-            except ValueError as error:
-                raise UserError(f"{wanted.pairs}: {error}") from error
-            with torch.no_grad():
-                judge.shift.copy_(judge(*model.vocabulary.encode(*references)).mean())
-            judges.append(judge)
-            for step, x in enumerate(losses, 1):
+            for step, x in enumerate(fit(judge, model.vocabulary, train, wanted, generator), 1):
                 writer.add_scalar(f"training/loss_{member}", x, step)
+            with torch.no_grad():
+                judge.shift.copy_(judge(*references).mean())
+            judges.append(judge)
+            say(f"judge {len(judges)} of {wanted.members} | {len(train):,} pairs | {perf_counter() - began:,.0f} s")
         reward = RewardModel(model.vocabulary, judges)
         found = measure(reward, held)
         for name in ("accuracy", "calibration_error"):
             writer.add_scalar(f"held_out/{name}", found[name], 1)
     for line in report(found):
         say(line)
-    say(f"{len(judges)} trained on {len(train):,} pairs in {perf_counter() - began:,.0f} s | {short(path)}")
     summary: dict[str, Any] = asdict(wanted) | found
     summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
     reward.save(path, **summary)
+    say(f"reward model in {summary['seconds']:,.0f} s | {short(path)}")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return reward.requires_grad_(False).eval()
 
