@@ -37,6 +37,8 @@ plots: $(VENV)/.dev
 	$(RUN) benchmarks/scaling.py table --docs
 	$(RUN) benchmarks/parity.py --docs
 	$(RUN) benchmarks/envs.py --docs
+	$(RUN) benchmarks/language.py table --docs
+	$(RUN) benchmarks/language.py plot
 
 clean:
 	rm -rf $(VENV) build *.egg-info

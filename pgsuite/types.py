@@ -11,7 +11,7 @@ allowed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -96,6 +96,7 @@ class Rollout(Experience):
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
     mask: Tensor  # [T, N] bool, false where nothing real happened
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each, what was found out on the way to learning
 
     @property
     def done(self) -> Tensor:
@@ -120,6 +121,7 @@ class Batch(Experience):
     advantage: Tensor  # [...]
     target: Tensor  # [...] what the critic should have said
     mask: Tensor  # [...] bool
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [...] each
 
     @classmethod
     def of(cls, rollout: Rollout, *, value: Tensor, advantage: Tensor, target: Tensor) -> Batch:
@@ -127,7 +129,7 @@ class Batch(Experience):
         reach gradients, though no mean."""
         r = rollout
         logp, value, advantage, target = (x.where(r.mask, 0.0) for x in (r.logp, value, advantage, target))
-        return cls(r.obs, r.memory, r.start, r.action, logp, value, advantage, target, r.mask)
+        return cls(r.obs, r.memory, r.start, r.action, logp, value, advantage, target, r.mask, r.extra)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

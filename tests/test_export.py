@@ -20,6 +20,7 @@ from test_cli import command as command
 
 import pgsuite
 from pgsuite.envs.spaces import of_data, to_data
+from pgsuite.nn.network import Features
 from pgsuite.runtime import cli
 from pgsuite.runtime.export import METADATA, Portable, compare, runner
 from pgsuite.runtime.export import Run as File
@@ -69,6 +70,7 @@ def test_the_normalizer_is_inside(tmp_path: Path) -> None:
     moments, inputs = restored.policy.obs_norm.moments, {"obs": torch.randn(7, 5), "noise": torch.zeros(7, 2)}
     assert moments is not None and moments.mean.abs().min() > 0.01
     said = file(inputs)
+    assert isinstance(restored.policy.body, Features)
     features = restored.policy.body.hidden(((inputs["obs"] - moments.mean) * moments.scale).clamp(-10, 10))
     assert torch.allclose(said["mean"], restored.policy.out(features), atol=1e-5)
     assert not torch.allclose(said["mean"], restored.policy.out(restored.policy.body.hidden(inputs["obs"])), atol=0.1)

@@ -13,6 +13,7 @@ FLOORS = [
     {"rollout"},
     {"algorithms"},
     {"runtime", "testing"},
+    {"language"},
 ]
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 ROOT = pathlib.Path(__file__).parents[1] / "pgsuite"

@@ -52,8 +52,8 @@ def test_reward_scale_is_the_deviation_of_discounted_returns_across_rollouts() -
         carry = r + 0.9 * carry * ~s
         sums.append(carry)
     deviation = torch.stack(sums).std(correction=0)
-    assert torch.allclose(scale(reward), reward / deviation, rtol=1e-3)
-    assert not torch.allclose(scale(reward), reward)
+    assert torch.allclose(scale(reward, mask), reward / deviation, rtol=1e-3)
+    assert not torch.allclose(scale(reward, mask), reward)
 
 
 def test_standardized_advantages_have_unit_moments_over_real_cells() -> None:
@@ -72,5 +72,5 @@ def test_explained_variance_of_perfect_and_constant_critics() -> None:
 
 def test_what_is_not_to_be_clipped_is_not() -> None:
     norm, scale = Standardize(spaces.Box(-9, 9, (2,)), clip=None), RewardScale(3, clip=None)
-    assert float(norm(torch.full((1, 2), 1e9)).max()) == float(scale(torch.tensor(1e9))) == 1e9
-    assert float(RewardScale(3)(torch.tensor(1e9))) == 10
+    assert float(norm(torch.full((1, 2), 1e9)).max()) == float(scale(torch.tensor(1e9), torch.tensor(True))) == 1e9
+    assert float(RewardScale(3)(torch.tensor(1e9), torch.tensor(True))) == 10

@@ -33,10 +33,11 @@ class A2C(ActorCritic):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and what to watch."""
         dist = self.policy.dist(batch)
-        log_ratio = objectives.log_ratio(dist.log_prob(batch.action), batch.logp)
-        ratio = log_ratio.exp()
+        logp = dist.log_prob(batch.action)
+        log_ratio = objectives.log_ratio(logp, batch.logp)
+        ratio = self.ratio_of(log_ratio, batch.mask)
         cells = {
-            "policy_loss": -self.surrogate(ratio, batch.advantage),
+            "policy_loss": -self.objective(self.surrogate(ratio, batch.advantage), logp, batch),
             "value_loss": self.value_error(self.critic(batch), batch),
             "entropy": dist.entropy(),
         }

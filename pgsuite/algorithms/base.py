@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from pgsuite import parallel
 from pgsuite.algorithms.estimators import GAE, Estimator
+from pgsuite.algorithms.reference import Reference
 from pgsuite.functional import objectives
 from pgsuite.nn.normalize import RewardScale
 from pgsuite.nn.optim import Optimizer
@@ -27,13 +28,14 @@ class Algorithm(Scheduled, ABC):
     """A rule for turning rollouts into a better policy.
 
     Hyperparameters are the dataclass fields: a subclass adds its own, and the configuration schema follows.  Each
-    number among them may be given as a schedule.  The fields ``policy``, ``reward_scale`` and ``generator`` are parts
-    that the runtime supplies.
+    number among them may be given as a schedule.  The fields ``policy``, ``reference``, ``reward_scale`` and
+    ``generator`` are parts that the runtime supplies.
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
 
     policy: Policy
+    reference: Reference | None = None
     reward_scale: RewardScale | None = None
     generator: Generator | None = None  # draws minibatches
 
@@ -62,10 +64,12 @@ class Algorithm(Scheduled, ABC):
         return metrics
 
     def prepare(self, rollout: Rollout) -> Rollout:
-        """The rollout with its rewards brought to unit scale, where that is asked for, and with what the critic
-        remembers."""
+        """The rollout compared with the reference, with its rewards brought to unit scale, where that is asked for, and
+        with what the critic remembers."""
+        if self.reference is not None:
+            rollout = self.reference.compare(rollout)
         if self.reward_scale is not None:
-            rollout = replace(rollout, reward=self.reward_scale(rollout.reward))
+            rollout = replace(rollout, reward=self.reward_scale(rollout.reward, rollout.mask))
         for critic in self.critics:
             rollout = critic.recall(rollout)
         return rollout
@@ -83,13 +87,18 @@ class Algorithm(Scheduled, ABC):
     def estimate(self, rollout: Rollout) -> Batch:
         """Assign credit to every step [T, N]; called without gradient."""
 
+    def objective(self, gain: Tensor, logp: Tensor, batch: Batch) -> Tensor:
+        """What to ascend [...], cell by cell: the method's gain, less what log-probabilities far from the reference's
+        cost in the loss."""
+        return gain if self.reference is None else gain - self.reference.price(logp, batch)
+
     @abstractmethod
     def update(self, batch: Batch) -> Metrics:
         """Improve the policy."""
 
     def adapt(self, rollout: Rollout) -> Metrics:
         """Let what follows the KL follow that of this update, and say where every schedule stands."""
-        metrics: Metrics = {}
+        metrics: Metrics = {} if self.reference is None else self.reference.adapt(rollout)
         if adaptive := [schedule for part in self.scheduled.values() for schedule in part.adaptive]:
             metrics["kl"] = kl = self.strayed(rollout)
             for schedule in adaptive:
@@ -191,6 +200,12 @@ class ActorCritic(Algorithm):
     critic: Critic
     estimator: Estimator = field(default_factory=GAE)
     normalize_advantage: Literal["none", "batch"] = "batch"
+    ratio: Literal["token", "sequence"] = "token"  # of probabilities, of each action or of whole episodes
+
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        if self.ratio == "sequence" and not (self.sequential and collector.whole_episodes):
+            raise ValueError("algo.ratio=sequence is for whole episodes of policies that see them as such: env=rlhf")
 
     def estimate(self, rollout: Rollout) -> Batch:
         value, next_value = self.critic.bootstrap(rollout)
@@ -201,6 +216,10 @@ class ActorCritic(Algorithm):
         if self.normalize_advantage == "batch":
             advantage = standardize(advantage, rollout.mask)
         return Batch.of(rollout, value=value, advantage=advantage, target=target)
+
+    def ratio_of(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """By what [...] the advantage of each cell is weighed."""
+        return (objectives.sequence_log_ratio(log_ratio, mask) if self.ratio == "sequence" else log_ratio).exp()
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         """The objective [...] to ascend, cell by cell."""

@@ -107,3 +107,35 @@ class VTrace(Estimator):
             rho_clip=self.rho_clip,
             c_clip=self.c_clip,
         )
+
+
+@dataclass(kw_only=True, eq=False)
+class RLOO(Estimator):
+    """What a response got in all, less what the others to the same prompt did on average (Ahmadian et al., 2024): the
+    same for each of its tokens, undiscounted, and the critic has no part in it.  ``group`` adjacent columns answer one
+    prompt."""
+
+    group: Count = 4
+
+    def __call__(
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+    ) -> tuple[Tensor, Tensor]:
+        r = rollout
+        advantage = self.compare(estimators.totals(r.reward, r.mask, self.group)).view(1, -1)
+        return advantage.expand_as(r.reward), estimators.reward_to_go(r.reward, r.done, gamma=gamma)
+
+    def compare(self, score: Tensor) -> Tensor:
+        """Advantages [K, G] of K groups' scores."""
+        return estimators.less_others(score)
+
+
+@dataclass(kw_only=True, eq=False)
+class GRPO(RLOO):
+    """What a response got in all, less the mean of its group, over its deviation (Shao et al., 2024); without the
+    ``deviation``, which favours prompts whose answers are alike, it is Dr. GRPO's (Liu et al., 2025)."""
+
+    deviation: bool = True
+
+    def compare(self, score: Tensor) -> Tensor:
+        centred = score - score.mean(-1, keepdim=True)
+        return centred / (score.std(-1, keepdim=True) + 1e-4) if self.deviation else centred

@@ -50,12 +50,14 @@ class NPG(ActorCritic, Regression):
         dist_at = of_vector(self.policy, lambda: self.policy.dist(batch))
         with torch.no_grad():
             old = dist_at(start)
+            before = self.objective(batch.advantage, old.log_prob(batch.action), batch)
 
         def outcome(vector: Tensor) -> tuple[Tensor, Tensor]:
             """Improvement and KL(old || new) of parameters [P], this process's share."""
             new = dist_at(vector)
-            ratio = objectives.log_ratio(new.log_prob(batch.action), batch.logp).exp()
-            gain = self.surrogate(ratio, batch.advantage) - batch.advantage
+            logp = new.log_prob(batch.action)
+            ratio = self.ratio_of(objectives.log_ratio(logp, batch.logp), batch.mask)
+            gain = self.objective(self.surrogate(ratio, batch.advantage), logp, batch) - before
             return masked_mean(gain, batch.mask), masked_mean(old.kl(new), batch.mask)
 
         @torch.no_grad()

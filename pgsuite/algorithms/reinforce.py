@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pgsuite.algorithms.base import Regression
+from pgsuite.algorithms.estimators import Estimator
 from pgsuite.functional import estimators
 from pgsuite.nn.optim import Kind, Optimizer
 from pgsuite.nn.policy import Critic
@@ -20,9 +21,8 @@ class Reinforce(Regression):
     """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
 
     The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  An action is paid
-    by the return from it to the end, or, as the method was first written, by that of the whole episode, which has the
-    same mean and more variance.  The baseline is nothing, the mean return of the other episodes at the same time, or a
-    critic.
+    by the return from it to the end, or as at first by the whole episode's, less a baseline: nothing, the mean return
+    of the other episodes at the same time, or a critic.
     """
 
     collector = EpisodeCollector
@@ -30,6 +30,7 @@ class Reinforce(Regression):
     critic: Critic | None = None
     returns: Literal["to-go", "total"] = "to-go"
     baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"
+    estimator: Estimator | None = None  # of advantages, instead of returns less a baseline
     normalize_advantage: bool = False
     optim: Kind = "adam"
     lr: Positive = 1e-3
@@ -60,8 +61,9 @@ class Reinforce(Regression):
         elif self.critic is not None:
             value = self.critic(rollout)
         advantage = returns - value
-        if self.normalize_advantage:
-            advantage = standardize(advantage, rollout.mask)
+        if self.estimator is not None:
+            advantage, returns = self.estimator(rollout, value, value, torch.ones_like(value), gamma=self.gamma)
+        advantage = standardize(advantage, rollout.mask) if self.normalize_advantage else advantage
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 
     def update(self, batch: Batch) -> Metrics:
@@ -72,7 +74,7 @@ class Reinforce(Regression):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Minus the gain, summed over each episode's steps and averaged over episodes, and what to watch."""
-        dist = self.policy.dist(batch)
-        gain = dist.log_prob(batch.action) * batch.advantage
+        logp = (dist := self.policy.dist(batch)).log_prob(batch.action)
+        gain = self.objective(logp * batch.advantage, logp, batch)
         loss = -gain.where(batch.mask, 0.0).sum() / batch.logp.shape[1]
         return loss, {"policy_loss": loss.detach(), "entropy": masked_mean(dist.entropy().detach(), batch.mask)}

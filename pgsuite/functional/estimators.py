@@ -104,6 +104,22 @@ def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
     return others / count.clamp(min=1.0)
 
 
+def totals(reward: Tensor, mask: Tensor, group: int) -> Tensor:
+    """The sum of each column's rewards [T, N] over its real cells, in groups of adjacent columns: [N / group, group].
+
+    Raises ValueError if they do not divide into groups of at least two.
+    """
+    columns = reward.shape[1]
+    if group < 2 or columns % group:
+        raise ValueError(f"{columns} columns do not divide into groups of {group}, each of at least 2")
+    return reward.where(mask, 0.0).sum(0).view(-1, group)
+
+
+def less_others(score: Tensor) -> Tensor:
+    """Scores [..., G], each less the mean of the others in its group (Kool et al., 2019)."""
+    return (score - score.mean(-1, keepdim=True)) * (score.shape[-1] / (score.shape[-1] - 1))
+
+
 def _ends(done: Tensor) -> Tensor:
     """[T, N] bool, where no next row continues this one."""
     last = torch.zeros_like(done)

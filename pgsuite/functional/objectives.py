@@ -12,6 +12,14 @@ def log_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     return (logp - old_logp).clamp(-20.0, 20.0)
 
 
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The mean log-ratio of each column's real cells in the place of every cell's own [T, N], while the gradient of a
+    cell stays that of its own (Zheng et al., 2025, GSPO-token, equation 13)."""
+    log_ratio = log_ratio.where(mask, 0.0)
+    mean = log_ratio.sum(0, keepdim=True) / mask.sum(0, keepdim=True).clamp(min=1)
+    return mean.detach() + log_ratio - log_ratio.detach()
+
+
 def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
     """Importance-weighted advantage; at ratio one its gradient is the policy gradient."""
     return ratio * advantage
@@ -33,6 +41,12 @@ def sampled_kl(log_ratio: Tensor) -> Tensor:
     """KL(old || new) from actions of the old policy, log_ratio = log new - log old: exp(l) - 1 - l, unbiased and never
     negative (Schulman's k3, 2020)."""
     return log_ratio.expm1() - log_ratio
+
+
+def reverse_kl(log_ratio: Tensor) -> Tensor:
+    """KL(new || reference) from actions of the new policy, log_ratio = log new - log reference: exp(-l) - 1 + l,
+    unbiased and never negative (Schulman's k3, 2020); l alone is his k1."""
+    return sampled_kl(-log_ratio)
 
 
 def squared_error(value: Tensor, target: Tensor, huber: float | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -13,7 +14,7 @@ from torch import Generator, Tensor, nn
 from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
 from pgsuite.nn.normalize import Standardize, is_image
 from pgsuite.nn.recurrent import RECURRENCES, Kind
-from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs, leaves
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs, Rollout, leaves
 
 
 class Seen(Protocol):
@@ -38,7 +39,38 @@ class Shape(TypedDict, total=False):
     generator: Generator | None
 
 
-class Body(nn.Module):
+class Body(nn.Module, ABC):
+    """``size`` features of each observation, given those before it in the episode if it is ``sequential``.  Its memory
+    goes by ``name``."""
+
+    obs_norm: Standardize
+    name: str
+    size: int
+    shape: str  # for people
+    sequential: bool  # whether it must be shown whole columns in time order
+    carries: bool  # whether its memory goes on from rollout to rollout
+
+    @abstractmethod
+    def blank(self, num_envs: int) -> Memory:
+        """The memory of having seen nothing."""
+
+    @abstractmethod
+    def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
+        """Features [..., size] of all that was seen, with the memories after each step where they are carried.  A
+        ``sequential`` body wants [T, N] cells, and goes by the memories of the first row."""
+
+    @abstractmethod
+    def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
+        """Features [..., size] of single observations, each with a memory of its own, and the memories after them."""
+
+    def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Features [T, N, size] of each step and of its true successor, which a memory reaches before any episode
+        ends."""
+        features, after = self.sequence(rollout)
+        return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
+
+
+class Features(Body):
     """``size`` features of each observation: what may be seen of it is standardized, images go through convolutions,
     and all that through a memory, if there is one, and hidden layers.
 
@@ -46,7 +78,7 @@ class Body(nn.Module):
     numbers that a ``Network`` makes of them are not.
 
     With ``privileged`` it sees the part of the observations that is for the critic, where they have one; without, the
-    rest.  ``obs_norm`` may be shared with other bodies.  Its memory goes by ``name``.
+    rest.  ``obs_norm`` may be shared with other bodies.
     """
 
     def __init__(
@@ -87,24 +119,17 @@ class Body(nn.Module):
             self.recurrence = RECURRENCES[recurrent](features, recurrent_size, generator)
             features = recurrent_size
             self.shape += f" > {recurrent} {features} > {features}"
+        self.sequential = self.carries = self.recurrence is not None
         self.hidden = perceptron((features, *hidden), activation, generator)
         self.size = (features, *hidden)[-1]
         self.shape += "".join(f"-{size}" for size in hidden)
 
-    @property
-    def sequential(self) -> bool:
-        """Whether it must be shown whole columns in time order."""
-        return self.recurrence is not None
-
     def blank(self, num_envs: int) -> Memory:
-        """The memory of having seen nothing."""
         if self.recurrence is None:
             return {}
         return {self.name: self.recurrence.read.weight.new_zeros(num_envs, self.recurrence.width)}
 
     def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
-        """Features [..., size] of all that was seen, with the memories after each step.  A ``sequential`` body wants
-        [T, N] cells, and goes by the memories of the first row."""
         x = self.encode(seen.obs)
         if self.recurrence is None:
             return self.low(self.hidden, x), {}
@@ -112,7 +137,6 @@ class Body(nn.Module):
         return self.low(self.hidden, x), {self.name: after}
 
     def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
-        """Features [..., size] of single observations, each with a memory of its own, and the memories after them."""
         x = self.encode(obs)
         if self.recurrence is None:
             return self.low(self.hidden, x), {}

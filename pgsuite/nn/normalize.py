@@ -9,7 +9,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pgsuite import parallel
-from pgsuite.types import ACTION_MASK, Obs
+from pgsuite.types import ACTION_MASK, Obs, moments
 
 
 class RunningMoments(nn.Module):
@@ -97,7 +97,7 @@ class RewardScale(nn.Module):
         self.moments = RunningMoments()
         self.register_buffer("carry", torch.zeros(num_envs))
 
-    def forward(self, reward: Tensor) -> Tensor:
+    def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
         return held(reward * self.moments.scale, self.clip)
 
     @torch.no_grad()
@@ -108,3 +108,15 @@ class RewardScale(nn.Module):
             self.carry.mul_(decay[t]).add_(reward[t])
             sums[t] = self.carry
         self.moments.update(sums, mask)
+
+
+class WhitenReward(RewardScale):
+    """Rewards [T, N] of unit deviation in each rollout by itself, around the mean that they have (Ziegler et al., 2019,
+    whose code calls it whitening without a shift of the mean)."""
+
+    def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
+        mean, variance = moments(reward, mask)
+        return held((mean + (reward - mean) * (variance + 1e-8).rsqrt()).where(mask, 0.0), self.clip)
+
+    def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
+        """Nothing: each rollout is measured by itself."""

@@ -12,8 +12,8 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from pgsuite.nn.distributions import Distribution
-from pgsuite.nn.heads import Sigma, make_head
-from pgsuite.nn.network import Body, Network, Seen, Shape
+from pgsuite.nn.heads import Head, Sigma, make_head
+from pgsuite.nn.network import Body, Features, Network, Seen, Shape
 from pgsuite.nn.normalize import Standardize
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Metrics, Obs, Rollout
 
@@ -27,20 +27,24 @@ class Choice(NamedTuple):
 
 
 class Policy(Network):
-    """A policy over observations [..., *O]."""
+    """A policy over observations [..., *O].  A ``body`` and a ``head`` of its own take the place of those that are made
+    for the spaces."""
 
     def __init__(
         self,
         obs_norm: Standardize,
         action_space: spaces.Space[Any],
         *,
+        body: Body | None = None,
+        head: Head | None = None,
         distribution: str = "auto",
         log_sigma: float | None = None,
         sigma: Sigma = "free",
         **shape: Unpack[Shape],
     ) -> None:
-        head = make_head(action_space, distribution, log_sigma=log_sigma, sigma=sigma)
-        super().__init__(Body(obs_norm, "policy", privileged=False, **shape), head.inputs, 0.01, shape.get("generator"))
+        head = head or make_head(action_space, distribution, log_sigma=log_sigma, sigma=sigma)
+        body = body or Features(obs_norm, "policy", privileged=False, **shape)
+        super().__init__(body, head.inputs, 0.01, shape.get("generator"))
         self.head = head
 
     @property
@@ -90,9 +94,10 @@ class Policy(Network):
 class Critic(Network):
     """State values [...] of observations [..., *O].
 
-    A ``shared`` critic reads its values off the body of a policy; else it has a body of its own.  A body that remembers
-    goes on, from rollout to rollout, in each of ``num_envs`` environments.  Raises ValueError where a shared body
-    would not see what is for the critic alone.
+    A ``shared`` critic reads its values off the body of a policy; else it has a ``body`` of its own, made for the space
+    if none is given.  A memory that is carried goes on, from rollout to rollout, in each of ``num_envs`` environments.
+    One with ``zero_init`` begins with values of zero.  Raises ValueError where a shared body would not see what is for
+    the critic alone.
     """
 
     carry: Tensor
@@ -102,20 +107,24 @@ class Critic(Network):
         obs_norm: Standardize,
         *,
         shared: Policy | None = None,
+        body: Body | None = None,
         num_envs: int = 0,
+        zero_init: bool = False,
         **shape: Unpack[Shape],
     ) -> None:
         if shared is not None and isinstance(obs_norm.space, spaces.Dict) and PRIVILEGED in obs_norm.space.spaces:
             raise ValueError(f"critic.shared=true would hide {PRIVILEGED} from the critic: give it a body of its own")
-        body = Body(obs_norm, "critic", privileged=True, **shape) if shared is None else shared.body
-        super().__init__(body, 1, 1.0, shape.get("generator"))
+        if shared is not None:
+            body = shared.body
+        body = body or Features(obs_norm, "critic", privileged=True, **shape)
+        super().__init__(body, 1, 0.0 if zero_init else 1.0, shape.get("generator"))
         self.shared = shared is not None
         self.register_buffer("carry", body.blank(num_envs)["critic"] if self.remembers else torch.zeros(0))
 
     @property
     def remembers(self) -> bool:
         """Whether it has a memory of its own, and none that the policy's actions come with."""
-        return self.sequential and not self.shared
+        return self.body.carries and not self.shared
 
     @property
     def own(self) -> nn.Module:
@@ -129,9 +138,8 @@ class Critic(Network):
         return self.out(features).squeeze(-1)
 
     def bootstrap(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The value [T, N] of each step and of its true successor, which a memory reaches before any episode ends."""
-        features, after = self.body.sequence(rollout)
-        following, _ = self.body.step(rollout.next_obs, after, torch.zeros_like(rollout.start))
+        """The value [T, N] of each step and of its true successor."""
+        features, following = self.body.successors(rollout)
         return self.read(features), self.read(following)
 
     def recall(self, rollout: Rollout) -> Rollout:

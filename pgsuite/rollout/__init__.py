@@ -3,6 +3,16 @@
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.rollout.collect import Collector, EpisodeCollector, StepCollector
 from pgsuite.rollout.episodes import EpisodeTracker
+from pgsuite.rollout.generate import GenerationCollector, collector_of
 from pgsuite.rollout.minibatches import minibatches
 
-__all__ = ["Collector", "EpisodeCollector", "EpisodeTracker", "RolloutBuffer", "StepCollector", "minibatches"]
+__all__ = [
+    "Collector",
+    "EpisodeCollector",
+    "EpisodeTracker",
+    "GenerationCollector",
+    "RolloutBuffer",
+    "StepCollector",
+    "collector_of",
+    "minibatches",
+]

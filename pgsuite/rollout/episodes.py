@@ -18,7 +18,7 @@ class EpisodeTracker:
         self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
 
     def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Returns and lengths, each [K], of the K episodes that finished in this rollout."""
+        """Returns and lengths in real steps, each [K], of the K episodes that finished in this rollout."""
         returns, lengths = self.follow(rollout)
         return returns[lengths > 0], lengths[lengths > 0]
 
@@ -29,7 +29,7 @@ class EpisodeTracker:
         returns, lengths = torch.empty_like(reward), torch.empty_like(reward)
         for t in range(reward.shape[0]):
             returns[t] = self.reward.mul_(going[t]).add_(reward[t])
-            lengths[t] = self.length.mul_(going[t]).add_(1.0)
+            lengths[t] = self.length.mul_(going[t]).add_(rollout.mask[t])
         finished = rollout.done & rollout.mask
         return returns, lengths.where(finished, 0.0)
 

@@ -20,10 +20,13 @@ from torch import nn
 import pgsuite
 from pgsuite import parallel, seeding
 from pgsuite.algorithms.base import Algorithm
+from pgsuite.algorithms.reference import Reference
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.spaces import to_data
-from pgsuite.nn.normalize import RewardScale, Standardize
+from pgsuite.nn.language import TokenBody, language_policy, load
+from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.rollout import collector_of
 from pgsuite.runtime.cuda_graphs import capture
 from pgsuite.runtime.execution import execute
 from pgsuite.runtime.precision import lower
@@ -126,8 +129,20 @@ def build_policy(
     observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
 ) -> Policy:
     """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
+    options = dict(vars(run.policy))
+    language = dict(vars(options.pop("language")))
+    if path := language.pop("model"):
+        policy = language_policy(*load(path), **language)
+        if policy.head.inputs != int(getattr(action_space, "n", 0)):
+            raise ValueError(
+                f"the language model of policy.language.model knows {policy.head.inputs} tokens, and actions are "
+                f"{action_space}"
+            )
+        return policy
+    if set(language.items()) != {("temperature", 1.0), ("top_p", 1.0), ("frozen", 0)}:
+        raise ValueError("policy.language is for language models: give policy.language.model, or leave it out")
     norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
-    return Policy(norm, action_space, **vars(run.policy), generator=generator)
+    return Policy(norm, action_space, **options, generator=generator)
 
 
 def spaces_of(env: VectorEnv) -> dict[str, Any]:
@@ -142,6 +157,8 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
         options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
         options["recurrent"] = run.critic.recurrent or run.policy.recurrent
+        if isinstance(policy.body, TokenBody) and not run.critic.shared:
+            options["body"] = policy.body.another("critic")
         critic = Critic(policy.obs_norm, **options, generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
@@ -156,13 +173,19 @@ def build(cfg: DictConfig) -> Trainer:
     env = build_env(cfg, run, share(run.num_envs), device)
     seed = seeding.of_process(run.seed, parallel.rank())
     policy, critic = build_networks(env, run)
+    reward_scale = None
+    if run.scale_reward or run.whiten_reward:
+        kind = WhitenReward if run.whiten_reward else RewardScale
+        reward_scale = kind(env.num_envs, run.clip_reward).to(device)
+    reference = dict(vars(run.reference))
     algorithm: Algorithm = construct(
         container(cfg.algo),
         "algo",
         policy=policy,
         critic=critic,
         generator=seeding.generator(seed, "minibatches", device),
-        reward_scale=RewardScale(env.num_envs, run.clip_reward).to(device) if run.scale_reward else None,
+        reward_scale=reward_scale,
+        reference=None if reference["coef"] is None else Reference(policy, **reference),
     )
     horizon = run.horizon or env.max_episode_steps
     if horizon is None:
@@ -171,7 +194,7 @@ def build(cfg: DictConfig) -> Trainer:
         )
     try:
         lower(algorithm, env.device, run.precision)
-        collector = algorithm.collector(env, horizon, seed)
+        collector = collector_of(env, algorithm.collector)(env, horizon, seed)
         execute(algorithm, collector, run.execution)
         trainer = Trainer(algorithm, collector, run.total_steps)
     except ValueError as error:
@@ -207,7 +230,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     policy, env = trainer.algorithm.policy, trainer.collector.env
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
-    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters())
+    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters() if p.requires_grad)
     words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
     if critic is not None:
         words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")
@@ -224,7 +247,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
 def versions() -> dict[str, str]:
     """Of everything that a result depends on."""
     found = {"python": platform.python_version(), "pgsuite": pgsuite.__version__}
-    for package in ("torch", "gymnasium", "mujoco", "numpy", "mujoco-warp", "warp-lang", "envpool", "ale-py"):
+    others = ("mujoco-warp", "warp-lang", "envpool", "ale-py", "transformers")
+    for package in ("torch", "gymnasium", "mujoco", "numpy", *others):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

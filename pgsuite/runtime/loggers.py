@@ -79,6 +79,11 @@ class TensorBoard:
         self.writer.flush()
         self.steps = steps
 
+    def show(self, text: str, steps: int) -> None:
+        """Show Markdown among the texts."""
+        self.writer.add_text("language/responses", text, steps)
+        self.writer.flush()
+
     def animate(self, film: Gif, steps: int) -> None:
         """Show a moving picture among the images."""
         log_gif(self.writer, film, steps)

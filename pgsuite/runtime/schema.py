@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
@@ -20,12 +20,13 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
+from pgsuite.algorithms.reference import Penalty
 from pgsuite.nn.heads import Sigma
 from pgsuite.nn.recurrent import Kind as Recurrent
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.runtime.execution import Execution
 from pgsuite.runtime.precision import Precision
-from pgsuite.settings import Count, Natural, Positive, closest, number, plain
+from pgsuite.settings import Count, Natural, NonNegative, Positive, Range, closest, number, plain
 
 GROUP = "schema/"
 
@@ -51,17 +52,39 @@ class Network(Part):
 
 
 @dataclass(kw_only=True)
+class Language(Part):
+    """A language model as the policy, in the place of a network of its own."""
+
+    model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
+    temperature: Positive = 1.0  # of sampling, and so of the policy
+    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
+    frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
+
+
+@dataclass(kw_only=True)
 class PolicyNetwork(Network):
     recurrent: Recurrent = "none"
     distribution: str = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
     log_sigma: float | None = None  # of Gaussians, initially; null stands for -0.5
     sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
+    language: Language = field(default_factory=Language)
 
 
 @dataclass(kw_only=True)
 class CriticNetwork(Network):
     recurrent: Recurrent | None = None  # null stands for the policy's
     shared: bool = False  # read values off the policy's network instead; the other settings then say nothing
+    zero_init: bool = False  # begin with values of zero
+
+
+@dataclass(kw_only=True)
+class Reference(Part):
+    """What straying from the policy as it was at the start costs."""
+
+    coef: NonNegative | None = None  # a nat; null leaves it out
+    penalty: Penalty = "reward"  # of each action; or in the loss
+    target: Positive | None = None  # nats an episode, which the price then follows
+    horizon: Count = 10_000  # episodes in which the price can change by a fifth
 
 
 @dataclass(kw_only=True)
@@ -122,6 +145,7 @@ class Run:
     clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations
     scale_reward: bool = True
     clip_reward: Positive | None = 10.0  # scaled ones
+    whiten_reward: bool = False  # scale the rewards of each rollout by itself instead
     resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # say where the time of an iteration goes, and leave a trace
@@ -130,6 +154,7 @@ class Run:
     logging: Logging = field(default_factory=Logging)
     policy: PolicyNetwork = field(default_factory=PolicyNetwork)
     critic: CriticNetwork = field(default_factory=CriticNetwork)
+    reference: Reference = field(default_factory=Reference)
     algo: Any = None
     env: Any = None
 
@@ -166,7 +191,7 @@ def schema(cls: type) -> type:
     hints = get_type_hints(cls, include_extras=True)
     for f in filter(lambda f: f.init and not f.name.endswith("_"), fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
-        if hint is Any or inspect.isabstract(hint):
+        if hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))
         elif issubclass(cls, Scheduled) and number(hint):  # which may be a schedule instead, and is checked by cls
             options.append((f.name, Any, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore

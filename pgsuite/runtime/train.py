@@ -19,7 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from pgsuite import parallel
+from pgsuite.envs import LanguageEnv
 from pgsuite.runtime import callbacks, checkpoint, loggers
+from pgsuite.runtime.alignment import Alignment
 from pgsuite.runtime.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
 from pgsuite.runtime.evaluate import match
 from pgsuite.runtime.profiling import Profile
@@ -121,6 +123,10 @@ def recorders(
         play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
         parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
+    if isinstance(env, LanguageEnv) and trainer.algorithm.reference is not None and board is not None:
+        table = loggers.Csv(folder / "language.csv", begun)
+        say = partial(console.print, highlight=False, markup=False)
+        parts.append(Alignment([table, *logs[1:]], board.show, say, run.seed))
     parts.append(checkpoints)
     if writes:
         found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": parallel.size()}

@@ -1,0 +1,1 @@
+"""Aligning a language model, at a size that two cores train in minutes."""

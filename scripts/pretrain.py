@@ -1,0 +1,21 @@
+"""Pretrain a language model on generated reviews: python scripts/pretrain.py"""
+
+from functools import partial
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pgsuite.language.pretraining import pretrain
+from pgsuite.runtime import cli
+from pgsuite.runtime.build import construct, container
+from pgsuite.runtime.callbacks import console
+
+
+def task(cfg: DictConfig) -> None:
+    folder, say = Path(HydraConfig.get().runtime.output_dir), partial(console().print, highlight=False, markup=False)
+    pretrain(construct(container(cfg), "the pretraining"), folder, say)
+
+
+if __name__ == "__main__":
+    cli.main(task, "pretrain")

@@ -1,0 +1,24 @@
+"""Make preference pairs and train a reward model on them: python scripts/reward_model.py
+
+With pairs=<file>, preferences of your own: lines of {"prompt": "...", "chosen": "...", "rejected": "..."}.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pgsuite.language.reward_training import train_reward
+from pgsuite.runtime import cli
+from pgsuite.runtime.build import construct, container
+from pgsuite.runtime.callbacks import console
+
+
+def task(cfg: DictConfig) -> None:
+    folder, say = Path(HydraConfig.get().runtime.output_dir), partial(console().print, highlight=False, markup=False)
+    train_reward(construct(container(cfg), "the training"), folder, say)
+
+
+if __name__ == "__main__":
+    cli.main(task, "reward_model")
