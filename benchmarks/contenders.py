@@ -85,6 +85,23 @@ WORKLOADS = {
 }
 
 
+TAKEN = [0]  # gradient steps
+
+
+def count(*_: Any) -> None:
+    TAKEN[0] += 1
+
+
+def counted(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Our own optimizer's, which torch's hook does not hear of."""
+
+    def take(gradient: Any) -> Any:
+        count()
+        return step(gradient)
+
+    return take
+
+
 def physics(work: Workload) -> Iterate:
     """The batch stepper alone, five substeps each, with fresh random actions at every step."""
     from pgsuite.envs import make
@@ -127,6 +144,8 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
     algorithm = getattr(algorithms, work.method)(**parts, **settings, gamma=GAMMA)
     collector = algorithm.collector(env, work.horizon)
     execute(algorithm, collector, execution)
+    for optimizer in algorithm.optimizers:
+        optimizer.step = counted(optimizer.step)
 
     def iterate() -> int:
         algorithm.iterate(collector)
@@ -335,19 +354,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(False)
-    taken = [0]
-
-    def count(*_: Any) -> None:
-        taken[0] += 1
-
     register_optimizer_step_post_hook(count)
     iterate = CONTENDERS[args.contender](WORKLOADS[args.workload])
 
     def run(seconds: float) -> dict[str, float]:
-        steps, iterations, taken[0], began = 0, 0, 0, perf_counter()
+        steps, iterations, TAKEN[0], began = 0, 0, 0, perf_counter()
         while (now := perf_counter()) - began < seconds:
             steps, iterations = steps + iterate(), iterations + 1
-        return {"steps": steps, "seconds": now - began, "iterations": iterations, "gradient_steps": taken[0]}
+        return {"steps": steps, "seconds": now - began, "iterations": iterations, "gradient_steps": TAKEN[0]}
 
     iterate()
     run(1.0)

@@ -164,6 +164,7 @@ def masked_means(cells: Metrics, mask: Tensor) -> Metrics:
     return dict(zip(cells, masked_mean(torch.stack(list(cells.values())), mask).unbind(), strict=True))
 
 
-def average(steps: Sequence[Metrics]) -> Metrics:
-    """Each metric's mean over steps."""
-    return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+def average(steps: Sequence[Metrics], live: Tensor | None = None) -> Metrics:
+    """Each metric's mean over steps, or over those that are ``live`` [len(steps)]."""
+    stacks = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    return {name: x.mean() for name, x in stacks.items()} if live is None else masked_means(stacks, live)

@@ -69,6 +69,7 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"no no-such-compiler: install it"):
         execute(algorithm, collector(algorithm, env), "compile")
+    assert execute(algorithm, collector(algorithm, env), "auto") == "eager"
     with pytest.raises(ValueError, match=r"cuda_graph is for a GPU: give device=cuda, or leave it out"):
         execute(algorithm, collector(algorithm, env), "cuda_graph")
 

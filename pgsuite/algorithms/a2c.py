@@ -19,6 +19,7 @@ class A2C(ActorCritic):
     optim: Kind = "rmsprop"
     lr: Positive = 7e-4
     value_coef: NonNegative = 0.5
+    value_clip: Positive | None = None  # how far from what it said when credit was assigned the critic is moved
     huber: Positive | None = None  # where the critic's squared error goes over into a straight line
     entropy_coef: NonNegative = 0.0
     max_grad_norm: Positive | None = 0.5
@@ -49,7 +50,9 @@ class A2C(ActorCritic):
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
         """What the critic descends [...], cell by cell."""
-        return objectives.squared_error(value, batch.target, self.huber)
+        if self.value_clip is None:
+            return objectives.squared_error(value, batch.target, self.huber)
+        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber)
 
     def watch_ratio(self, ratio: Tensor) -> Metrics:
         """What is worth knowing about how far the policy has moved [...], cell by cell."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -144,6 +145,10 @@ class Algorithm(Scheduled, ABC):
         """Whether minibatches must be whole columns in time order."""
         return any(network.sequential for network in (self.policy, *self.critics))
 
+    def split(self, batch: Batch, count: int) -> Iterator[Batch]:
+        """A batch in random minibatches, of the kind that the networks can learn from."""
+        return minibatches(batch, count, columns=self.sequential, generator=self.generator)
+
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if rollouts of this collector cannot be learned from."""
 
@@ -243,7 +248,7 @@ class Regression(Algorithm):
     def regress(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
         steps: list[Metrics] = []
         for _ in range(self.critic_epochs):
-            parts = minibatches(batch, self.critic_minibatches, columns=self.sequential, generator=self.generator)
+            parts = self.split(batch, self.critic_minibatches)
             steps += [optimizer.descend(self.misfit, critic, part) for part in parts]
         metrics = average(steps)
         return metrics | {"critic_grad_norm": metrics.pop("grad_norm")}

@@ -11,9 +11,9 @@ from pgsuite.algorithms.a2c import A2C
 from pgsuite.functional import objectives
 from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
-from pgsuite.rollout.minibatches import check_split, minibatches
+from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, Positive, Range
-from pgsuite.types import Batch, Metrics, Rollout, average, masked_means, standardize
+from pgsuite.types import Batch, Metrics, Rollout, average, standardize
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,7 +27,6 @@ class PPO(A2C):
     dual_clip: Annotated[float, Range(1, open=True)] | None = None  # the most that a bad action may cost, in advantages
     epochs: Count = 10
     minibatches: Count = 4
-    value_clip: Positive | None = None
     recompute_advantage: bool = False  # before every epoch but the first, with the critic as it then is
     target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this
     early_stop: Literal["read", "masked"] = "read"  # one bit an epoch; masked epochs are made, and change nothing
@@ -35,9 +34,8 @@ class PPO(A2C):
 
     @property
     def reads(self) -> str | None:
-        if self.target_kl is None or self.early_stop == "masked":
-            return super().reads
-        return "target_kl reads one bit of each epoch; algo.early_stop=masked reads none"
+        stops = self.target_kl is not None and self.early_stop == "read"
+        return "target_kl reads one bit of each epoch; algo.early_stop=masked reads none" if stops else super().reads
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
@@ -52,33 +50,24 @@ class PPO(A2C):
         objective = objectives.clipped_surrogate(ratio, advantage, *self.clips)
         return objective if self.dual_clip is None else objectives.dual_clipped(objective, advantage, self.dual_clip)
 
-    def value_error(self, value: Tensor, batch: Batch) -> Tensor:
-        if self.value_clip is None:
-            return super().value_error(value, batch)
-        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber)
-
     def learn(self, rollout: Rollout) -> Metrics:
         """Epoch after epoch, until the last or one that strays too far."""
-        batch, epochs, live = self.credit(rollout), [], []
+        batch, epochs = self.credit(rollout), []
         strayed = torch.zeros_like(batch.mask[0, 0])
         while len(epochs) < self.epochs:
             if epochs and self.target_kl is not None:
                 strayed = strayed | (parallel.mean(epochs[-1]["kl"]) > self.target_kl)
                 if self.early_stop == "read" and bool(strayed):
                     break
-            if epochs and self.recompute_advantage:
-                batch = self.credit(rollout)
+            batch = self.credit(rollout) if epochs and self.recompute_advantage else batch
             self.optimizer.frozen = strayed if self.early_stop == "masked" else None
-            epochs.append(self.update(batch))
-            live.append(~strayed)
-        live = torch.stack(live)
-        means = masked_means({name: torch.stack([x[name] for x in epochs]) for name in epochs[0]}, live)
-        return means | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.watch(batch)
+            epochs.append(self.update(batch) | {"epochs": ~strayed})
+        live = torch.stack([metrics.pop("epochs") for metrics in epochs])
+        return average(epochs, live) | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.watch(batch)
 
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a step on each of the minibatches."""
-        parts = minibatches(batch, self.minibatches, columns=self.sequential, generator=self.generator)
-        return average([self.optimizer.descend(self.loss, part) for part in parts])
+        return average([self.optimizer.descend(self.loss, part) for part in self.split(batch, self.minibatches)])
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         if self.normalize_advantage == "minibatch":

@@ -68,9 +68,7 @@ class Reinforce(Regression):
 
     def update(self, batch: Batch) -> Metrics:
         metrics = self.optimizer.descend(self.loss, batch)
-        if self.critic is not None:
-            metrics |= self.regress(self.critic, self.critic_optimizer, batch)
-        return metrics
+        return metrics if self.critic is None else metrics | self.regress(self.critic, self.critic_optimizer, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Minus the gain, summed over each episode's steps and averaged over episodes, and what to watch."""

@@ -195,8 +195,8 @@ def build(cfg: DictConfig) -> Trainer:
     try:
         lower(algorithm, env.device, run.precision)
         collector = collector_of(env, algorithm.collector)(env, horizon, seed)
-        execute(algorithm, collector, run.execution)
         trainer = Trainer(algorithm, collector, run.total_steps)
+        trainer.execution = execute(algorithm, collector, run.execution)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
@@ -225,6 +225,9 @@ def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
             )
 
 
+GRAPHS, COMPILED = "replayed as CUDA graphs after a few iterations", "compiled, which makes the first iteration long"
+
+
 def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     """One line on the environment, one on the networks."""
     policy, env = trainer.algorithm.policy, trainer.collector.env
@@ -238,8 +241,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
-    words += ["replayed as CUDA graphs after a few iterations"] if run.execution == "cuda_graph" else []
-    words += ["loss compiled, which makes the first iteration long"] if run.execution == "compile" else []
+    words += [{"cuda_graph": GRAPHS, "compile": COMPILED, "eager": "run as written"}[trainer.execution]]
+    words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads > 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)
 

@@ -23,7 +23,7 @@ from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout import Collector
 from pgsuite.types import Batch
 
-Execution = Literal["eager", "compile", "cuda_graph"]
+Execution = Literal["eager", "compile", "auto", "cuda_graph"]
 
 register_dataclass(Batch)  # so that tracing sees the tensors in it
 
@@ -64,7 +64,7 @@ class Compiled:
 
 
 class CompiledActing:
-    """Acts through one graph.  What is random stays outside it, drawn as acting as written draws it, number by number."""
+    """Acts through one graph.  What is random stays outside it, drawn number by number as eager acting draws it."""
 
     def __init__(self, collector: Collector) -> None:
         self.collector, self.act = collector, collector.act
@@ -86,28 +86,35 @@ class CompiledActing:
         return self.choose(policy, c.obs, c.memory, c.start, noise)
 
 
-def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> None:
-    """Have them run so from here on.
+def obstacle(device: torch.device) -> str | None:
+    """Why nothing can be compiled here, and what would help."""
+    if parallel.size() > 1:
+        return "is for one process: leave torchrun"
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs triton on a GPU: pip install triton"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    found = shutil.which(compiler) is not None
+    return None if found else f"needs a C++ compiler, and there is no {compiler}: install it"
+
+
+def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execution:
+    """Have them run so from here on; returns which way that is.
 
     ``compile`` makes one graph of each loss with its gradient, which is where A2C and PPO spend their time, and NPG and
     TRPO what they spend on their critic; one of a gradient step; one of acting, but for actions that are no function of
-    noise; and one of what a step of a task does in torch.  The numbers agree with eager ones to rounding.  Raises
+    noise; one of the critic's pass over a rollout; and one of what a step of a task does in torch.  The numbers agree
+    with eager ones to rounding.  ``auto`` compiles on a CPU where that can be, and is eager elsewhere.  Raises
     ValueError where there is nothing to compile with, or several processes.
     """
     env = collector.env
     if how == "cuda_graph" and env.device.type != "cuda":
         raise ValueError("execution=cuda_graph is for a GPU: give device=cuda, or leave it out")
+    if how == "auto":
+        how = "eager" if env.device.type == "cuda" or obstacle(env.device) else "compile"
     if how != "compile":  # whole iterations are captured, in cuda_graphs
-        return
-    if parallel.size() > 1:
-        raise ValueError("execution=compile is for one process: leave it out under torchrun")
-    if env.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("execution=compile needs triton on a GPU: pip install triton, or leave it out")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if env.device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(
-            f"execution=compile needs a C++ compiler, and there is no {compiler}: install it, or leave it out"
-        )
+        return how
+    if (why := obstacle(env.device)) is not None:
+        raise ValueError(f"execution=compile {why}, or leave it out")
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
     for optimizer in algorithm.optimizers:
         optimizer.gradient = Compiled(optimizer.gradient)  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,3 +125,4 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> None:
     collector.act = CompiledActing(collector)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv):
         env.advance = torch.compile(env.advance, dynamic=False, fullgraph=True)
+    return how

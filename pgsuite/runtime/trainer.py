@@ -81,6 +81,7 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     guard: Guard | None = None
     steps: int = 0
+    execution: str = "eager"  # how its parts run; for people
     recoveries: int = 0  # how often a guard put it right
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
     asked: int = 0  # the number of the signal that asked this process to stop
