@@ -90,8 +90,8 @@ def measure(cell: Cell, seconds: float) -> dict[str, Any]:
 def run(axes: Sequence[str], seconds: float) -> None:
     """Every cell that is not kept, each in a process of its own."""
     cells = [cell for cell in dict.fromkeys(x for axis in axes for x in AXES[axis]) if not cell.path.exists()]
-    compiled = sum(cell.way == "compile" for cell in cells)
-    expected = len(cells) * (seconds + 6) + compiled * 30
+    work = sum(HORIZON * cell.envs * max(1, cell.width / 128) for cell in cells) / 10_000  # of the warm-up
+    expected = len(cells) * (seconds + 5) + 12 * sum(cell.way == "compile" for cell in cells) + 2 * work
     print(f"{len(cells)} cells, about {expected / 60:.0f} minutes on two quiet cores", flush=True)
     for cell in cells:
         command = [sys.executable, __file__, "cell", json.dumps(asdict(cell)), str(seconds)]

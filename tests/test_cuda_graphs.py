@@ -125,6 +125,22 @@ def test_what_is_scheduled_remembered_or_put_back_is_replayed_too(
     assert Tape.made - before == PARTS + changes
 
 
+@pytest.mark.parametrize("settings", [{"lr": 1e-2}, {"lr": 1e-3, "recompute_advantage": True, "optim": "rmsprop"}])
+def test_a_masked_early_stop_learns_what_an_early_stop_does(settings: dict[str, Any]) -> None:
+    """And its optimizer remembers the same, to the last bit."""
+    stops = []
+    for target in (1e-4, 3e-3, 1.0):
+        states = []
+        for how in ("read", "masked"):
+            env = make("CartPole", 8, max_episode_steps=16)
+            algorithm = build(PPO, env, epochs=6, target_kl=target, early_stop=how, **settings)
+            metrics = algorithm.iterate(collector(algorithm, env, 8))
+            states.append(algorithm.state_dict() | {"generator": None, "epochs": metrics["epochs"]})
+        check(*states)
+        stops.append(int(metrics["epochs"]))
+    assert stops[0] == 1 and 1 < stops[1] < 6 and stops[2] == 6
+
+
 def test_physics_on_warp_is_launched_between_graphs() -> None:
     pytest.importorskip("mujoco_warp", reason="needs the gpu extra")
     envs = [make("InvertedPendulum", 4, backend="warp", max_episode_steps=6) for _ in range(2)]

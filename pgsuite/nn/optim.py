@@ -58,10 +58,12 @@ class Optimizer:
         storage = self.flat.untyped_storage().data_ptr()
         if any(p.untyped_storage().data_ptr() != storage for p in self.params):
             raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
+        if self.frozen is None:
+            return metrics | {"grad_norm": self.step(gradient)}
         moving = (self.flat, self.mean, self.square, self.steps)
-        before = [x.clone() for x in moving] if self.frozen is not None else ()
+        before = [x.clone() for x in moving]
         norm = self.step(gradient)
-        for x, old in zip(moving, before, strict=False):
+        for x, old in zip(moving, before, strict=True):
             x.copy_(old.where(self.frozen, x))
         return metrics | {"grad_norm": norm}
 
