@@ -21,8 +21,8 @@ class Reinforce(Regression):
     """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
 
     The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  An action is paid
-    by the return from it to the end, or as at first by the whole episode's, less a baseline: nothing, the mean return
-    of the other episodes at the same time, or a critic.
+    by the return from it to the end, or as at first by the whole episode's, less nothing, the mean return of the other
+    episodes at the same time, or a critic.
     """
 
     collector = EpisodeCollector
@@ -53,8 +53,7 @@ class Reinforce(Regression):
 
     def estimate(self, rollout: Rollout) -> Batch:
         returns = estimators.reward_to_go(rollout.reward, rollout.done, gamma=self.gamma)
-        if self.returns == "total":
-            returns = returns[0].expand_as(returns)
+        returns = returns[0].expand_as(returns) if self.returns == "total" else returns
         value = torch.zeros_like(returns)
         if self.baseline == "leave-one-out":
             value = estimators.leave_one_out(returns, rollout.mask)

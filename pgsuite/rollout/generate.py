@@ -40,8 +40,7 @@ def generate(
     """Responses of up to ``length`` tokens to prompts [P, N], which are padded at their beginning, where they are not
     ``real`` [P, N].  Every ``poll`` tokens the host asks whether any is still being written."""
     body = policy.body
-    if not isinstance(body, TokenBody):
-        raise ValueError("responses are written by language models: give policy.language.model")
+    assert isinstance(body, TokenBody)
     width, columns = prompts.shape
     tokens = torch.cat([prompts, prompts.new_full((length, columns), pad)])
     logp = torch.zeros(length, columns, device=prompts.device)
@@ -72,6 +71,7 @@ class GenerationCollector(Collector):
     env: LanguageEnv
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
+        """Raises ValueError for environments that are no prompts, and for another horizon than theirs."""
         super().__init__(env, horizon, seed)
         if not isinstance(env, LanguageEnv):
             raise ValueError(f"responses are generated for prompts, and {env.name} has none")

@@ -21,7 +21,7 @@ import pgsuite
 from pgsuite import parallel, seeding
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.reference import Reference
-from pgsuite.envs import VectorEnv, make
+from pgsuite.envs import LanguageEnv, VectorEnv, make
 from pgsuite.envs.spaces import to_data
 from pgsuite.nn.language import TokenBody, language_policy, load
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
@@ -155,6 +155,8 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
     try:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
+        if isinstance(env, LanguageEnv) and not isinstance(policy.body, TokenBody):
+            raise ValueError("responses are written by language models: give policy.language.model")
         options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
         options["recurrent"] = run.critic.recurrent or run.policy.recurrent
         if isinstance(policy.body, TokenBody) and not run.critic.shared:

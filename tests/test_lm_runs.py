@@ -1,0 +1,85 @@
+"""Each test is one claim about the command that aligns a language model."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lm_worlds import Letters
+from test_cli import Cli
+from test_cli import command as command
+
+from pgsuite.nn.transformer import LanguageModel, Transformer
+from pgsuite.runtime import checkpoint
+
+PROMPTS = ["b", "cde", "gh", "fab"]
+TINY = [
+    "env=rlhf",
+    "num_envs=8",
+    "total_steps=200",
+    "algo.minibatches=2",
+    "algo.epochs=1",
+    "checkpoint.every=60",
+]
+WORLD = [
+    "env.prompts=test_lm_runs:PROMPTS",
+    "env.tokens=lm_worlds:Letters",
+    "env.reward=lm_worlds:vowels",
+    "env.rewards=[]",
+]
+APART = ["env.scorer=lm_worlds:vowels", "env.held_out=null", "env.length=5", "policy.language.model=model.pt"]
+ALL = [*TINY, *WORLD, *APART]
+
+
+@pytest.fixture
+def ready(command: Cli) -> Cli:
+    """In a directory with a language model."""
+    generator = torch.Generator().manual_seed(0)
+    LanguageModel(Transformer(len(Letters()), 8, 1, 2, generator), generator).save(command.folder / "model.pt")
+    return command
+
+
+def test_a_run_is_compared_with_its_reference_before_and_after(ready: Cli) -> None:
+    code, out, err = ready("train", *ALL, "hydra.run.dir=run")
+    assert code == 0, err
+    assert "held-out prompts: wins" in out and "4 prompts of up to 3 tokens" in out
+    with Path("run/language.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["steps"] == "0" and float(rows[0]["language/kl"]) == pytest.approx(0, abs=1e-6)
+    assert abs(float(rows[-1]["language/kl"])) > 1e-4 and int(rows[-1]["steps"]) >= 200
+    code, out, err = ready("evaluate", "run=run", "episodes=4")
+    assert code == 0 and "4 deterministic episodes" in out, err
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
+    assert ready("train", *ALL, "hydra.run.dir=whole", "checkpoint.keep=9")[0] == 0
+    assert ready("train", *ALL, "hydra.run.dir=torn", "checkpoint.keep=9")[0] == 0
+    saved = checkpoint.numbered(Path("torn"))
+    for path in saved[1:]:
+        path.unlink()
+    code, _, err = ready("train", "resume=torn")
+    assert code == 0, err
+    whole, torn = (checkpoint.load(checkpoint.numbered(Path(name))[-1])["algorithm"] for name in ("whole", "torn"))
+    assert all(torch.equal(x, torn["policy"][name]) for name, x in whole["policy"].items())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["policy.language.model=nothing.pt"], "no language model at nothing.pt"),
+        (["policy.language.model=null"], "responses are written by language models: give policy.language.model"),
+        (["env.reward=lm_worlds:vowel"], "did you mean vowels"),
+        (["env.samples=3"], "num_envs=8 responses do not divide into env.samples=3 a prompt"),
+        (["policy.language.frozen=2"], "policy.language.frozen=2, but the model has 1 layers"),
+        (["horizon=32"], "leave horizon out"),
+        (["env.tokens=lm_worlds:nowhere"], "has nothing named 'nowhere'"),
+    ],
+)
+def test_mistakes_get_one_message(ready: Cli, given: list[str], said: str) -> None:
+    code, _, err = ready("train", *ALL, *given, "hydra.run.dir=run")
+    assert code == 1 and said in err and "Traceback" not in err
+
+
+def test_a_temperature_without_a_language_model_is_refused(ready: Cli) -> None:
+    code, _, err = ready("train", "env=CartPole", "policy.language.temperature=0.5", "total_steps=100")
+    assert code == 1 and "policy.language is for language models" in err
