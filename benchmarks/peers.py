@@ -42,10 +42,10 @@ RACERS = {
     "a2c": [*OURS, *SB3, *TIANSHOU],
     "reinforce": [*OURS, *TIANSHOU],
 }
-# With how many torch threads.  CartPole's minibatches are large enough for a second one to pay.
+# With how many torch threads.  CartPole's minibatches are large enough for a second one to pay.  Tianshou takes minutes
+# for an iteration of it.
 TABLES: dict[str, list[tuple[str, int]]] = {table: [(name, 1) for name in names] for table, names in RACERS.items()}
 TABLES["cartpole"] = [(name, n) for name in (*OURS, "pgsuite, compile, one body", "SB3 on envpool") for n in (1, 2)]
-TABLES["cartpole"] += [("Tianshou on envpool", 1)]
 
 
 class Contender:
