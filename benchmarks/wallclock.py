@@ -2,7 +2,7 @@
 
     python benchmarks/wallclock.py run                      # every target, seeds 0 to 4: about 20 minutes on two cores
     python benchmarks/wallclock.py run CartPole --seeds 0 1 2
-    python benchmarks/wallclock.py run HalfCheetah-2000 --seeds 100 --set num_envs=32 --out /tmp/tried
+    python benchmarks/wallclock.py run HalfCheetah-2000 --seeds 100 --set num_envs=32 --out tried
     python benchmarks/wallclock.py table --docs
 
 A run is scripts/train.py in a process of its own, one at a time, with everything that it writes: tables, TensorBoard,
