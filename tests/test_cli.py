@@ -59,17 +59,21 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return Cli(tmp_path, monkeypatch, capsys)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run on CartPole."""
-    folder = tmp_path_factory.mktemp("finished")
+def trained_in(folder: Path, *arguments: str, run: str = "run") -> Path:
+    """The directory of a run that these arguments make in a folder, once for many tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("HYDRA_FULL_ERROR", raising=False)
-        patch.setattr(sys, "argv", ["train.py", "env=CartPole", *TINY, "hydra.run.dir=run", "checkpoint.every=250"])
+        patch.setattr(sys, "argv", ["train.py", *arguments, f"hydra.run.dir={run}"])
         GlobalHydra.instance().clear()
         cli.main(train, "train")
-    return folder / "run"
+    return folder / run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run on CartPole."""
+    return trained_in(tmp_path_factory.mktemp("finished"), "env=CartPole", *TINY, "checkpoint.every=250")
 
 
 @pytest.fixture

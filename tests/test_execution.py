@@ -59,6 +59,30 @@ def test_compiled_learning_is_eager_learning(
             assert torch.allclose(value, compiled_metrics[name], atol=1e-4), name
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "look"),
+    [("CartPole", {}), ("Pendulum", {"distribution": "beta"}), ("Pendulum", {"recurrent": "gru"})],
+    ids=["categorical", "beta", "gru"],
+)
+def test_compiled_acting_does_what_eager_acting_does(
+    name: str, look: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same generator, through restarts; Beta's actions are no function of noise, and are drawn eagerly."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    rollouts = []
+    for how in ("eager", "compile"):
+        env = make(name, 8, max_episode_steps=7)
+        algorithm = build(A2C, env, look=look)
+        collecting = collector(algorithm, env)
+        execute(algorithm, collecting, how)
+        rollouts += [collecting.collect(algorithm.policy)]
+    eager, compiled = rollouts
+    assert eager.done.any()
+    for part in ("obs", "action", "logp", "reward", "next_obs", "done"):
+        assert torch.allclose(getattr(eager, part), getattr(compiled, part), atol=1e-5), part
+
+
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     env = PointMass(8)
     algorithm = build(A2C, env)

@@ -14,19 +14,16 @@ import pytest
 import torch
 from exports import KINDS, TORQUE, exported, save
 from gymnasium import spaces
-from hydra.core.global_hydra import GlobalHydra
-from test_cli import Cli
+from test_cli import Cli, trained_in
 from test_cli import command as command
 
 import pgsuite
 from pgsuite.envs.spaces import of_data, to_data
 from pgsuite.nn.network import Features
-from pgsuite.runtime import cli
 from pgsuite.runtime.export import METADATA, Portable, compare, runner
 from pgsuite.runtime.export import Run as File
 from pgsuite.runtime.restore import restore
 from pgsuite.runtime.schema import UserError
-from pgsuite.runtime.train import train
 
 ROOT = Path(__file__).parents[1]
 LONG = bool(os.environ.get("PGSUITE_LONG"))  # every kind in both formats
@@ -40,15 +37,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that hardly began."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("HYDRA_FULL_ERROR", raising=False)
-        patch.setattr(sys, "argv", ["train.py", "env=HalfCheetah", "num_envs=2", "horizon=8", "total_steps=128"])
-        GlobalHydra.instance().clear()
-        cli.main(train, "train")
-    (run,) = folder.glob("runs/ppo-HalfCheetah/*")
-    return run
+    few = ("env=HalfCheetah", "num_envs=2", "horizon=8", "total_steps=128")
+    return trained_in(tmp_path_factory.mktemp("trained"), *few, run="runs/ppo-HalfCheetah/run")
 
 
 @pytest.mark.parametrize(("form", "kind"), CASES)
