@@ -36,8 +36,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, PPOPenalty, Reinforce
-from pgsuite.envs import Gym
+from pgsuite.envs import Gym, Language
 from pgsuite.envs.tasks import CartPole, HalfCheetah, Pendulum
+from pgsuite.language.pretraining import Pretraining
+from pgsuite.language.reward_training import RewardTraining
 from pgsuite.runtime import checkpoint
 from pgsuite.runtime.evaluate import Playing
 from pgsuite.runtime.export import Export
@@ -51,9 +53,14 @@ LONGEST = 600  # characters of a message
 PATIENCE = 120  # seconds for a line
 MEMORY = 8 << 30  # bytes more than there are, so that what would fill the machine fails at once
 ALGOS = {"ppo": PPO, "a2c": A2C, "npg": NPG, "trpo": TRPO, "ppo_penalty": PPOPenalty, "reinforce": Reinforce}
-ENVS = {"CartPole": CartPole, "Pendulum": Pendulum, "HalfCheetah": HalfCheetah, "gym": Gym}
+ENVS = {"CartPole": CartPole, "Pendulum": Pendulum, "HalfCheetah": HalfCheetah, "gym": Gym, "rlhf": Language}
 OTHERS = {"evaluate": Playing, "export": Export, "replay": Replaying}
+OTHERS |= {"pretrain": Pretraining, "reward_model": RewardTraining}
 SMALL = ["num_envs=4", "total_steps=320"]
+TINY = {  # language models
+    "pretrain": ["reviews=64", "held_out=16", "size.width=8", "size.layers=1", "size.heads=1"],
+    "reward_model": ["count=32", "held_out=8"],
+}
 HOME = "runs/ppo-CartPole"
 RUNS = [f"{HOME}/{name}" for name in ("whole", "cut", "hostile", "unsaved", "garbled", "strange", "crashed")]
 RUNS += [f"{HOME}/whole/checkpoints/000000000320.pt", f"{HOME}/hostile/checkpoints/000000000320.pt"]
@@ -73,6 +80,15 @@ GOOD: dict[str, list[str]] = {
     "video": ["null", "x.gif"],
     "to": ["null", "x.pt2", "x.onnx"],
     "logging.wandb.project": ["null", "x"],
+    "model": ["runs/language/model", "runs/language/model/model.pt", *RUNS],
+    "pairs": ["null", "runs/language/reward/preferences.jsonl", *RUNS],
+    "count": ["8", "64"],
+    "env.prompts": ["pgsuite.language.corpus:prompts", "math:tau"],
+    "env.held_out": ["null", "pgsuite.language.corpus:held_out"],
+    "env.tokens": ["pgsuite.language.corpus:vocabulary", "math:tau"],
+    "env.reward": ["pgsuite.language.reward:RewardModel.load", "pgsuite.language.scorer:score", "math:floor"],
+    "env.rewards": ["[]", "[runs/language/reward]", "[runs/language/reward,runs/language/model]"],
+    "env.scorer": ["null", "pgsuite.language.scorer:score", "math:floor"],
 }
 GROUPS = {"algo": [*ALGOS], "env": [*ENVS, "Acrobot", "Hopper", "Pong", "envpool", "torch"]}
 GROUPS |= {"tuned": ["ppo-Ant", "null"], "algo/estimator": ["gae", "n_step", "td_lambda", "vtrace", "monte_carlo"]}
@@ -129,7 +145,7 @@ class Writer:
     def line(self) -> tuple[str, list[str]]:
         """A script and its arguments: what is right for it, and one to three changes, of half the lines nasty ones."""
         draw = self.random
-        script = draw.choices(["train", *OTHERS, "report"], [20, 3, 1, 1, 1])[0]
+        script = draw.choices(["train", *OTHERS, "report"], [20, 3, 1, 1, 1, 1, 1])[0]
         nasty = draw.random() < 0.5
         if script == "report":
             arguments = draw.choices([*RUNS, "runs/*/*", "**"], k=draw.randint(0, 3))
@@ -138,11 +154,14 @@ class Writer:
         if script == "train":
             algo, env = draw.choice([*ALGOS]), draw.choice([*ENVS])
             settings |= SETTINGS[algo] | SETTINGS[env]
-            arguments = [*SMALL, "horizon=null" if algo == "reinforce" else "horizon=16", f"algo={algo}", f"env={env}"]
+            horizon = "null" if algo == "reinforce" or env == "rlhf" else 16
+            arguments = [*SMALL, f"horizon={horizon}", f"algo={algo}", f"env={env}"]
             arguments += ["env.id=CartPole-v1"] if env == "gym" else []
             if draw.random() < 0.15:
                 resume = draw.choice([*GOOD["resume"], *NASTY[:20]])
                 arguments = [*(arguments if resume == "auto" else []), f"resume={resume}"]
+        elif script in TINY:
+            arguments = [*TINY[script], "hydra.run.dir=runs/language/new"]
         else:
             key = "crash" if script == "replay" else "run"
             arguments = [f"{key}={RUNS[6 if script == 'replay' else 0]}"]
@@ -267,6 +286,8 @@ def furnish(folder: Path) -> None:
     """Make a run, and damaged ones beside it."""
     home = folder / HOME
     with contextlib.chdir(folder):
+        for script, small in TINY.items():
+            answer(script, small)
         base = ["algo=ppo", "env=CartPole", *SMALL, "horizon=16", "checkpoint.every=160"]
         for name, more in (
             ("whole", []),

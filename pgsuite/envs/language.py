@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -67,7 +68,7 @@ class Language(Foreign):
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
         tokens = self.vocabulary()
-        rewards: list[Reward] = [find(self.reward, "reward")(file, self.ensemble) for file in self.rewards]
+        rewards: list[Reward] = [made(self.reward, "reward", file, self.ensemble) for file in self.rewards]
         rewards = rewards or [find(self.reward, "reward")]
         scorer: Reward | None = None if self.scorer is None else find(self.scorer, "scorer")
         if num_envs % self.samples:
@@ -92,13 +93,20 @@ class Language(Foreign):
         if Path(path).is_file():
             return Path(path).read_text().splitlines()
         found = find(path, name)
-        return list(found() if isinstance(found, Callable) else found)
+        texts = made(path, name) if callable(found) else found
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(x, str) for x in texts):
+            raise ValueError(f"env.{name} must be a list of texts, and {path} is {type(texts).__name__}")
+        return list(texts)
 
     def vocabulary(self) -> Tokens:
         if Path(self.tokens).is_dir():
             return PretrainedTokens(self.tokens)
         found = find(self.tokens, "tokens")
-        return found() if isinstance(found, type) or not hasattr(found, "encode") else found
+        makes = isinstance(found, type) or not hasattr(found, "encode")
+        tokens: Any = made(self.tokens, "tokens") if makes and callable(found) else found
+        if missing := [name for name in ("pad", "stop", "encode", "decode", "__len__") if not hasattr(tokens, name)]:
+            raise ValueError(f"env.tokens={self.tokens} has no {', '.join(missing)}")
+        return tokens
 
 
 def find(path: str, name: str) -> Any:
@@ -115,6 +123,16 @@ def find(path: str, name: str) -> Any:
     except AttributeError:
         names = [key for key in vars(module) if not key.startswith("_")]
         raise ValueError(f"{package} has nothing named {attribute!r}; {closest(attribute, names)}") from None
+
+
+def made(path: str, name: str, *args: Any) -> Any:
+    """What is made by what is at package:name.  Raises ValueError if it takes no such arguments."""
+    make = find(path, name)
+    try:
+        inspect.signature(make).bind(*args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"env.{name}={path} cannot be called with {list(args)}: {error}") from error
+    return make(*args)
 
 
 class PretrainedTokens:
@@ -227,7 +245,7 @@ class LanguageEnv:
         prompts = [self.texts[i] for i in self.chosen.tolist()]
         responses = tokens[-len(written) :]
         said = self.tokens.decode(responses.cpu())
-        found = torch.stack([self.judge(reward, prompts, said) for reward in self.rewards])
+        found = torch.stack([self.judge("reward", reward, prompts, said) for reward in self.rewards])
         found = found.mean(0) if self.ensemble == "mean" else found.amin(0)
         last = written & ~torch.cat([written[1:], torch.zeros_like(written[:1])])
         if found.ndim == 2:
@@ -237,16 +255,27 @@ class LanguageEnv:
             reward = last.to(self.dtype) * found
         return (reward - self.unfinished * (last & (responses != self.stop))).where(written, 0.0)
 
-    def judge(self, reward: Reward, prompts: list[str], responses: list[str]) -> Tensor:
+    def judge(self, name: str, judge: Reward, prompts: list[str], responses: list[str]) -> Tensor:
         """What one says of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError if it says nothing like
         that."""
-        found = torch.as_tensor(reward(prompts, responses), device=self.device, dtype=self.dtype)
+        try:
+            found = torch.as_tensor(judge(prompts, responses), device=self.device, dtype=self.dtype)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise BrokenEnvError(f"{self.name}: env.{name} raised {type(error).__name__}: {said}") from error
         if found.shape[-1:] != (len(responses),) or found.ndim > 2:
             raise BrokenEnvError(
-                f"{self.name}: a reward must be one number for each of {len(responses)} responses, or a row of them "
-                f"for each token, and was of shape {tuple(found.shape)}"
+                f"{self.name}: env.{name} must say one number for each of {len(responses)} responses, or a row of them "
+                f"for each token, and what it said was of shape {tuple(found.shape)}"
             )
         return found.detach()
+
+    def true(self, responses: list[str]) -> Tensor | None:
+        """What the scorer says of responses [N] to all prompts in order; None without one."""
+        if self.scorer is None:
+            return None
+        found = self.judge("scorer", self.scorer, self.texts, responses).cpu()
+        return found.sum(0) if found.ndim == 2 else found
 
     def reset(self) -> Tensor:
         self.begin(torch.ones_like(self.clock, dtype=torch.bool))

@@ -147,7 +147,7 @@ def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
     except ImportError as error:
         raise ValueError(f"{path} is a model of transformers: pip install 'pgsuite[rlhf]'") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation="eager")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no causal language model of transformers: {error}") from error
     return Pretrained(model.eval()), model.get_output_embeddings()

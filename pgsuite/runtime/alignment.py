@@ -35,8 +35,7 @@ def respond(policy: Policy, env: LanguageEnv, seed: int) -> Written:
     own = env.apart()
     rollout = GenerationCollector(own, own.max_episode_steps, seed).collect(policy)
     responses = own.tokens.decode(rollout.action[own.width - 1 :].cpu())
-    true = None if own.scorer is None else torch.as_tensor(own.scorer(own.texts, responses), dtype=torch.float32)
-    return Written(rollout, own.texts, responses, rollout.reward.sum(0).cpu(), true)
+    return Written(rollout, own.texts, responses, rollout.reward.sum(0).cpu(), own.true(responses))
 
 
 def compare(policy: Policy, reference: Policy, env: LanguageEnv, seed: int) -> tuple[dict[str, float], Written]:
