@@ -3,10 +3,13 @@
     python benchmarks/returns.py run ppo-HalfCheetah trpo-HalfCheetah --seeds 0 1 2 3 4 --jobs 2
     python benchmarks/returns.py run all --jobs 2
     python benchmarks/returns.py table
+    python benchmarks/returns.py run ppo-HalfCheetah --apart compile --set execution=compile
+    python benchmarks/returns.py compare compile --docs
 
 ``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the command, the
 commit and the machine.  ``table`` sets what is there beside the figures of published.csv: interquartile means over
-seeds with 95% bootstrap intervals.  Marks compare the plain mean, as published ones are plain means.
+seeds with 95% bootstrap intervals.  Marks compare the plain mean, as published ones are plain means.  What is run
+``--apart`` is kept beside them under a name, and ``compare`` sets it beside the same cells of the table.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from typing import Any
 import numpy as np
 from record import RESULTS, ROOT, commit, keep, machine, write_table
 
-from pgsuite.runtime.statistics import interquartile_mean, interval
+from pgsuite.runtime.statistics import interquartile_mean, interval, probability_of_improvement
 
 RUNS = RESULTS / "returns"
 PUBLISHED = ROOT / "benchmarks" / "published.csv"
@@ -60,13 +64,18 @@ def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str]) -> None:
+def apart(name: str) -> Path:
+    """Where results are kept that are none of the table's."""
+    return RESULTS / f"returns-{name}"
+
+
+def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str], folder: Path) -> None:
     """Every name with every seed, ``jobs`` at a time."""
 
     def work(item: tuple[str, int]) -> None:
         name, seed = item
         result = train(name, seed, overrides)
-        keep(result, RUNS / f"{name}-s{seed}.json")
+        keep(result, folder / f"{name}-s{seed}.json")
         summary = result["summary"]
         print(f"{name} seed {seed}: {summary['return_mean']:,.1f} in {summary['seconds']:,.0f} s", flush=True)
 
@@ -74,10 +83,10 @@ def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str]) -> 
         list(pool.map(work, [(name, seed) for name in names for seed in seeds]))
 
 
-def load() -> dict[str, list[dict[str, Any]]]:
+def load(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
     """The kept results by environment and method, as ``HalfCheetah/ppo``, each in order of seed."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RUNS.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         found.setdefault(f"{result['summary']['env']}/{result['summary']['algo']}", []).append(result)
     return found
@@ -149,6 +158,38 @@ def table() -> str:
     return "\n".join([*lines, "", "</details>"])
 
 
+def compare(name: str) -> str:
+    """In Markdown: cells of the table beside the same cells of what was run apart, and how likely a run of the latter
+    is the better one of two."""
+    usual, others = load(), load(apart(name))
+    lines = [f"| | | seeds | as in the table | {name} | a run of {name} is better |", "|---|---|---|---|---|---|"]
+    samples: list[np.ndarray] = []
+    inside = 0
+    for key in (f"{env}/{method}" for env in ENVIRONMENTS for method in METHODS):
+        if key not in others:
+            continue
+        table, ours = (np.array([x["summary"]["return_mean"] for x in found[key]]) for found in (usual, others))
+        cells = [_with_interval(interquartile_mean, x, form=",.1f") for x in (table, ours)]
+        better = _with_interval(probability_of_improvement, ours, table, form=".0%")
+        lines.append(f"| {' | '.join((*key.split('/'), str(len(ours)), *cells, better))} |")
+        ends = interval(interquartile_mean, table)
+        inside += ends is not None and bool(ends[0] <= interquartile_mean(ours) <= ends[1])
+        samples += [ours, table]
+    overall = _with_interval(probability_of_improvement, *samples, form=".0%")
+    lines += [
+        "",
+        f"In {inside} of {len(lines) - 2} cells {name} is within the table's interval. Over all of them a run of "
+        f"{name} is better than one of the table with a probability of {overall}.",
+    ]
+    return "\n".join(lines)
+
+
+def _with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, form: str) -> str:
+    ends = interval(statistic, *samples)
+    value = f"{float(statistic(*samples)):{form}}"
+    return f"{value} [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else value
+
+
 def _short(cell: dict[str, str]) -> str:
     """A cell in two lines; the number of seeds is said where it is not five."""
     seeds = "" if cell["seeds"] == "5" else "(1 seed)" if cell["seeds"] == "1" else f"({cell['seeds']} seeds)"
@@ -166,14 +207,28 @@ def main() -> None:
     train_parser.add_argument("--set", nargs="*", default=[], help="further overrides")
     table_parser = commands.add_parser("table", help="print what is kept")
     table_parser.add_argument("--readme", action="store_true", help="put it into the README as well")
+    train_parser.add_argument("--apart", metavar="NAME", help="keep the results under this name, outside the table")
+    compare_parser = commands.add_parser("compare", help="set what was run apart beside the table")
+    compare_parser.add_argument("name")
+    compare_parser.add_argument("--docs", action="store_true", help="put it into docs/speed.md as well")
     args = parser.parse_args()
     if args.command == "table":
         print(table())
         if args.readme:
             write_table("README.md", "returns.py table --readme", table())
+    elif args.command == "compare":
+        print(compare(args.name))
+        if args.docs:
+            write_table("docs/speed.md", f"returns.py compare {args.name} --docs", compare(args.name))
     else:
         recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*-[A-Z]*.yaml"))
-        run(recipes if args.names == ["all"] else args.names, args.seeds, args.jobs, args.set)
+        run(
+            recipes if args.names == ["all"] else args.names,
+            args.seeds,
+            args.jobs,
+            args.set,
+            apart(args.apart) if args.apart else RUNS,
+        )
 
 
 if __name__ == "__main__":
