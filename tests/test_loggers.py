@@ -26,6 +26,11 @@ def layout(found: EventAccumulator) -> dict[str, Any]:
     return {chart.title: chart for category in stored.category for chart in category.chart}
 
 
+def layout_of(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    TensorBoard(folder, settings).close({})
+    return layout(read(folder))
+
+
 def test_returns_stand_first_and_have_a_band_of_one_deviation(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path, SETTINGS)
     board.write(10, {"episode/return": 5.0, "episode/return_std": 2.0})
@@ -38,10 +43,14 @@ def test_returns_stand_first_and_have_a_band_of_one_deviation(tmp_path: Path) ->
 
 
 def test_evaluations_have_a_chart_where_there_are_any(tmp_path: Path) -> None:
-    TensorBoard(tmp_path / "without", SETTINGS).close({})
-    TensorBoard(tmp_path / "with", SETTINGS | {"evaluation.every": 5}).close({})
-    assert "evaluation return" not in layout(read(tmp_path / "without"))
-    assert "evaluation return" in layout(read(tmp_path / "with"))
+    assert "evaluation return" not in layout_of(SETTINGS, tmp_path / "without")
+    assert "evaluation return" in layout_of(SETTINGS | {"evaluation.every": 5}, tmp_path / "with")
+
+
+def test_language_models_have_charts_of_what_aligns_them_before_others(tmp_path: Path) -> None:
+    charts = list(layout_of(SETTINGS | {"policy.language.model": "model.pt"}, tmp_path / "one"))
+    assert charts.index("true score, and the reference's") < charts.index("return")
+    assert "reward" not in layout_of(SETTINGS, tmp_path / "another")
 
 
 def test_hyperparameters_are_numbers_where_they_are_and_leave_out_machinery(tmp_path: Path) -> None:

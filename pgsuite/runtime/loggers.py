@@ -29,6 +29,14 @@ CHARTS = {
     "episode length": "episode/length",
     "steps per second": "time/steps_per_second",
 }
+ALIGNMENT = {
+    "true score, and the reference's": "language/(reference_)?true_score",
+    "reward": "language/reward",
+    "how often the better response": "language/wins",
+    "KL from the reference, nats a response": "language/kl",
+    "tokens a response": "language/length",
+    "price of the KL": "algorithm/reference_coef",
+}
 BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
 MACHINERY = re.compile(
     r"(resume|profile|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging)\..*)$"
@@ -63,11 +71,14 @@ class TensorBoard:
         if after is None or after < 0:
             self.writer._get_file_writer().add_summary(session)
             evaluated = hyperparameters.get("evaluation.every") is not None
-            charts = {
-                title: ["Multiline", [f"^{tag}$"]] for title, tag in CHARTS.items() if evaluated or title != EVALUATION
-            }
+            drawn = {title: tag for title, tag in CHARTS.items() if evaluated or title != EVALUATION}
+            charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in drawn.items()}
             charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # drawn last wherever it stands
-            self.writer.add_custom_scalars({"Returns beside diagnostics": charts})
+            layout = {"Returns beside diagnostics": charts}
+            if hyperparameters.get("policy.language.model") is not None:
+                held_out = {title: ["Multiline", [f"^{tag}$"]] for title, tag in ALIGNMENT.items()}
+                layout = {"Alignment, on prompts that are held out": held_out} | layout
+            self.writer.add_custom_scalars(layout)
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
         scalars = dict(scalars)
