@@ -7,7 +7,8 @@
 Each contender (benchmarks/contenders.py, which says what differs between them) is a process of its own, warmed up
 before the first round.  In every round each has its turn, in one order and then in the other, while all others wait for
 theirs; in its turn it finishes iterations until the seconds are over.  Prints steps/s round by round; writes all rounds
-to benchmarks/results/peers/<table>.json.  ``--docs`` measures nothing, and puts the kept results into docs/speed.md.
+to benchmarks/results/peers/<table>.json.  ``--docs`` measures nothing, puts the kept results into
+docs/speed.md, and draws docs/speed.png.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from contenders import WORKLOADS, Workload
-from record import RESULTS, keep, source, write_table
+from record import RESULTS, ROOT, keep, source, write_table
 
 KEPT = RESULTS / "peers"
+PLOT = "docs/speed.png"
 PEERS = ("stable-baselines3", "sb3-contrib", "rsl-rl-lib", "tianshou", "envpool")
 OURS = ["pgsuite", "pgsuite, compile"]
 SB3 = ["SB3 on DummyVecEnv", "SB3 on envpool"]
@@ -134,6 +137,38 @@ def text(table: str, result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{caption}commit {result['commit']}; {versions}.", ""])
 
 
+def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
+    """A panel a table: medians, with the slowest and the fastest round."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    heights = [len(result["rows"]) for result in results.values()]
+    size = (9, 0.25 * sum(heights) + 0.9 * len(heights))
+    figure, axes = plt.subplots(len(heights), figsize=size, height_ratios=heights, squeeze=False)
+    for panel, (table, result) in zip(axes.flat, results.items(), strict=True):
+        rows = sorted(result["rows"], key=lambda row: statistics.median(row["rates"]))
+        medians = [statistics.median(row["rates"]) for row in rows]
+        spread = [[m - min(r["rates"]) for m, r in zip(medians, rows, strict=True)]]
+        spread += [[max(r["rates"]) - m for m, r in zip(medians, rows, strict=True)]]
+        ours = ["#1f77b4" if row["name"].startswith("pgsuite") else "#bbbbbb" for row in rows]
+        several = len({row["threads"] for row in rows}) > 1
+        labels = [
+            f"{row['name']}, {row['threads']} torch thread{'s' * (row['threads'] > 1)}" if several else row["name"]
+            for row in rows
+        ]
+        panel.barh(range(len(rows)), medians, xerr=spread, color=ours, error_kw={"elinewidth": 0.8})
+        panel.set_yticks(range(len(rows)), labels)
+        panel.set_title(textwrap.fill(describe(WORKLOADS[table]), 80), fontsize="small", loc="left")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("steps/s, whole iterations")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    print(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(TABLES), choices=TABLES, metavar="TABLE")
@@ -143,9 +178,10 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="put the kept results into docs/speed.md")
     args = parser.parse_args()
     if args.docs:
-        kept = {name: KEPT / f"{name}.json" for name in TABLES}
-        found = [text(name, json.loads(path.read_text())) for name, path in kept.items() if path.exists()]
-        write_table("docs/speed.md", "peers.py --docs", "\n".join(found))
+        paths = {name: KEPT / f"{name}.json" for name in TABLES}
+        kept = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+        write_table("docs/speed.md", "peers.py --docs", "\n".join(text(*item) for item in kept.items()))
+        draw(kept, ROOT / PLOT)
         return
     for name in args.only:
         result = source() | {"seconds": args.seconds}
