@@ -75,8 +75,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
         (["env.tokens=lm_worlds:nowhere"], "has nothing named 'nowhere'"),
         (["env.tokens=math:tau"], "env.tokens=math:tau has no pad, stop, encode, decode, __len__"),
         (["env.prompts=math:tau"], "env.prompts must be a list of texts, and math:tau is float"),
-        (["env.prompts=math:floor"], "env.prompts=math:floor cannot be called with []: missing a required argument"),
-        (["env.reward=math:floor", "env.rewards=[x]"], "env.reward=math:floor cannot be called with ['x', 'mean']"),
+        (
+            ["env.prompts=math:floor"],
+            "env.prompts=math:floor cannot be called with nothing: missing a",
+        ),
+        (["env.reward=math:floor", "env.rewards=[x]"], "env.reward=math:floor cannot be called with 'x', 'mean'"),
         (["env.reward=math:floor"], "rlhf: env.reward raised TypeError: math.floor() takes exactly one argument"),
         (["env.scorer=math:floor"], "rlhf: env.scorer raised TypeError: math.floor() takes exactly one argument"),
         (["env.scorer=builtins:zip"], "rlhf: env.scorer raised TypeError"),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,7 +13,8 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign
-from pgsuite.settings import Count, NonNegative, closest
+from pgsuite.envs.dotted import find, make
+from pgsuite.settings import Count, NonNegative
 from pgsuite.types import Step
 
 Reward = Callable[[list[str], list[str]], Tensor]  # prompts and responses -> [N], or [L, N] of their tokens
@@ -68,9 +66,9 @@ class Language(Foreign):
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
         tokens = self.vocabulary()
-        rewards: list[Reward] = [made(self.reward, "reward", file, self.ensemble) for file in self.rewards]
-        rewards = rewards or [find(self.reward, "reward")]
-        scorer: Reward | None = None if self.scorer is None else find(self.scorer, "scorer")
+        rewards: list[Reward] = [make(self.reward, "env.reward", file, self.ensemble) for file in self.rewards]
+        rewards = rewards or [find(self.reward, "env.reward")]
+        scorer: Reward | None = None if self.scorer is None else find(self.scorer, "env.scorer")
         if num_envs % self.samples:
             raise ValueError(f"num_envs={num_envs} responses do not divide into env.samples={self.samples} a prompt")
         return LanguageEnv(
@@ -92,8 +90,8 @@ class Language(Foreign):
     def texts(self, path: str, name: str) -> list[str]:
         if Path(path).is_file():
             return Path(path).read_text().splitlines()
-        found = find(path, name)
-        texts = made(path, name) if callable(found) else found
+        found = find(path, f"env.{name}")
+        texts = make(path, f"env.{name}") if callable(found) else found
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(x, str) for x in texts):
             raise ValueError(f"env.{name} must be a list of texts, and {path} is {type(texts).__name__}")
         return list(texts)
@@ -101,38 +99,12 @@ class Language(Foreign):
     def vocabulary(self) -> Tokens:
         if Path(self.tokens).is_dir():
             return PretrainedTokens(self.tokens)
-        found = find(self.tokens, "tokens")
+        found = find(self.tokens, "env.tokens")
         makes = isinstance(found, type) or not hasattr(found, "encode")
-        tokens: Any = made(self.tokens, "tokens") if makes and callable(found) else found
+        tokens: Any = make(self.tokens, "env.tokens") if makes and callable(found) else found
         if missing := [name for name in ("pad", "stop", "encode", "decode", "__len__") if not hasattr(tokens, name)]:
             raise ValueError(f"env.tokens={self.tokens} has no {', '.join(missing)}")
         return tokens
-
-
-def find(path: str, name: str) -> Any:
-    """What is at package:name.  Raises ValueError if there is nothing."""
-    package, _, attribute = path.partition(":")
-    if not (package and attribute):
-        raise ValueError(f"env.{name} must be something in a package, such as my_package:name, got {path!r}")
-    try:
-        module = importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"env.{name}={path} cannot be imported: {error}") from error
-    try:
-        return attrgetter(attribute)(module)
-    except AttributeError:
-        names = [key for key in vars(module) if not key.startswith("_")]
-        raise ValueError(f"{package} has nothing named {attribute!r}; {closest(attribute, names)}") from None
-
-
-def made(path: str, name: str, *args: Any) -> Any:
-    """What is made by what is at package:name.  Raises ValueError if it takes no such arguments."""
-    make = find(path, name)
-    try:
-        inspect.signature(make).bind(*args)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"env.{name}={path} cannot be called with {list(args)}: {error}") from error
-    return make(*args)
 
 
 class PretrainedTokens:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +16,9 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.dotted import make
 from pgsuite.envs.spaces import first_action, place, tensor_space, tensors
-from pgsuite.settings import Count, closest
+from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
 
 GROUPS = {"policy": "policy", PRIVILEGED: "critic"}  # our names, and Isaac Lab's
@@ -44,27 +43,11 @@ class TorchNative(Foreign):
         limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
         number = seeding.number(seed, "environment")
         arguments = {"num_envs": num_envs, "device": device, "seed": number, **limit, **self.options}
-        maker = self.locate()
-        try:
-            inspect.signature(maker).bind(**arguments)
-        except TypeError as error:
-            raise ValueError(f"env.entry={self.entry} cannot be called with {', '.join(arguments)}: {error}") from error
-        env = TorchNativeEnv(maker(**arguments), name=self.entry, device=device, dtype=dtype, seed=number, **limit)
+        made = make(self.entry, "env.entry", **arguments)
+        env = TorchNativeEnv(made, name=self.entry, device=device, dtype=dtype, seed=number, **limit)
         if env.num_envs != num_envs:
             raise ValueError(f"env.entry={self.entry} made {env.num_envs} environments, not {num_envs}")
         return env
-
-    def locate(self) -> Callable[..., Any]:
-        """Raises ValueError if there is none."""
-        package, _, name = self.entry.partition(":")
-        try:
-            module = importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(f"env.entry={self.entry} cannot be imported: {error}") from error
-        if not callable(found := getattr(module, name, None)):
-            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise ValueError(f"{package} has no callable {name!r}; {closest(name, names)}")
-        return found
 
 
 class TorchNativeEnv:
