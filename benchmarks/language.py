@@ -41,7 +41,7 @@ ASKED, SAMPLES = 100, 512  # prompts, and samples of each, for the best of n
 METHODS = {  # what is given to scripts/train.py
     "reinforce": ["algo=reinforce"],
     "rloo": ["algo=reinforce", "algo/estimator=rloo", "env.samples=4"],
-    "grpo": ["algo=ppo", "algo/estimator=grpo", "env.samples=4"],
+    "grpo": ["algo=ppo", "algo/estimator=grpo", "algo.value_coef=0", "env.samples=4"],
     "a2c": ["algo=a2c"],
     "ppo": ["algo=ppo"],
     "npg": ["algo=npg"],
