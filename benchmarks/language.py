@@ -213,6 +213,7 @@ def plot(out: Path) -> None:
         panel.set_title(title)
         panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))  # as Gao et al., 2023
         panel.set_xlim(left=0)
+        panel.set_xticks([x for x in (0, 1, 5, 10, 20, 40, 70, 100, 150, 200) if x <= panel.get_xlim()[1]])
         panel.set_xlabel("KL from the reference, nats a response, drawn at its root")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
