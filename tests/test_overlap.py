@@ -224,10 +224,11 @@ def test_compiled_acting_in_the_thread_is_eager_acting(monkeypatch: pytest.Monke
     for how in ("eager", "compile"):
         env = make("Pendulum", 8, max_episode_steps=16)
         algorithm = build(PPO, env, **BRIEF[PPO])
-        inner = collector(algorithm, env)
-        execute(algorithm, inner, how)  # pyright: ignore[reportArgumentType]
-        rollouts = OverlappedCollector(inner, algorithm.policy)
-        for _ in range(4):
+        algorithm.minibatches = 2
+        rollouts = overlapped(algorithm, env)
+        execute(algorithm, rollouts, how)  # pyright: ignore[reportArgumentType]
+        for i in range(6):
+            algorithm.minibatches = 2 if i < 3 else 4  # other shapes, which are traced while a rollout is under way
             algorithm.iterate(rollouts)
         ends.append(torch.cat([x.flatten() for x in algorithm.policy.parameters()]))
     assert torch.allclose(*ends, atol=1e-4)

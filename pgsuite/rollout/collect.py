@@ -35,6 +35,14 @@ class Collector(ABC):
         self.memory: Memory
         self.start: Tensor
 
+    @property
+    def stepper(self) -> Collector:
+        """What has the environments make their steps."""
+        return self
+
+    def settle(self) -> None:
+        """Let whatever else this process does for it come to its end."""
+
     @abstractmethod
     def collect(self, policy: Policy) -> Rollout:
         """A rollout [T, N] of views, good until the next one."""

@@ -48,9 +48,17 @@ class OverlappedCollector(Collector):
         self.begun = False
         self.seconds = {"waiting": 0.0}  # for rollouts; what else the thread does costs no time
 
+    @property
+    def stepper(self) -> Collector:
+        return self.inner
+
+    def settle(self) -> None:
+        if self.ahead is not None:
+            wait([self.ahead])
+
     def collect(self, policy: Policy) -> Rollout:
         """Raises whatever was raised in the thread."""
-        began = perf_counter()
+        began, first = perf_counter(), self.ahead is None
         if self.ahead is None:
             if not self.begun:
                 self.inner.begun, self.begun = False, True
@@ -60,6 +68,8 @@ class OverlappedCollector(Collector):
         rollout = self.ahead.result()
         self.policy.load_state_dict(policy.state_dict())
         self.set_out()
+        if first:  # after which everything is compiled; only one thread may run while something is
+            self.settle()
         rollout = as_seen_by(policy, rollout)
         self.buffer.hold(rollout)
         self.seconds["waiting"] += perf_counter() - began
@@ -73,7 +83,7 @@ class OverlappedCollector(Collector):
     def halt(self) -> None:
         """Go back to where the rollout under way began."""
         if self.ahead is not None:
-            wait([self.ahead])
+            self.settle()
             self.ahead = None
             self.inner.load_state_dict(self.before)
 

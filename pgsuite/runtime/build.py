@@ -199,8 +199,8 @@ def build(cfg: DictConfig) -> Trainer:
         collector = collector_of(env, algorithm.collector)(env, horizon, seed)
         if run.overlap and run.execution == "cuda_graph":
             raise ValueError("overlap=true and execution=cuda_graph exclude each other: leave one of them out")
-        execution = execute(algorithm, collector, run.execution)
         collector = OverlappedCollector(collector, policy) if run.overlap else collector
+        execution = execute(algorithm, collector, run.execution)
         trainer = Trainer(algorithm, collector, run.total_steps, execution=execution)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
