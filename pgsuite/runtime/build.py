@@ -170,7 +170,7 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
 def build(cfg: DictConfig) -> Trainer:
     """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
     run = settings_of(cfg)
-    torch.set_num_threads(run.torch_threads)
+    torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
     env = build_env(cfg, run, share(run.num_envs), device)
     seed = seeding.of_process(run.seed, parallel.rank())
@@ -248,7 +248,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
     words += ["collecting beside learning"] if run.overlap else []
     words += [{"cuda_graph": GRAPHS, "compile": COMPILED, "eager": "run as written"}[trainer.execution]]
-    words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads > 1)}"] if env.device.type == "cpu" else []
+    words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)
 

@@ -32,8 +32,8 @@ class Compiled:
     """A function of nests of tensors, with all that autograd does in it, as one compiled graph for each shape it meets.
 
     Tracing sees the operations of forward and backward alike, so they are fused with one another, and no autograd runs
-    afterwards.  What is no tensor is taken for constant.  ``alone`` is called before anything is traced, and returns when
-    no other thread runs, for tracing is all of torch's.
+    afterwards.  What is no tensor is taken for constant.  ``alone`` is called before anything is traced, and returns
+    when no other thread runs, for torch knows only whether some thread traces.
     """
 
     def __init__(self, function: Callable[..., Any], alone: Callable[[], None]) -> None:
