@@ -29,7 +29,8 @@ def test_a_run_of_measured_threads_is_the_run_of_those_numbers(
     assert out.index("an iteration with torch + physics threads") < out.index("env HalfCheetah")
     given = [f"torch_threads={numbers[0]}", f"env_threads={numbers[1]}"]
     assert command("train", *CHEETAH, *given, "hydra.run.dir=two")[0] == 0
-    assert not kills.differences(*(kills.left_behind(command.folder / run) for run in ("one", "two")))
+    one, two = (kills.left_behind(command.folder / run) for run in ("one", "two"))
+    assert not kills.differences(one, two)
 
 
 def test_a_run_goes_on_with_the_threads_that_were_measured_for_it(command: Cli) -> None:  # noqa: F811

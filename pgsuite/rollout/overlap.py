@@ -78,7 +78,11 @@ class OverlappedCollector(Collector):
     def set_out(self) -> None:
         self.before = copy.deepcopy(self.inner.state_dict())
         self.inner.buffer, self.spare = self.spare, self.inner.buffer
-        self.ahead = self.thread.submit(self.inner.collect, self.policy)
+        self.ahead = self.thread.submit(self.fill, torch.get_num_threads())
+
+    def fill(self, torch_threads: int) -> Rollout:
+        torch.set_num_threads(torch_threads)  # which a thread that has computed before does not follow
+        return self.inner.collect(self.policy)
 
     def halt(self) -> None:
         """Go back to where the rollout under way began."""
