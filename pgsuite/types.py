@@ -90,7 +90,7 @@ class Rollout(Experience):
     memory: Memory  # [T, N, H] each, what was remembered before seeing obs
     start: Tensor  # [T, N] bool, an episode begins here
     action: Tensor  # [T, N, *A]
-    logp: Tensor  # [T, N] under the policy that acted
+    logp: Tensor  # [T, N] under the policy that acted; where an earlier one did, see OverlappedCollector
     reward: Tensor  # [T, N]
     next_obs: Obs  # [T, N, *O]
     terminated: Tensor  # [T, N] bool
@@ -116,7 +116,7 @@ class Batch(Experience):
     memory: Memory  # [..., H] each
     start: Tensor  # [...] bool
     action: Tensor  # [..., *A]
-    logp: Tensor  # [...] under the policy that acted
+    logp: Tensor  # [...] as in the rollout
     value: Tensor  # [...] what the critic said when credit was assigned
     advantage: Tensor  # [...]
     target: Tensor  # [...] what the critic should have said

@@ -34,6 +34,7 @@ CASES: dict[str, list[str]] = {
     "trpo": ["algo=trpo", *POLE, "policy.recurrent=gru", "algo.critic_minibatches=2", "algo.critic_epochs=2"],
     "ppo": ["algo=ppo", *CHEETAH, "algo.lr={cosine: [3e-4, 0]}", "algo.epochs=2", *SCORED],
     "ppo_penalty": ["algo=ppo_penalty", *CHEETAH, "algo.epochs=2"],
+    "ppo-overlap": ["algo=ppo", *CHEETAH, "algo.epochs=2", "overlap=true"],
     "ppo-lstm": ["algo=ppo", *POLE, "policy.recurrent=lstm", "algo.minibatches=2", "algo.epochs=2"],
     "reinforce-gru": ["algo=reinforce", "env=Pendulum", "policy.recurrent=gru", *WHOLE],
     "a2c-pendulum": ["algo=a2c", "env=Pendulum", "env.max_episode_steps=30", "horizon=16", *SMALL],

@@ -20,6 +20,7 @@ from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTra
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.rollout.overlap import as_seen_by
 from pgsuite.types import Batch, Rollout, map_obs
 
 Case = tuple[type[Algorithm], dict[str, Any]]
@@ -260,19 +261,12 @@ def test_so_it_does_over_several_choices_at_once(cls: type[Algorithm], world: tu
     test_every_method_ascends_the_expected_return(cls, options, world, truncated=False)
 
 
-@pytest.mark.parametrize(("cls", "options"), CRITICS, ids=named)
-@pytest.mark.parametrize("truncated", [False, True], ids=["terminated", "truncated"])
-def test_discounted_steps_are_weighed_as_they_are_visited(
-    cls: type[Algorithm], options: dict[str, Any], truncated: bool
-) -> None:
-    """With gamma below one, on rollouts that run on into the next episode: the mean, over the states of each step as
-    often as they are come to, of the derivative of pi(a | s) times the exact Q(s, a)."""
-    place, gamma, steps = World("categorical", clock=2), 0.8, 3
-    algorithm = in_world(place, (cls, options), gamma, truncated)
-    rollout = place.all(algorithm, steps, truncated, whole=False)
-    theta = place.theta.clone().requires_grad_()
-    _, q = place.values(place.theta, gamma, truncated)
-    pi = place.chances(theta)
+def weighed_as_visited(place: World, theta: Tensor, gamma: float, truncated: bool, steps: int) -> Tensor:
+    """The mean, over the states of each step as often as the world's own policy comes to them, of the derivative of
+    pi(a | s) times Q(s, a), both of the policy theta."""
+    theta = theta.clone().requires_grad_()
+    _, q = place.values(theta.detach(), gamma, truncated)
+    pi, acting = place.chances(theta), place.chances(place.theta)
     here, objective = torch.zeros(2, 2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)  # [clock, state]
     here[0] = 0.5
     for _ in range(steps):
@@ -280,12 +274,60 @@ def test_discounted_steps_are_weighed_as_they_are_visited(
         for t, s, a in itertools.product(range(2), range(2), range(2)):
             objective = objective + here[t, s] * pi[t * STATES + s, a] * q[t, s, a] / steps
             for there in place.successor[s, a].tolist():
-                chance = 0.5 * here[t, s] * pi[t * STATES + s, a].detach()
+                chance = 0.5 * here[t, s] * acting[t * STATES + s, a]
                 stays = there != 2 and t == 0
                 following[(1, there) if stays else (0, 0)] += chance
         here = following
-    exact = torch.autograd.grad(objective, theta)[0]
-    check(algorithm, first_gradient(algorithm, rollout)[: exact.numel()], exact.flatten())
+    return torch.autograd.grad(objective, theta)[0].flatten()
+
+
+@pytest.mark.parametrize(("cls", "options"), CRITICS, ids=named)
+@pytest.mark.parametrize("truncated", [False, True], ids=["terminated", "truncated"])
+def test_discounted_steps_are_weighed_as_they_are_visited(
+    cls: type[Algorithm], options: dict[str, Any], truncated: bool
+) -> None:
+    """With gamma below one, on rollouts that run on into the next episode."""
+    place, gamma, steps = World("categorical", clock=2), 0.8, 3
+    algorithm = in_world(place, (cls, options), gamma, truncated)
+    rollout = place.all(algorithm, steps, truncated, whole=False)
+    exact = weighed_as_visited(place, place.theta, gamma, truncated, steps)
+    check(algorithm, first_gradient(algorithm, rollout)[: exact.numel()], exact)
+
+
+STALE: list[Case] = [
+    *((A2C, {"estimator": estimator}) for estimator in (GAE(lam=0.0), GAE(), GAE(lam=1.0), TDLambda())),
+    *(
+        (A2C, {"estimator": estimator})
+        for estimator in (VTrace(rho_clip=9.0), VTrace(lam=0.7, rho_clip=9.0, c_clip=9.0))
+    ),
+    (PPO, {}),
+    (PPO, {"clip": 1e-3, "dual_clip": 3.0}),
+    (PPOPenalty, {}),
+    (NPG, {}),
+    (TRPO, {}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), STALE, ids=named)
+@pytest.mark.parametrize("truncated", [False, True], ids=["terminated", "truncated"])
+def test_where_another_policy_acted_the_gradient_is_of_the_one_that_learns(
+    cls: type[Algorithm], options: dict[str, Any], truncated: bool
+) -> None:
+    """Over the states that the other one came to; the critic's targets mean what it says already, which is right."""
+    place, gamma, steps = World("categorical", clock=2), 0.8, 3
+    algorithm = in_world(place, (cls, options), gamma, truncated)
+    rollout = place.all(algorithm, steps, truncated, whole=False)
+    theta = place.theta + 0.5 * torch.randn(place.theta.shape, generator=torch.Generator().manual_seed(1)).double()
+    put(algorithm.policy, theta, 0.0)
+    put(algorithm.critic, place.values(theta, gamma, truncated)[0].view(1, -1), 0.0)
+    rollout = as_seen_by(algorithm.policy, rollout)
+    exact = weighed_as_visited(place, theta, gamma, truncated, steps)
+    of_the_other = weighed_as_visited(place, place.theta, gamma, truncated, steps)
+    assert float((exact - of_the_other).norm()) > 0.1 * float(exact.norm())
+    batch = algorithm.credit(rollout)
+    surprise = torch.einsum("tn,tnc->c", batch.target - batch.value, batch.obs) / batch.mask.sum()
+    assert float(surprise.abs().max()) < 1e-9
+    check(algorithm, first_gradient(algorithm, rollout)[: exact.numel()], exact)
 
 
 @pytest.mark.parametrize(("cls", "options"), REINFORCE, ids=named)

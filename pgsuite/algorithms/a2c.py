@@ -43,7 +43,7 @@ class A2C(ActorCritic):
             "entropy": dist.entropy(),
         }
         with torch.no_grad():
-            cells |= {"kl": objectives.sampled_kl(log_ratio)} | self.watch_ratio(ratio)
+            cells |= {"kl": self.weighed(objectives.sampled_kl(log_ratio), batch)} | self.watch_ratio(ratio)
         means = masked_means(cells, batch.mask)
         loss = means["policy_loss"] + self.value_coef * means["value_loss"] - self.entropy_coef * means["entropy"]
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}

@@ -21,7 +21,7 @@ from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
 from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, Fraction, Positive
-from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, masked_mean, standardize
+from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, masked_mean, moments, standardize
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,6 +34,7 @@ class Algorithm(Scheduled, ABC):
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
+    corrects: ClassVar[bool] = False  # whether it can learn from what an earlier policy than its own did
 
     policy: Policy
     reference: Reference | None = None
@@ -90,8 +91,13 @@ class Algorithm(Scheduled, ABC):
 
     def objective(self, gain: Tensor, logp: Tensor, batch: Batch) -> Tensor:
         """What to ascend [...], cell by cell: the method's gain, less what log-probabilities far from the reference's
-        cost in the loss."""
-        return gain if self.reference is None else gain - self.reference.price(logp, batch)
+        cost in the loss, weighed where an earlier policy acted."""
+        return self.weighed(gain if self.reference is None else gain - self.reference.price(logp, batch), batch)
+
+    @staticmethod
+    def weighed(x: Tensor, seen: Rollout | Batch) -> Tensor:
+        """x [...], whose means are then those over what the policy that learns would have done, whoever acted."""
+        return seen.extra["weight"] * x if "weight" in seen.extra else x
 
     @abstractmethod
     def update(self, batch: Batch) -> Metrics:
@@ -122,14 +128,17 @@ class Algorithm(Scheduled, ABC):
             "learning_rate": self.optimizer.lr * self.optimizer.share,
             "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
         }
+        if (weight := batch.extra.get("weight")) is not None:  # Kish, 1965
+            mean, variance = moments(weight, batch.mask)
+            metrics["effective_share"] = mean**2 / (mean**2 + variance)
         return metrics | self.policy.watch()
 
     @torch.no_grad()
     def strayed(self, seen: Rollout | Batch) -> Tensor:
-        """How far the policy has moved from the one that acted: their mean KL over real cells, estimated from the
-        actions."""
+        """How far the policy has moved from the one that began to learn: their mean KL over real cells, estimated from
+        the actions."""
         log_ratio = objectives.log_ratio(self.policy.dist(seen).log_prob(seen.action), seen.logp)
-        return parallel.mean(masked_mean(objectives.sampled_kl(log_ratio), seen.mask))
+        return parallel.mean(masked_mean(self.weighed(objectives.sampled_kl(log_ratio), seen), seen.mask))
 
     @property
     def reads(self) -> str | None:
@@ -151,6 +160,11 @@ class Algorithm(Scheduled, ABC):
 
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if rollouts of this collector cannot be learned from."""
+        if collector.stale and not self.corrects:
+            raise ValueError(
+                f"overlap=true has an earlier policy act, and {type(self).__name__} is right only about what its own "
+                "policy did: leave it out, or take algo=a2c, npg, trpo, ppo or ppo_penalty"
+            )
 
     def progress(self, fraction: float) -> None:
         """Told before each iteration what fraction of the run is behind."""
@@ -200,7 +214,13 @@ class Algorithm(Scheduled, ABC):
 
 @dataclass(kw_only=True, eq=False)
 class ActorCritic(Algorithm):
-    """Advantages from a learned critic, ascended through the importance-weighted surrogate."""
+    """Advantages from a learned critic, ascended through the importance-weighted surrogate.
+
+    Where an earlier policy acted, ratios are still to the one that begins to learn, around which methods hold theirs;
+    the gain of every cell is weighed by the ratio between the two (for PPO, Hilton et al., 2022).
+    """
+
+    corrects = True
 
     critic: Critic
     estimator: Estimator = field(default_factory=GAE)
@@ -211,13 +231,22 @@ class ActorCritic(Algorithm):
         super().validate(collector)
         if self.ratio == "sequence" and not (self.sequential and collector.whole_episodes):
             raise ValueError("algo.ratio=sequence is for whole episodes of policies that see them as such: env=rlhf")
+        if collector.stale and not self.estimator.corrects:
+            raise ValueError(
+                f"overlap=true has an earlier policy act, and {type(self.estimator).__name__} counts what it was paid "
+                "as it came: leave it out, or take algo/estimator=gae, td_lambda or vtrace"
+            )
 
     def estimate(self, rollout: Rollout) -> Batch:
         value, next_value = self.critic.bootstrap(rollout)
         ratio = torch.ones_like(value)
         if self.estimator.off_policy:
             ratio = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
-        advantage, target = self.estimator(rollout, value, next_value, ratio, gamma=self.gamma)
+        if (weight := rollout.extra.get("weight")) is None:
+            advantage, target = self.estimator(rollout, value, next_value, ratio, gamma=self.gamma)
+        else:
+            advantage, target = self.estimator.correct(rollout, value, next_value, weight * ratio, gamma=self.gamma)
+            rollout = replace(rollout, extra=rollout.extra | {"weight": self.estimator.truncate(weight)})
         if self.normalize_advantage == "batch":
             advantage = standardize(advantage, rollout.mask)
         return Batch.of(rollout, value=value, advantage=advantage, target=target)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ class Estimator(Scheduled, ABC):
     """Turns a rollout and the critic's opinion of it into credit."""
 
     off_policy: ClassVar[bool] = False  # whether it wants the ratio
+    corrects: ClassVar[bool] = False  # whether it has a form for what an earlier policy did
 
     @abstractmethod
     def __call__(
@@ -27,12 +29,43 @@ class Estimator(Scheduled, ABC):
         """Advantage and critic's target, each [T, N], from value, next_value and ratio, each [T, N]; the ratio of
         probabilities, learning policy over acting one, is all ones unless ``off_policy``."""
 
+    def correct(
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same of the policy that learns, where an earlier one acted.  An advantage is right about what follows its
+        action; by how likely that action was, it is weighed by whoever ascends it."""
+        raise NotImplementedError
+
+    def truncate(self, weight: Tensor) -> Tensor:
+        """The weights [T, N] of advantages that ``correct`` gave, from the ratios."""
+        return weight
+
+
+def trace(
+    rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    r = rollout
+    return estimators.vtrace(r.reward, value, next_value, r.terminated, r.done, ratio, gamma=gamma, **options)
+
 
 @dataclass(kw_only=True, eq=False)
-class GAE(Estimator):
-    """Generalized advantages (Schulman et al., 2016); the target is advantage plus value."""
+class Lambda(Estimator, ABC):
+    """Credit that fades with lam; where an earlier policy acted, faster by what it was likelier to do (Munos et al.,
+    2016), which keeps the sums of unlikely actions from growing."""
+
+    corrects = True
 
     lam: Fraction = 0.95
+
+    def correct(
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+    ) -> tuple[Tensor, Tensor]:
+        return trace(rollout, value, next_value, ratio, gamma=gamma, lam=self.lam, rho_clip=math.inf, weighed=False)
+
+
+@dataclass(kw_only=True, eq=False)
+class GAE(Lambda):
+    """Generalized advantages (Schulman et al., 2016); the target is advantage plus value."""
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
@@ -43,10 +76,8 @@ class GAE(Estimator):
 
 
 @dataclass(kw_only=True, eq=False)
-class TDLambda(Estimator):
+class TDLambda(Lambda):
     """Lambda returns (Sutton and Barto, 2018); where values are consistent, the same as GAE by another road."""
-
-    lam: Fraction = 0.95
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
@@ -86,27 +117,24 @@ class MonteCarlo(Estimator):
 class VTrace(Estimator):
     """Importance-corrected lambda returns (Espeholt et al., 2018)."""
 
-    off_policy = True
+    off_policy = corrects = True
     lam: Fraction = 1.0
     rho_clip: Positive = 1.0
     c_clip: Positive = 1.0
 
     def __call__(
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float, weighed: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"lam": self.lam, "rho_clip": self.rho_clip, "c_clip": self.c_clip}
+        return trace(rollout, value, next_value, ratio, gamma=gamma, weighed=weighed, **options)
+
+    def correct(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        r = rollout
-        return estimators.vtrace(
-            r.reward,
-            value,
-            next_value,
-            r.terminated,
-            r.done,
-            ratio,
-            gamma=gamma,
-            lam=self.lam,
-            rho_clip=self.rho_clip,
-            c_clip=self.c_clip,
-        )
+        return self(rollout, value, next_value, ratio, gamma=gamma, weighed=False)
+
+    def truncate(self, weight: Tensor) -> Tensor:
+        return weight.clamp(max=self.rho_clip)
 
 
 @dataclass(kw_only=True, eq=False)

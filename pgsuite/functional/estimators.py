@@ -81,18 +81,21 @@ def vtrace(
     lam: float = 1.0,
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
+    weighed: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and targets [T, N] for a policy other than the one that acted (Espeholt et al., 2018, equation 1).
 
     ``ratio`` [T, N] is the target policy's probability of each action over the acting policy's.  With ratio one the
-    targets are the lambda returns and the advantages those of ``gae``.
+    targets are the lambda returns and the advantages those of ``gae``.  Advantages come weighed by their action's own
+    ratio, up to rho_clip, unless whoever ascends them does that.
     """
     rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
     delta = rho * (reward + gamma * bootstrap - value)
     target = value + reverse_scan(delta, gamma * c * (~done).to(delta.dtype))
     following = bootstrap.where(ends, lam * _shift(target) + (1 - lam) * bootstrap)
-    return rho * (reward + gamma * following - value), target
+    advantage = reward + gamma * following - value
+    return rho * advantage if weighed else advantage, target
 
 
 def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from pgsuite.rollout.collect import Collector, EpisodeCollector, StepCollector
 from pgsuite.rollout.episodes import EpisodeTracker
 from pgsuite.rollout.generate import GenerationCollector, collector_of
 from pgsuite.rollout.minibatches import minibatches
+from pgsuite.rollout.overlap import OverlappedCollector
 
 __all__ = [
     "Collector",
     "EpisodeCollector",
     "EpisodeTracker",
     "GenerationCollector",
+    "OverlappedCollector",
     "RolloutBuffer",
     "StepCollector",
     "collector_of",

@@ -20,6 +20,7 @@ class Collector(ABC):
     """Runs a policy for up to T = horizon steps in N environments, sampling from a generator of its own."""
 
     whole_episodes = False
+    stale = False  # whether an earlier policy than the one that learns may have acted
     reads: str | None = None  # what is read back to the host while collecting, and how not to; None where nothing is
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
@@ -33,6 +34,14 @@ class Collector(ABC):
         self.obs: Obs
         self.memory: Memory
         self.start: Tensor
+
+    @property
+    def stepper(self) -> Collector:
+        """What has the environments make their steps."""
+        return self
+
+    def settle(self) -> None:
+        """Let whatever else this process does for it come to its end."""
 
     @abstractmethod
     def collect(self, policy: Policy) -> Rollout:

@@ -26,7 +26,7 @@ from pgsuite.envs.spaces import to_data
 from pgsuite.nn.language import TokenBody, language_policy, load
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
-from pgsuite.rollout import collector_of
+from pgsuite.rollout import OverlappedCollector, collector_of
 from pgsuite.runtime.cuda_graphs import capture
 from pgsuite.runtime.execution import execute
 from pgsuite.runtime.precision import lower
@@ -170,7 +170,7 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
 def build(cfg: DictConfig) -> Trainer:
     """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
     run = settings_of(cfg)
-    torch.set_num_threads(run.torch_threads)
+    torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
     env = build_env(cfg, run, share(run.num_envs), device)
     seed = seeding.of_process(run.seed, parallel.rank())
@@ -197,8 +197,11 @@ def build(cfg: DictConfig) -> Trainer:
     try:
         lower(algorithm, env.device, run.precision)
         collector = collector_of(env, algorithm.collector)(env, horizon, seed)
-        trainer = Trainer(algorithm, collector, run.total_steps)
-        trainer.execution = execute(algorithm, collector, run.execution)
+        if run.overlap and run.execution == "cuda_graph":
+            raise ValueError("overlap=true and execution=cuda_graph exclude each other: leave one of them out")
+        collector = OverlappedCollector(collector, policy) if run.overlap else collector
+        execution = execute(algorithm, collector, run.execution)
+        trainer = Trainer(algorithm, collector, run.total_steps, execution=execution)
     except ValueError as error:
         each = f" (in each of {parallel.size()} processes)" if parallel.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
@@ -243,8 +246,9 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
+    words += ["collecting beside learning"] if run.overlap else []
     words += [{"cuda_graph": GRAPHS, "compile": COMPILED, "eager": "run as written"}[trainer.execution]]
-    words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads > 1)}"] if env.device.type == "cpu" else []
+    words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {parallel.size()} processes" if parallel.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)
 

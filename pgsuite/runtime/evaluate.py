@@ -129,7 +129,7 @@ def evaluate(cfg: DictConfig) -> None:
     restored = restore(wanted.run, say)
     trained = DictConfig(restored.config)
     run = replace(settings_of(trained), seed=wanted.seed)
-    torch.set_num_threads(run.torch_threads)
+    torch.set_num_threads(int(run.torch_threads))
     env = arena(trained, run, wanted.episodes, film=wanted.video is not None)
     generator = seeding.generator(wanted.seed, "acting")
     folder = checkpoint.run_of(restored.path)

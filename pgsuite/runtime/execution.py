@@ -32,11 +32,12 @@ class Compiled:
     """A function of nests of tensors, with all that autograd does in it, as one compiled graph for each shape it meets.
 
     Tracing sees the operations of forward and backward alike, so they are fused with one another, and no autograd runs
-    afterwards.  What is no tensor is taken for constant.
+    afterwards.  What is no tensor is taken for constant.  ``alone`` is called before anything is traced, and returns
+    when no other thread runs, for torch knows only whether some thread traces.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], alone: Callable[[], None]) -> None:
+        self.function, self.alone = function, alone
         self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -50,6 +51,7 @@ class Compiled:
             return pytree.tree_unflatten(graph(*inputs), nest)
 
     def trace(self, leaves: list[Any], nest: Any, inputs: list[Tensor]) -> tuple[Callable[..., Any], Any]:
+        self.alone()
         found = []
 
         def flat(*given: Tensor) -> list[Tensor]:
@@ -117,12 +119,13 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
         raise ValueError(f"execution=compile {why}, or leave it out")
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
     for optimizer in algorithm.optimizers:
-        optimizer.gradient = Compiled(optimizer.gradient)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.gradient = Compiled(optimizer.gradient, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step = torch.compile(optimizer.step, dynamic=False, fullgraph=True)
     for critic in algorithm.critics:
         if not critic.sequential:  # or its steps through time would be unrolled
             critic.bootstrap = torch.compile(critic.bootstrap, dynamic=False, fullgraph=True)
-    collector.act = CompiledActing(collector)  # pyright: ignore[reportAttributeAccessIssue]
+    stepper = collector.stepper
+    stepper.act = CompiledActing(stepper)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv):
         env.advance = torch.compile(env.advance, dynamic=False, fullgraph=True)
     return how

@@ -90,18 +90,25 @@ def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past
 def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past | None:
     """The newest run of the same settings, in or beside the directory that this one would have."""
     beside = home.parent.iterdir() if home.parent.is_dir() else []
-    wanted = identity(container(cfg))
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             config = yaml.safe_load(path.read_text())
-            if identity(config) != wanted:
+            if identity(config) != identity(wanted := with_threads_of(config, cfg)):
                 continue
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, yaml.YAMLError, OSError):
             continue  # nothing that could be gone on with
-        return Past(path.parent, container(cfg), state)
+        return Past(path.parent, wanted, state)
     return None
+
+
+def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The settings of cfg; where it would measure threads, with those that were measured for another run."""
+    wanted = container(cfg)
+    if wanted["torch_threads"] == "measure":
+        wanted |= {key: config.get(key) for key in ("torch_threads", "env_threads")}
+    return wanted
 
 
 def identity(config: Any) -> Any:
@@ -117,7 +124,8 @@ def holds_another(folder: Path, cfg: DictConfig) -> bool:
     path = folder / "config.yaml"
     if not path.exists():
         return False
-    return cfg.resume != "auto" or identity(yaml.safe_load(path.read_text())) != identity(container(cfg))
+    config = yaml.safe_load(path.read_text())
+    return cfg.resume != "auto" or identity(config) != identity(with_threads_of(config, cfg))
 
 
 def put_back(trainer: Trainer, state: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -138,8 +138,9 @@ class Run:
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     backend: str = "auto"  # of the environment
     env_threads: Natural = 0  # for physics on the CPU; 0 takes every core
-    torch_threads: Count = 1  # more only slow small networks and the physics beside them
+    torch_threads: Count | Literal["measure"] = 1  # more slow small networks and the physics beside them, as a rule
     execution: Execution = "eager"
+    overlap: bool = False  # collect the next rollout while learning from the present one, one update behind
     precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
     standardize_obs: bool = True
     clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations

@@ -28,6 +28,7 @@ from pgsuite.runtime.profiling import Profile
 from pgsuite.runtime.recovery import Recovery
 from pgsuite.runtime.resume import holds_another, past, put_back
 from pgsuite.runtime.schema import UserError
+from pgsuite.runtime.threads import measured
 from pgsuite.runtime.trainer import Callback, Trainer
 
 
@@ -64,12 +65,13 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         if before.steps >= cfg.total_steps and parallel.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return objective(folder)
+    elif parallel.rank() == 0 and holds_another(folder, cfg):
+        raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
+    else:
+        cfg = measured(cfg, say)
     trainer, run = build(cfg), settings_of(cfg)
-    if parallel.rank() == 0:
-        if before is not None:
-            checkpoint.set_aside(folder, before.steps)
-        elif holds_another(folder, cfg):
-            raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
+    if before is not None and parallel.rank() == 0:
+        checkpoint.set_aside(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
     facts = {"config": container(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
