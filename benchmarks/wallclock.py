@@ -106,7 +106,7 @@ def table() -> str:
         results += found
         seconds = sorted(x["seconds"] or float("inf") for x in found)
         steps = statistics.median(x["steps"] or float("inf") for x in found)
-        spread = f"from {seconds[0]:.1f} to {seconds[-1]:.1f}"
+        spread = f"from {seconds[0]:.1f}" + (f" to {seconds[-1]:.1f}" if seconds[-1] < float("inf") else "")
         reached = f"{sum(x['seconds'] is not None for x in found)} of {len(found)}"
         median = f"{statistics.median(seconds):.1f}"
         lines.append(f"| {env} | {target:,.0f} | {median} | {spread} | {steps:,.0f} | {reached} |")
