@@ -133,6 +133,7 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
     if work.method != "Reinforce":
         parts["critic"] = Critic(norm, shared=policy if one_body else None, hidden=work.hidden, generator=generator)
     natural = {"critic_lr": LR, "critic_epochs": work.epochs, "critic_minibatches": work.minibatches}
+    natural |= {"fisher": "gauss-newton" if execution == "compile" else "double-backward"}  # the same, to rounding
     natural |= {"cg_iters": CG_ITERS, "damping": DAMPING, "max_kl": MAX_KL}
     settings = {
         "PPO": {"lr": LR, "epochs": work.epochs, "minibatches": work.minibatches, "max_grad_norm": MAX_GRAD_NORM},

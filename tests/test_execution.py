@@ -2,19 +2,23 @@
 
 import copy
 import shutil
+import threading
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toys import PointMass, build, collector
 
 from pgsuite import parallel
-from pgsuite.algorithms import A2C, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.functional import trust_region as tr
 from pgsuite.runtime.execution import execute
+from pgsuite.runtime.staging import Staged
 from pgsuite.testing import random_actions
+from pgsuite.types import Batch, Metrics
 
 CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     (
@@ -24,6 +28,14 @@ CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     ),
     (Reinforce, {"baseline": "critic", "critic_minibatches": 2}, "inductor"),
     (TRPO, {"critic_epochs": 2, "critic_lr": {"linear": [1e-2, 0]}}, "aot_eager"),
+    (TRPO, {"critic_epochs": 2, "line_search": "batched", "tries": 3, "fisher": "gauss-newton"}, "aot_eager"),
+    (NPG, {"critic_epochs": 2, "max_kl": {"linear": [0.02, 0]}, "damping": {"linear": [0.1, 1.0]}}, "aot_eager"),
+    (NPG, {"critic_epochs": 2, "fisher": "gauss-newton", "name": "CartPole", "shared": True}, "aot_eager"),
+    (
+        TRPO,
+        {"critic_epochs": 1, "critic_minibatches": 1, "look": {"recurrent": "gru", "recurrent_size": 4}},
+        "aot_eager",
+    ),
     (A2C, {"lr": {"cosine": [1e-2, 1e-3]}, "entropy_coef": {"linear": [0.1, 0]}}, "aot_eager"),
 ]
 
@@ -38,8 +50,8 @@ def test_compiled_learning_is_eager_learning(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     runs = []
     for how in ("eager", "compile"):
-        env = make("Pendulum", 8, max_episode_steps=16)
-        algorithm = build(method, env, **settings)
+        env = make(settings.get("name", "Pendulum"), 8, max_episode_steps=16)
+        algorithm = build(method, env, **{key: x for key, x in settings.items() if key != "name"})
         begun = copy.deepcopy(algorithm.state_dict())
         rollouts, found, graphs = collector(algorithm, env), [], []
         execute(algorithm, rollouts, how)
@@ -81,6 +93,67 @@ def test_compiled_acting_does_what_eager_acting_does(
     assert eager.done.any()
     for part in ("obs", "action", "logp", "reward", "next_obs", "done"):
         assert torch.allclose(getattr(eager, part), getattr(compiled, part), atol=1e-5), part
+
+
+class Twice(NPG):
+    def update(self, batch: Batch) -> Metrics:
+        return super().update(batch) | super().update(batch)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("method", "shared", "beside"), [(NPG, False, True), (NPG, True, False), (Twice, False, False)]
+)
+def test_a_critic_learns_beside_the_policy_where_neither_writes_what_the_other_reads(
+    method: type[NPG], shared: bool, beside: bool
+) -> None:
+    """And where the update is known to be those two."""
+    env = PointMass(8)
+    algorithm = build(method, env, shared=shared)
+    execute(algorithm, collector(algorithm, env), "compile")
+    threads = []
+    for name in ("improve", "regress"):
+        setattr(algorithm, name, lambda *_: threads.append(threading.current_thread()) or {})
+    for _ in range(2):
+        algorithm.update(None)
+    assert len(set(threads[:2])) == 1
+    assert (len(set(threads[2:])) == 2) == beside
+
+
+def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Derivatives included; and what the second graph writes to is not what the first has left."""
+    ran: list[bool] = []
+
+    def counted(graph: torch.fx.GraphModule, **_: Any) -> Any:
+        def run(*args: Tensor) -> Any:
+            ran.append("aten.sin." in graph.code or "aten.sigmoid." in graph.code)
+            return graph(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", counted)
+
+    def curvature(x: Tensor) -> Any:
+        at = x.clone().requires_grad_()
+        slope = torch.autograd.grad(at.sin().sum(), at, create_graph=True)[0]
+
+        def along(v: Tensor) -> dict[str, Tensor]:
+            product = torch.autograd.grad(slope @ v, at, retain_graph=True)[0]
+            return {"product": product, "written": x.sigmoid().mul_(v)}
+
+        return along
+
+    staged, x = Staged(curvature), torch.randn(5)
+    for at in (x, x + 1):
+        along = staged(at)
+        for v in torch.randn(2, 5):
+            found = along(v)
+            assert torch.allclose(found["product"], -at.sin() * v, atol=1e-6)
+            assert torch.allclose(found["written"], at.sigmoid() * v, atol=1e-6)
+    assert len(staged.graphs) == 1
+    assert ran == [True, False, False] * 2
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

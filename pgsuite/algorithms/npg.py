@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from pgsuite.types import Batch, Metrics, masked_mean
 
 # Fractions [] or [K] of the step -> improvement and KL(old || new) there, of the same shape; the policy stays put.
 Attempt = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Surroundings(NamedTuple):
+    """What a batch says of the policy where it is, and around it."""
+
+    gradient: Tensor  # [P] of the objective
+    entropy: Tensor  # []
+    product: trust_region.Product  # with the Fisher matrix
+    outcome: Attempt  # parameters [P] or [K, P] -> improvement and KL(old || new) of them, this process's share
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,34 +56,13 @@ class NPG(ActorCritic, Regression):
         """Move the policy, or leave it bit for bit where it was if the step is refused or not finite."""
         params = list(self.policy.parameters())
         start = trust_region.flatten(params).detach()
-        dist_at = of_vector(self.policy, lambda: self.policy.dist(batch))
-        with torch.no_grad():
-            old = dist_at(start)
-            before = self.objective(batch.advantage, old.log_prob(batch.action), batch)
-
-        def outcome(vector: Tensor) -> tuple[Tensor, Tensor]:
-            """Improvement and KL(old || new) of parameters [P], this process's share."""
-            new = dist_at(vector)
-            logp = new.log_prob(batch.action)
-            ratio = self.ratio_of(objectives.log_ratio(logp, batch.logp), batch.mask)
-            gain = self.objective(self.surrogate(ratio, batch.advantage), logp, batch) - before
-            return masked_mean(gain, batch.mask), masked_mean(old.kl(new), batch.mask)
+        gradient, entropy, product, outcome = self.survey(start, batch)
 
         @torch.no_grad()
         def attempt(fraction: Tensor) -> tuple[Tensor, Tensor]:
-            there = start + fraction.unsqueeze(-1) * step
-            gain, kl = torch.vmap(outcome)(there) if fraction.ndim else outcome(there)
+            gain, kl = outcome(start + fraction.unsqueeze(-1) * step)
             return parallel.mean(gain), parallel.mean(kl)
 
-        theta = start.clone().requires_grad_()
-        gain, kl = outcome(theta)
-        gradient = trust_region.flat_grad(gain, [theta], retain_graph=True)
-        if self.fisher == "gauss-newton":
-            product = trust_region.gauss_newton_product(
-                dist_at, lambda p, q: masked_mean(p.kl(q), batch.mask), start, self.damping
-            )
-        else:
-            product = trust_region.fisher_product(kl, [theta], self.damping)
         direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
         image = product(direction)
         step = direction * (2 * self.max_kl / (direction @ image).clamp(min=1e-12)).sqrt()
@@ -92,9 +80,36 @@ class NPG(ActorCritic, Regression):
             "step_fraction": fraction.where(accepted, 0.0),
             "step_norm": (moved - start).norm(),
             "cg_residual": (image - gradient).norm() / gradient.norm().clamp(min=1e-12),
-            "entropy": masked_mean(old.entropy(), batch.mask),
+            "entropy": entropy,
             "grad_norm": gradient.norm(),
         }
+
+    def survey(self, start: Tensor, batch: Batch) -> Surroundings:
+        """Of the policy's parameters [P], and of others.  Execution may put a compiled one in its place."""
+        dist_at = of_vector(self.policy, lambda: self.policy.dist(batch))
+        with torch.no_grad():
+            old = dist_at(start)
+            before = self.objective(batch.advantage, old.log_prob(batch.action), batch)
+
+        def outcome(vector: Tensor) -> tuple[Tensor, Tensor]:
+            if vector.ndim > 1:
+                return torch.vmap(outcome)(vector)
+            new = dist_at(vector)
+            logp = new.log_prob(batch.action)
+            ratio = self.ratio_of(objectives.log_ratio(logp, batch.logp), batch.mask)
+            gain = self.objective(self.surrogate(ratio, batch.advantage), logp, batch) - before
+            return masked_mean(gain, batch.mask), masked_mean(old.kl(new), batch.mask)
+
+        theta = start.clone().requires_grad_()
+        gain, kl = outcome(theta)
+        gradient = trust_region.flat_grad(gain, [theta], retain_graph=True)
+        if self.fisher == "gauss-newton":
+            product = trust_region.gauss_newton_product(
+                dist_at, lambda p, q: masked_mean(p.kl(q), batch.mask), start, self.damping
+            )
+        else:
+            product = trust_region.fisher_product(kl, [theta], self.damping)
+        return Surroundings(gradient, masked_mean(old.entropy(), batch.mask), product, outcome)
 
     def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
         """Which fraction of the step to take, ``whole`` being 1 on the device, and what is worth knowing about it."""

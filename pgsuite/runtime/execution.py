@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pgsuite import parallel
+from pgsuite.algorithms import NPG
 from pgsuite.algorithms.base import Algorithm
+from pgsuite.algorithms.npg import Surroundings
 from pgsuite.envs import TaskEnv
 from pgsuite.nn.distributions import Distribution, Drawn
 from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout import Collector
-from pgsuite.types import Batch
+from pgsuite.runtime.staging import Staged, described
+from pgsuite.types import Batch, Metrics
 
 Execution = Literal["eager", "compile", "auto", "cuda_graph"]
 
@@ -65,6 +69,40 @@ class Compiled:
         return torch.compile(graph, dynamic=False), found[-1]
 
 
+class CompiledSurvey:
+    """What a natural step needs to know, each thing in graphs of its own: conjugate gradient calls that of the Fisher
+    product, and is not unrolled."""
+
+    def __init__(self, survey: Callable[..., Surroundings], alone: Callable[[], None]) -> None:
+        self.numbers = Compiled(lambda *seen: survey(*seen)[:2], alone)
+        self.product = Staged(lambda *seen: survey(*seen).product, alone)
+        self.outcome = Staged(lambda *seen: survey(*seen).outcome, alone)
+
+    def __call__(self, start: Tensor, batch: Batch) -> Surroundings:
+        gradient, entropy = self.numbers(start, batch)
+        return Surroundings(gradient, entropy, self.product(start, batch), self.outcome(start, batch))
+
+
+class SideBySide:
+    """An update whose halves, the policy's and the critic's, read one batch and write apart: each in a thread.
+
+    From a batch of a new shape they learn in turn, for whatever compiles must be alone.
+    """
+
+    def __init__(self, algorithm: NPG) -> None:
+        self.algorithm, self.update = algorithm, algorithm.update
+        self.known: set[Any] = set()
+        self.other = ThreadPoolExecutor(1)
+
+    def __call__(self, batch: Batch) -> Metrics:
+        a, about = self.algorithm, (described(batch)[0], self.algorithm.critic_minibatches)
+        if about not in self.known:
+            self.known.add(about)
+            return self.update(batch)
+        regression = self.other.submit(a.regress, a.critic, a.optimizer, batch)
+        return a.improve(batch) | regression.result()
+
+
 class CompiledActing:
     """Acts through one graph.  What is random stays outside it, drawn number by number as eager acting draws it."""
 
@@ -103,10 +141,12 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     """Have them run so from here on; returns which way that is.
 
     ``compile`` makes one graph of each loss with its gradient, which is where A2C and PPO spend their time, and NPG and
-    TRPO what they spend on their critic; one of a gradient step; one of acting, but for actions that are no function of
-    noise; one of the critic's pass over a rollout; and one of what a step of a task does in torch.  The numbers agree
-    with eager ones to rounding.  ``auto`` compiles on a CPU where that can be, and is eager elsewhere.  Raises
-    ValueError where there is nothing to compile with, or several processes.
+    TRPO what they spend on their critic; of the gradient, the Fisher product and the tries of a natural step, but for
+    policies with memory; one of a gradient step; one of acting, but for actions that are no function of noise; one of
+    the critic's pass over a rollout; and one of what a step of a task does in torch.  On a CPU a critic with a body of
+    its own is regressed beside the natural step.  The numbers agree with eager ones to rounding.  ``auto`` compiles on
+    a CPU where that can be, and is eager elsewhere.  Raises ValueError where there is nothing to compile with, or
+    several processes.
     """
     env = collector.env
     if how == "cuda_graph" and env.device.type != "cuda":
@@ -124,6 +164,11 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     for critic in algorithm.critics:
         if not critic.sequential:  # or its steps through time would be unrolled
             critic.bootstrap = torch.compile(critic.bootstrap, dynamic=False, fullgraph=True)
+    if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
+        algorithm.survey = CompiledSurvey(algorithm.survey, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
+        apart = set(algorithm.policy.parameters()).isdisjoint(algorithm.critic.parameters())
+        if apart and type(algorithm).update is NPG.update and env.device.type == "cpu":
+            algorithm.update = SideBySide(algorithm)  # pyright: ignore[reportAttributeAccessIssue]
     stepper = collector.stepper
     stepper.act = CompiledActing(stepper)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv):

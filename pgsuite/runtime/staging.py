@@ -1,0 +1,100 @@
+"""Functions that return functions, compiled: what depends on their later arguments at each call, and all else once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+
+class Staged:
+    """function(*early)(*late), of nests of tensors, as two compiled graphs for each shape they meet: the first is run
+    once for all calls with the same early ones, and of several functions of late ones each has its own.
+
+    Tracing sees the operations of autograd too, so what is differentiated again and again is so in the first graph.
+    """
+
+    def __init__(self, function: Callable[..., Callable[..., Any]], alone: Callable[[], None] = lambda: None) -> None:
+        """``alone`` is called before anything is traced, and returns when no other thread runs."""
+        self.function, self.alone = function, alone
+        self.graphs: dict[Any, tuple[Callable[..., Any], Callable[..., Any], Any]] = {}
+
+    def __call__(self, *early: Any) -> Callable[..., Any]:
+        about, given = described(early)
+        kept: dict[Any, Any] = {}
+
+        def later(*late: Any) -> Any:
+            shapes, inputs = described(late)
+            key = about, shapes
+            if key not in self.graphs:
+                self.graphs[key] = self.trace(early, late)
+            first, second, nest = self.graphs[key]
+            with torch.no_grad():
+                if shapes not in kept:
+                    kept[shapes] = first(*given)
+                return pytree.tree_unflatten(second(*kept[shapes], *inputs), nest)
+
+        return later
+
+    def trace(self, early: Any, late: Any) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+        self.alone()
+        leaves, nest = pytree.tree_flatten((early, late))
+        found = []
+
+        def flat(*given: Tensor) -> list[Tensor]:
+            rest = iter(given)
+            args = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
+            before, after = pytree.tree_unflatten(args, nest)
+            outputs, outward = pytree.tree_flatten(self.function(*before)(*after))
+            found.append(outward)
+            return outputs
+
+        inputs = [x for x in leaves if isinstance(x, Tensor)]
+        with torch.enable_grad():
+            graph = make_fx(flat)(*inputs)
+        with torch.no_grad():
+            graph = make_fx(functionalize(graph))(*inputs)  # or the second could write to what the first has left
+        first, second = cut(graph, len(described(late)[1]))
+        return torch.compile(first, dynamic=False), torch.compile(second, dynamic=False), found[-1]
+
+
+def described(args: Any) -> tuple[Any, list[Tensor]]:
+    """All that a graph of a function of these depends on, and their tensors, on whose values it does not."""
+    leaves, nest = pytree.tree_flatten(args)
+    about = tuple((x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else x for x in leaves)
+    return (nest, about), [x for x in leaves if isinstance(x, Tensor)]
+
+
+def cut(module: GraphModule, late: int) -> tuple[GraphModule, GraphModule]:
+    """A graph without mutations in two: what needs none of its last inputs, ``late`` many; and the rest, of what the
+    first returns and those inputs."""
+    module.graph.eliminate_dead_code()
+    nodes = list(module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    needy = set(inputs[len(inputs) - late :])
+    for node in nodes:
+        if node.op == "output" or any(x in needy for x in node.all_input_nodes):
+            needy.add(node)
+    border = [x for x in nodes if x not in needy and x.op != "get_attr" and any(user in needy for user in x.users)]
+
+    first, second = Graph(), Graph()
+    copies: dict[Node, Node] = {}
+    for node in nodes:
+        if node not in needy:
+            copies[node] = first.node_copy(node, copies.__getitem__)
+    first.output([copies[x] for x in border])
+    copies = {x: second.placeholder(x.name) for x in border}
+    for node in nodes:
+        if node in needy or node.op == "get_attr":
+            copies[node] = second.node_copy(node, copies.__getitem__)
+    parts = GraphModule(module, first), GraphModule(module, second)
+    for part in parts:
+        part.graph.eliminate_dead_code()
+        part.recompile()
+    return parts
