@@ -31,6 +31,7 @@ returns: $(VENV)/.train
 plots: $(VENV)/.dev
 	$(RUN) benchmarks/plot.py
 	$(RUN) benchmarks/returns.py table --readme
+	$(RUN) benchmarks/returns.py compare compile --docs
 	$(RUN) benchmarks/throughput.py --readme
 	$(RUN) benchmarks/peers.py --docs
 	$(RUN) benchmarks/wallclock.py table --docs
