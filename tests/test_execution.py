@@ -3,6 +3,7 @@
 import copy
 import shutil
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -118,6 +119,29 @@ def test_a_critic_learns_beside_the_policy_where_neither_writes_what_the_other_r
         algorithm.update(None)
     assert len(set(threads[:2])) == 1
     assert (len(set(threads[2:])) == 2) == beside
+
+
+def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
+    """Only one thread may run while anything is traced."""
+    algorithm: Any = build(NPG, env := PointMass(8))
+    execute(algorithm, collector(algorithm, env), "compile")
+    regressed: list[bool] = []
+    seen: list[int] = []
+
+    def regress(*_: Any) -> Metrics:
+        time.sleep(0.2)
+        regressed.append(True)
+        return {}
+
+    def improve(*_: Any) -> Metrics:
+        algorithm.survey.outcome.alone()
+        seen.append(len(regressed))
+        return {}
+
+    algorithm.regress, algorithm.improve = regress, improve
+    for _ in range(2):
+        algorithm.update(None)
+    assert seen == [0, 2]  # in turn first, and then beside it
 
 
 def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of(

@@ -7,13 +7,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.export import register_dataclass
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pgsuite import parallel
@@ -24,7 +23,7 @@ from pgsuite.envs import TaskEnv
 from pgsuite.nn.distributions import Distribution, Drawn
 from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout import Collector
-from pgsuite.runtime.staging import Staged, described
+from pgsuite.runtime.staging import Staged, described, traced
 from pgsuite.types import Batch, Metrics
 
 Execution = Literal["eager", "compile", "auto", "cuda_graph"]
@@ -45,28 +44,14 @@ class Compiled:
         self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        leaves, nest = pytree.tree_flatten(args)
-        inputs = [x for x in leaves if isinstance(x, Tensor)]
-        key = nest, tuple((x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else x for x in leaves)
+        key, inputs = described(args)
         if key not in self.graphs:
-            self.graphs[key] = self.trace(leaves, nest, inputs)
+            self.alone()
+            graph, nest = traced(self.function, args)
+            self.graphs[key] = torch.compile(graph, dynamic=False), nest
         graph, nest = self.graphs[key]
         with torch.no_grad():
             return pytree.tree_unflatten(graph(*inputs), nest)
-
-    def trace(self, leaves: list[Any], nest: Any, inputs: list[Tensor]) -> tuple[Callable[..., Any], Any]:
-        self.alone()
-        found = []
-
-        def flat(*given: Tensor) -> list[Tensor]:
-            rest = iter(given)
-            args = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], nest)
-            outputs, outward = pytree.tree_flatten(self.function(*args))
-            found.append(outward)
-            return outputs
-
-        graph = make_fx(flat)(*inputs)
-        return torch.compile(graph, dynamic=False), found[-1]
 
 
 class CompiledSurvey:
@@ -89,8 +74,9 @@ class SideBySide:
     From a batch of a new shape they learn in turn, for whatever compiles must be alone.
     """
 
-    def __init__(self, algorithm: NPG) -> None:
-        self.algorithm, self.update = algorithm, algorithm.update
+    def __init__(self, algorithm: NPG, alone: Callable[[], None]) -> None:
+        self.algorithm, self.update, self.others = algorithm, algorithm.update, alone
+        self.regression: Future[Metrics] | None = None
         self.known: set[Any] = set()
         self.other = ThreadPoolExecutor(1)
 
@@ -99,8 +85,14 @@ class SideBySide:
         if about not in self.known:
             self.known.add(about)
             return self.update(batch)
-        regression = self.other.submit(a.regress, a.critic, a.optimizer, batch)
-        return a.improve(batch) | regression.result()
+        self.regression = self.other.submit(a.regress, a.critic, a.optimizer, batch)
+        return a.improve(batch) | self.regression.result()
+
+    def alone(self) -> None:
+        """Return when no other thread runs, for what is new to the policy's half alone, as another number of tries."""
+        self.others()
+        if self.regression is not None:
+            wait([self.regression])
 
 
 class CompiledActing:
@@ -165,10 +157,11 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
         if not critic.sequential:  # or its steps through time would be unrolled
             critic.bootstrap = torch.compile(critic.bootstrap, dynamic=False, fullgraph=True)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
-        algorithm.survey = CompiledSurvey(algorithm.survey, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
+        beside = SideBySide(algorithm, collector.settle)
+        algorithm.survey = CompiledSurvey(algorithm.survey, beside.alone)  # pyright: ignore[reportAttributeAccessIssue]
         apart = set(algorithm.policy.parameters()).isdisjoint(algorithm.critic.parameters())
         if apart and type(algorithm).update is NPG.update and env.device.type == "cpu":
-            algorithm.update = SideBySide(algorithm)  # pyright: ignore[reportAttributeAccessIssue]
+            algorithm.update = beside  # pyright: ignore[reportAttributeAccessIssue]
     stepper = collector.stepper
     stepper.act = CompiledActing(stepper)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv):

@@ -44,24 +44,13 @@ class Staged:
 
     def trace(self, early: Any, late: Any) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
         self.alone()
-        leaves, nest = pytree.tree_flatten((early, late))
-        found = []
-
-        def flat(*given: Tensor) -> list[Tensor]:
-            rest = iter(given)
-            args = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
-            before, after = pytree.tree_unflatten(args, nest)
-            outputs, outward = pytree.tree_flatten(self.function(*before)(*after))
-            found.append(outward)
-            return outputs
-
-        inputs = [x for x in leaves if isinstance(x, Tensor)]
+        inputs = described((early, late))[1]
         with torch.enable_grad():
-            graph = make_fx(flat)(*inputs)
+            graph, nest = traced(lambda early, late: self.function(*early)(*late), (early, late))
         with torch.no_grad():
             graph = make_fx(functionalize(graph))(*inputs)  # or the second could write to what the first has left
         first, second = cut(graph, len(described(late)[1]))
-        return torch.compile(first, dynamic=False), torch.compile(second, dynamic=False), found[-1]
+        return torch.compile(first, dynamic=False), torch.compile(second, dynamic=False), nest
 
 
 def described(args: Any) -> tuple[Any, list[Tensor]]:
@@ -69,6 +58,22 @@ def described(args: Any) -> tuple[Any, list[Tensor]]:
     leaves, nest = pytree.tree_flatten(args)
     about = tuple((x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else x for x in leaves)
     return (nest, about), [x for x in leaves if isinstance(x, Tensor)]
+
+
+def traced(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[GraphModule, Any]:
+    """The operations of a function of nests, from the tensors in them to those in what it returns, and the nest of the
+    latter."""
+    leaves, nest = pytree.tree_flatten(args)
+    found = []
+
+    def flat(*given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        inward = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], nest)
+        outputs, outward = pytree.tree_flatten(function(*inward))
+        found.append(outward)
+        return outputs
+
+    return make_fx(flat)(*described(args)[1]), found[-1]
 
 
 def cut(module: GraphModule, late: int) -> tuple[GraphModule, GraphModule]:
