@@ -157,6 +157,15 @@ def trial(case: str, seed: int, folder: Path, reference: dict[str, Any], seconds
     return {"case": case, "seed": seed, "killed": killed, "differences": different[:5]}
 
 
+def survive(case: str, seed: int, folder: Path) -> list[str]:
+    """What differs where a run of this case is killed once and goes on, from one that was left alone."""
+    for name in ("left alone", "killed"):
+        (folder / name).mkdir()
+    seconds = finish(folder / "left alone", [*CASES[case], "hydra.run.dir=run"])
+    reference = left_behind(folder / "left alone" / "run")
+    return trial(case, seed, folder / "killed", reference, seconds)["differences"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)

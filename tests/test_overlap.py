@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_cli import TINY, Cli, command  # noqa: F401
 from torch import Tensor
-from toys import ALL, BRIEF, PointMass, build, collector
+from toys import ALL, BRIEF, PointMass, build, collector, put_back_alike
 
 from pgsuite import parallel
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
@@ -21,7 +21,6 @@ from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo, NStep, TDLambd
 from pgsuite.envs import make
 from pgsuite.envs.base import NotFiniteError
 from pgsuite.rollout import GenerationCollector, OverlappedCollector, StepCollector
-from pgsuite.runtime import checkpoint
 from pgsuite.runtime.execution import execute
 from pgsuite.runtime.recovery import Recovery, clone
 from pgsuite.runtime.trainer import Trainer
@@ -84,20 +83,11 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type[Algorithm], r
     for turns in (0, 3):
         for _ in range(turns):
             one.turn()
-        checkpoint.save(one.state_dict(), tmp_path / "x.pt")
-        two.load_state_dict(checkpoint.load(tmp_path / "x.pt"))
-        for _ in range(3):
-            one.turn()
-            two.turn()
-        assert not kills.differences(one.position(), two.position())
+        put_back_alike(one, two, tmp_path / "x.pt")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    for name in ("left alone", "killed"):
-        (tmp_path / name).mkdir()
-    seconds = kills.finish(tmp_path / "left alone", [*kills.CASES["ppo-overlap"], "hydra.run.dir=run"])
-    reference = kills.left_behind(tmp_path / "left alone" / "run")
-    assert not kills.trial("ppo-overlap", 1, tmp_path / "killed", reference, seconds)["differences"]
+    assert not kills.survive("ppo-overlap", 1, tmp_path)
 
 
 class Breaks(PointMass):

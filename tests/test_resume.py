@@ -11,7 +11,7 @@ import kills
 import pytest
 import torch
 from test_cli import TINY, Cli, command, finished, own_run  # noqa: F401
-from toys import ALL, BRIEF, PointMass, build, collector
+from toys import ALL, BRIEF, PointMass, build, collector, put_back_alike
 
 from pgsuite.algorithms import PPO
 from pgsuite.runtime import checkpoint
@@ -25,12 +25,7 @@ RUN = ["env=CartPole", "hydra.run.dir=run", *TINY, "checkpoint.every=250"]
 @pytest.mark.parametrize("case", kills.METHODS)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path, case: str) -> None:
     """A handful of the trials of kills.py."""
-    for name in ("left alone", "killed"):
-        (tmp_path / name).mkdir()
-    seconds = kills.finish(tmp_path / "left alone", [*kills.CASES[case], "hydra.run.dir=run"])
-    reference = kills.left_behind(tmp_path / "left alone" / "run")
-    result = kills.trial(case, kills.METHODS.index(case), tmp_path / "killed", reference, seconds)
-    assert not result["differences"]
+    assert not kills.survive(case, kills.METHODS.index(case), tmp_path)
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -43,12 +38,18 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type, tmp_path: Pa
     one, two = trainer(1), trainer(2)
     for _ in range(3):
         one.turn()
-    checkpoint.save(one.state_dict(), tmp_path / "x.pt")
-    two.load_state_dict(checkpoint.load(tmp_path / "x.pt"))
-    for _ in range(3):
-        one.turn()
-        two.turn()
-    assert not kills.differences(one.position(), two.position())
+    put_back_alike(one, two, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("written", ["\0[1, 2\x80", "[3, {4: [null, x]}]", "a: b: c"])
+@pytest.mark.parametrize("given", [[], ["resume=auto"], ["resume=auto", "torch_threads=measure"]])
+def test_a_directory_whose_settings_cannot_be_read_is_left_alone(command: Cli, written: str, given: list[str]) -> None:  # noqa: F811
+    config = command.folder / "run" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text(written, encoding="latin-1")
+    code, _, err = command("train", *RUN, *given)
+    assert code == 1 and "already holds a run" in err and err.count("\n") == 1
+    assert config.read_text(encoding="latin-1") == written
 
 
 @pytest.mark.parametrize("cls", ALL)

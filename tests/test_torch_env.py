@@ -189,6 +189,7 @@ def test_what_cannot_be_made_is_said() -> None:
         ({"entry": "torch_worlds"}, "my_package:make_env, got 'torch_worlds'"),
         ({"entry": "no_such_package:make"}, "env.entry=no_such_package:make cannot be imported: No module named"),
         ({"entry": "torch_worlds:Point"}, "torch_worlds has nothing named 'Point'; did you mean Points"),
+        ({"entry": "math:tau"}, "env.entry=math:tau cannot be called with num_envs, device, seed: "),
         (
             {"entry": "torch_worlds:IsaacPoints", "options": {"wings": 2}},
             "cannot be called with num_envs, device, seed, wings: got an unexpected keyword argument 'wings'",

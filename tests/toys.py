@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
+import kills
 import torch
 from gymnasium import spaces
 from torch import Tensor
@@ -15,6 +17,8 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinf
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import Collector
+from pgsuite.runtime import checkpoint
+from pgsuite.runtime.trainer import Trainer
 from pgsuite.types import Step
 
 ALL: list[type[Algorithm]] = [Reinforce, A2C, PPO, PPOPenalty, NPG, TRPO]
@@ -187,6 +191,16 @@ def resume_alike(one: tuple[Algorithm, Collector], two: tuple[Algorithm, Collect
     for algorithm, rollouts in (one, two):
         for _ in range(iterations):
             algorithm.iterate(rollouts)
+
+
+def put_back_alike(one: Trainer, two: Trainer, path: Path) -> None:
+    """Assert that a trainer does the same as another whose saved state it takes up."""
+    checkpoint.save(one.state_dict(), path)
+    two.load_state_dict(checkpoint.load(path))
+    for _ in range(3):
+        one.turn()
+        two.turn()
+    assert not kills.differences(one.position(), two.position())
 
 
 @torch.no_grad()

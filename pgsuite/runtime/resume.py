@@ -92,15 +92,24 @@ def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past
     beside = home.parent.iterdir() if home.parent.is_dir() else []
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        config = written(path)
+        if identity(config) != identity(wanted := with_threads_of(config, cfg)):
+            continue
         try:
-            config = yaml.safe_load(path.read_text())
-            if identity(config) != identity(wanted := with_threads_of(config, cfg)):
-                continue
             _, state = checkpoint.newest(path.parent, say)
-        except (UserError, yaml.YAMLError, OSError):
+        except (UserError, OSError):
             continue  # nothing that could be gone on with
         return Past(path.parent, wanted, state)
     return None
+
+
+def written(path: Path) -> dict[str, Any]:
+    """The settings of a run's config.yaml; none where it cannot be read as such, which are no run's."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
@@ -111,10 +120,8 @@ def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
     return wanted
 
 
-def identity(config: Any) -> Any:
+def identity(config: dict[str, Any]) -> dict[str, Any]:
     """What makes a run this run and no other."""
-    if not isinstance(config, dict):
-        return config
     plain = yaml.safe_load(yaml.safe_dump(config))
     return {key: x for key, x in plain.items() if key not in IDLE}
 
@@ -124,7 +131,7 @@ def holds_another(folder: Path, cfg: DictConfig) -> bool:
     path = folder / "config.yaml"
     if not path.exists():
         return False
-    config = yaml.safe_load(path.read_text())
+    config = written(path)
     return cfg.resume != "auto" or identity(config) != identity(with_threads_of(config, cfg))
 
 
