@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import math
 import operator
 import types
@@ -95,6 +96,13 @@ def plain(hint: Any) -> Any:
     if get_origin(hint) is dict:
         return hint
     return hint if hint in (int, float, bool, str, type(None)) else Any
+
+
+def imported(name: str) -> types.ModuleType:
+    """A module by its full name.  Raises ImportError if there is none."""
+    if not name or name.startswith("."):
+        raise ImportError(f"{name!r} is no full name of a module")
+    return importlib.import_module(name)
 
 
 def closest(word: str, options: Iterable[str]) -> str:

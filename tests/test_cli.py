@@ -315,6 +315,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["env=gym", "env.id=CartPol-v1"], "gymnasium has no environment 'CartPol-v1'; did you mean CartPole-v1"),
     (["env=gym", "env.id=CartPole-v1", "env.improt=x"], "no setting 'improt' in env; did you mean import?"),
     (["env=gym", "env.id=CartPole-v1", "env.import=x_y"], "env.import=x_y cannot be imported: No module named 'x_y'"),
+    (["env=gym", "env.id=CartPole-v1", "env.import=.x"], "env.import=.x cannot be imported: '.x' is no full name of a"),
+    (["evaluation=${seed}"], "evaluation must be settings by name, such as evaluation.<name>=..., got 0"),
     (["hydra.run.dir=/dev/null/run"], "cannot write /dev/null/run"),
     (["nonsense"], "missing EQUAL"),
     (["algo=ppo,trpo"], "--multirun"),

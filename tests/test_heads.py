@@ -45,6 +45,7 @@ def test_a_head_from_elsewhere_needs_no_edit_here() -> None:
         (BOX, "categorical", {}, "policy.distribution=categorical is for Discrete, and actions are Box"),
         (BOX, "gausian", {}, "no policy.distribution 'gausian'; did you mean gaussian"),
         (BOX, "no_such.Head", {}, "policy.distribution=no_such.Head cannot be imported: No module named 'no_such'"),
+        (BOX, "..", {}, "policy.distribution=.. cannot be imported: '.' is no full name of a module"),
         (BOX, "test_heads.BOX", {}, "is no subclass of pgsuite.nn.heads.Head"),
         (
             spaces.Discrete(2),

@@ -188,6 +188,7 @@ def test_what_cannot_be_made_is_said() -> None:
         ({}, "env.entry must be a callable in a package, my_package:make_env, got ''"),
         ({"entry": "torch_worlds"}, "my_package:make_env, got 'torch_worlds'"),
         ({"entry": "no_such_package:make"}, "env.entry=no_such_package:make cannot be imported: No module named"),
+        ({"entry": ".torch_worlds:Points"}, "cannot be imported: '.torch_worlds' is no full name of a module"),
         ({"entry": "torch_worlds:Point"}, "torch_worlds has nothing named 'Point'; did you mean Points"),
         ({"entry": "math:tau"}, "env.entry=math:tau cannot be called with num_envs, device, seed: "),
         (

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from operator import attrgetter
 from typing import Any
 
-from pgsuite.settings import closest
+from pgsuite.settings import closest, imported
 
 
 def find(path: str, setting: str) -> Any:
@@ -16,7 +15,7 @@ def find(path: str, setting: str) -> Any:
     if not (package and name):
         raise ValueError(f"{setting} must be something in a package, such as my_package:name, got {path!r}")
     try:
-        module = importlib.import_module(package)
+        module = imported(package)
     except ImportError as error:
         raise ValueError(f"{setting}={path} cannot be imported: {error}") from error
     try:

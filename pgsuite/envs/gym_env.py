@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, Foreign, NotFiniteError
 from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
 from pgsuite.envs.workers import Workers
-from pgsuite.settings import Count, Natural, closest
+from pgsuite.settings import Count, Natural, closest, imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 
@@ -51,7 +50,7 @@ class Gym(Foreign):
         """Raises ValueError for what gymnasium does not know or cannot make."""
         if self.import_ is not None:
             try:
-                importlib.import_module(self.import_)
+                imported(self.import_)
             except ImportError as error:
                 remedy = ": pip install 'pgsuite[atari]'" if self.import_ == "ale_py" else ""
                 raise ValueError(f"env.import={self.import_} cannot be imported: {error}{remedy}") from error
@@ -79,7 +78,7 @@ class Maker:
 
     def __call__(self) -> gymnasium.Env[Any, Any]:
         if self.gym.import_ is not None:
-            importlib.import_module(self.gym.import_)
+            imported(self.gym.import_)
         env = gymnasium.make(self.gym.id, max_episode_steps=self.gym.max_episode_steps, **self.gym.options)
         env = MaskInObservation(env) if self.gym.action_mask else env
         return Watch(env, f"{self.gym.id} (environment {self.index})")

@@ -6,7 +6,6 @@ A head of your own is one more subclass of ``Head``, in ``HEADS`` under a name o
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from pgsuite.nn.distributions import (
     MultiCategorical,
     Squashed,
 )
-from pgsuite.settings import closest
+from pgsuite.settings import closest, imported
 from pgsuite.types import Metrics
 
 Sigma = Literal["free", "state"]
@@ -215,7 +214,7 @@ def elsewhere(path: str) -> type[Head]:
     if not module:
         raise ValueError(f"no policy.distribution {path!r}; {closest(path, ['auto', *HEADS])}")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        found = getattr(imported(module), name, None)
     except ImportError as error:
         raise ValueError(f"policy.distribution={path} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Head)):

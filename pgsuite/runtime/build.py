@@ -42,12 +42,14 @@ def container(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def construct(settings: dict[str, Any], where: str, **parts: Any) -> Any:
+def construct(settings: Any, where: str, **parts: Any) -> Any:
     """The dataclass that settings name in ``_target_``, made from them and from the parts that it has fields for.
 
     Null where the class makes its own default, such as an estimator that no group has filled, stands for that default.
     Raises UserError for unknown settings and for whatever ValueError the class raises.
     """
+    if not isinstance(settings, dict):
+        raise UserError(f"{where} must be settings by name, such as {where}.<name>=..., got {settings!r}")
     if "_target_" not in settings:
         raise UserError(f"{where} names no class: its configuration needs /schema/<package.Class> in its defaults list")
     cls = locate(settings["_target_"])

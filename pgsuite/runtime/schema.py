@@ -7,7 +7,6 @@ is composed, for this suite's classes and a user's alike.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -26,7 +25,7 @@ from pgsuite.nn.recurrent import Kind as Recurrent
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.runtime.execution import Execution
 from pgsuite.runtime.precision import Precision
-from pgsuite.settings import Count, Natural, NonNegative, Positive, Range, closest, number, plain
+from pgsuite.settings import Count, Natural, NonNegative, Positive, Range, closest, imported, number, plain
 
 GROUP = "schema/"
 
@@ -169,7 +168,7 @@ def locate(path: str) -> type:
     if not module_name.strip("."):
         raise UserError(f"{path!r} is no dotted path of a class, such as pgsuite.algorithms.PPO")
     try:
-        module = importlib.import_module(module_name)
+        module = imported(module_name)
     except ImportError as error:
         raise UserError(f"cannot import {module_name!r}, which a configuration names: {error}") from error
     cls = getattr(module, name, None)
