@@ -17,7 +17,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.functional import trust_region as tr
 from pgsuite.runtime.execution import execute
-from pgsuite.runtime.staging import Staged
+from pgsuite.runtime.staging import Staged, compiled
 from pgsuite.testing import random_actions
 from pgsuite.types import Batch, Metrics
 
@@ -178,6 +178,33 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
             assert torch.allclose(found["written"], at.sigmoid() * v, atol=1e-6)
     assert len(staged.graphs) == 1
     assert ran == [True, False, False] * 2
+
+
+class Scale:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def of(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.of(x).sum()
+
+
+class Shift(Scale):
+    def of(self, x: Tensor) -> Tensor:
+        return x + self.factor
+
+
+def test_a_graph_is_not_taken_for_that_of_another_object_number_or_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch keeps the graphs of all methods of one name together, and decides by what is watched."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    double, triple, shift = Scale(2.0), Scale(3.0), Shift(2.0)
+    sums = [compiled(x.sum) for x in (double, triple, shift)]
+    for _ in range(2):
+        assert [float(f(torch.ones(3))) for f in sums] == [6.0, 9.0, 9.0]
+    double.factor = 5.0
+    assert [float(f(torch.ones(4))) for f in sums] == [20.0, 12.0, 12.0]
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from pgsuite.envs import TaskEnv
 from pgsuite.nn.distributions import Distribution, Drawn
 from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout import Collector
-from pgsuite.runtime.staging import Staged, described, traced
+from pgsuite.runtime.staging import Staged, compiled, described, traced
 from pgsuite.types import Batch, Metrics
 
 Execution = Literal["eager", "compile", "auto", "cuda_graph"]
@@ -48,7 +48,7 @@ class Compiled:
         if key not in self.graphs:
             self.alone()
             graph, nest = traced(self.function, args)
-            self.graphs[key] = torch.compile(graph, dynamic=False), nest
+            self.graphs[key] = compiled(graph), nest
         graph, nest = self.graphs[key]
         with torch.no_grad():
             return pytree.tree_unflatten(graph(*inputs), nest)
@@ -107,10 +107,8 @@ class CompiledActing:
         c = self.collector
         if self.dist is None:
             self.dist = policy.distribution(policy.body.step(c.obs, c.memory, c.start)[0], c.obs)
-            self.choose = torch.compile(
-                lambda policy, obs, memory, start, noise: policy.choose(obs, memory, start, lambda d: d.draw(noise)),
-                dynamic=False,
-                fullgraph=True,
+            self.choose = compiled(
+                lambda policy, obs, memory, start, noise: policy.choose(obs, memory, start, lambda d: d.draw(noise))
             )
         if not isinstance(self.dist, Drawn):
             return self.act(policy)
@@ -152,10 +150,10 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
     for optimizer in algorithm.optimizers:
         optimizer.gradient = Compiled(optimizer.gradient, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step = torch.compile(optimizer.step, dynamic=False, fullgraph=True)
+        optimizer.step = compiled(optimizer.step)
     for critic in algorithm.critics:
         if not critic.sequential:  # or its steps through time would be unrolled
-            critic.bootstrap = torch.compile(critic.bootstrap, dynamic=False, fullgraph=True)
+            critic.bootstrap = compiled(critic.bootstrap)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         beside = SideBySide(algorithm, collector.settle)
         algorithm.survey = CompiledSurvey(algorithm.survey, beside.alone)  # pyright: ignore[reportAttributeAccessIssue]
@@ -165,5 +163,5 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     stepper = collector.stepper
     stepper.act = CompiledActing(stepper)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, TaskEnv):
-        env.advance = torch.compile(env.advance, dynamic=False, fullgraph=True)
+        env.advance = compiled(env.advance)
     return how

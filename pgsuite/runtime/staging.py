@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+UNWATCHED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DICT_NOT_CONTAINS"}
 
 
 class Staged:
@@ -50,7 +52,18 @@ class Staged:
         with torch.no_grad():
             graph = make_fx(functionalize(graph))(*inputs)  # or the second could write to what the first has left
         first, second = cut(graph, len(described(late)[1]))
-        return torch.compile(first, dynamic=False), torch.compile(second, dynamic=False), nest
+        return compiled(first), compiled(second), nest
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as one graph.  Of what it was compiled for, its arguments and what is reached through them are looked
+    at again in each call, but for hooks and for names that were not there: neither comes later, and to look for them
+    and for whatever the modules of Python hold took as long as a small graph itself."""
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"guard_filter_fn": watched})
+
+
+def watched(guards: Sequence[Any]) -> list[bool]:
+    return [not guard.is_global and guard.guard_type not in UNWATCHED for guard in guards]
 
 
 def described(args: Any) -> tuple[Any, list[Tensor]]:
