@@ -66,10 +66,10 @@ def test_compiled_learning_is_eager_learning(
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert graphs[0] == graphs[-1]
         runs.append(found[-2:])
-    for (eager, eager_metrics), (compiled, compiled_metrics) in zip(*runs, strict=True):
-        assert torch.allclose(eager, compiled, atol=1e-4)
+    for (eager, eager_metrics), (graphed, graphed_metrics) in zip(*runs, strict=True):
+        assert torch.allclose(eager, graphed, atol=1e-4)
         for name, value in eager_metrics.items():
-            assert torch.allclose(value, compiled_metrics[name], atol=1e-4), name
+            assert torch.allclose(value, graphed_metrics[name], atol=1e-4), name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
