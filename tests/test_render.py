@@ -60,6 +60,19 @@ def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) ->
 
 
 @pytest.mark.usefixtures("gl")
+def test_the_floor_goes_along() -> None:
+    """gymnasium's ends 40 m from the start, and a good cheetah runs 200 m."""
+    env: Any = make("HalfCheetah", 1)
+    env.reset()
+    lens, frames = camera(env), []
+    for x in (0.0, 100.0, 100.7):
+        env.task.physics.qpos[0, 0] = x
+        frames.append(lens.shoot().astype(int))
+    begun, far, farther = frames
+    assert np.abs(far - begun).mean() < 3 < np.abs(farther - begun).mean()  # but for the shadow; half a pattern on
+
+
+@pytest.mark.usefixtures("gl")
 @pytest.mark.parametrize("name", ["Ant", "InvertedPendulum", "Reacher"])
 def test_every_robot_is_seen_from_where_gymnasium_looks(name: str) -> None:
     env: Any = make(name, 1)

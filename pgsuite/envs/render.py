@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,10 @@ def of_robot(task: MujocoTask) -> Camera:
     def place() -> None:
         data.qpos[:], data.qvel[:] = (x[0].cpu().double().numpy() for x in (task.physics.qpos, task.physics.qvel))
         mujoco.mj_forward(model, data)
+        for floor, jump in floors:
+            data.geom_xpos[floor, :2] += jump * np.round((data.xpos[1, :2] - data.geom_xpos[floor, :2]) / jump)
 
+    floors = [*floors_of(model)]
     place()
     view = viewpoint(model, data, task.gymnasium_id)
 
@@ -109,6 +112,16 @@ def of_robot(task: MujocoTask) -> Camera:
         return renderer.render()
 
     return Camera(shoot, 1 / task.dt)
+
+
+def floors_of(model: mujoco.MjModel) -> Iterator[tuple[int, np.ndarray]]:
+    """The patterned planes, which hold a robot wherever it goes and are drawn only so far, and by how many metres [2]
+    they follow it at once: whole periods of the pattern, and not before it is halfway to where gymnasium's end."""
+    for geom in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE):
+        material, size = model.geom_matid[geom], model.geom_size[geom, :2]
+        if material >= 0 and not model.mat_texuniform[material] and (size > 0).all():
+            period = 2 * size / model.mat_texrepeat[material]
+            yield int(geom), period * np.ceil(size / period)
 
 
 def viewpoint(model: mujoco.MjModel, data: mujoco.MjData, gymnasium_id: str) -> str | mujoco.MjvCamera:
