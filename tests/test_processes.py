@@ -172,6 +172,7 @@ ENDS = {
     "trpo": kills.CASES["trpo"],
 }
 ENDS |= {case: arguments for case, arguments in kills.CASES.items() if LONG and case not in ENDS}
+ENDS.pop("ppo-overlap", None)  # which is for one process
 
 
 @pytest.mark.parametrize("case", ENDS)
