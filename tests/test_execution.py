@@ -4,13 +4,13 @@ import copy
 import shutil
 import threading
 import time
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor as inductor
 from torch import Tensor
-from toys import PointMass, build, collector
+from toys import PointMass, build, collector, compile_by
 
 from pgsuite import parallel
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
@@ -48,7 +48,7 @@ def test_compiled_learning_is_eager_learning(
 ) -> None:
     """Schedules included, whose numbers a graph must not take for constant, nor parameters that were put back; and each
     graph is made once.  One method goes all the way through the compiler, which takes its time."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    made = compile_by(backend, monkeypatch)
     runs = []
     for how in ("eager", "compile"):
         env = make(settings.get("name", "Pendulum"), 8, max_episode_steps=16)
@@ -63,7 +63,7 @@ def test_compiled_learning_is_eager_learning(
             metrics = algorithm.iterate(rollouts)
             params = tr.flatten([x for part in algorithm.parts.values() for x in part.parameters()])
             found.append((params, metrics))
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            graphs.append((torch._dynamo.utils.counters["stats"]["unique_graphs"], len(made)))
         assert graphs[0] == graphs[-1]
         runs.append(found[-2:])
     for (eager, eager_metrics), (graphed, graphed_metrics) in zip(*runs, strict=True):
@@ -82,7 +82,7 @@ def test_compiled_acting_does_what_eager_acting_does(
     name: str, look: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the same generator, through restarts; Beta's actions are no function of noise, and are drawn eagerly."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compile_by("eager", monkeypatch)
     rollouts = []
     for how in ("eager", "compile"):
         env = make(name, 8, max_episode_steps=7)
@@ -150,14 +150,14 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
     """Derivatives included; and what the second graph writes to is not what the first has left."""
     ran: list[bool] = []
 
-    def counted(graph: torch.fx.GraphModule, **_: Any) -> Any:
+    def counted(graph: torch.fx.GraphModule, _: Any) -> Any:
         def run(*args: Tensor) -> Any:
             ran.append("aten.sin." in graph.code or "aten.sigmoid." in graph.code)
             return graph(*args)
 
         return run
 
-    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(inductor, "compile", counted)
 
     def curvature(x: Tensor) -> Any:
         at = x.clone().requires_grad_()
@@ -198,7 +198,7 @@ class Shift(Scale):
 
 def test_a_graph_is_not_taken_for_that_of_another_object_number_or_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch keeps the graphs of all methods of one name together, and decides by what is watched."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile_by("aot_eager", monkeypatch)
     double, triple, shift = Scale(2.0), Scale(3.0), Shift(2.0)
     sums = [compiled(x.sum) for x in (double, triple, shift)]
     for _ in range(2):

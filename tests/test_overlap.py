@@ -4,7 +4,6 @@ import copy
 import shutil
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from test_cli import TINY, Cli, command  # noqa: F401
 from torch import Tensor
-from toys import ALL, BRIEF, PointMass, build, collector, put_back_alike
+from toys import ALL, BRIEF, PointMass, build, collector, compile_by, put_back_alike
 
 from pgsuite import parallel
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
@@ -209,7 +208,7 @@ def test_where_the_ratio_is_one_the_correction_is_none(estimator: Any) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_acting_in_the_thread_is_eager_acting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile_by("aot_eager", monkeypatch)
     ends = []
     for how in ("eager", "compile"):
         env = make("Pendulum", 8, max_episode_steps=16)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import kills
+import pytest
 import torch
+import torch._inductor as inductor
 from gymnasium import spaces
 from torch import Tensor
 
@@ -257,3 +260,13 @@ class FrozenLake(Toy):
             following = self.reward + value * ~self.ends
             value = (self.chance * following).sum(-1).amax(-1)
         return float(value[0])
+
+
+def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have graphs made by another of torch's compilers than the one that takes its time; what is traced by ourselves is
+    listed."""
+    made: list[Any] = []
+    build_graph = inductor.compile if backend == "inductor" else lambda graph, inputs: graph
+    monkeypatch.setattr(inductor, "compile", lambda *given: made.append(given) or build_graph(*given))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return made

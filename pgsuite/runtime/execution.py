@@ -23,7 +23,7 @@ from pgsuite.envs import TaskEnv
 from pgsuite.nn.distributions import Distribution, Drawn
 from pgsuite.nn.policy import Choice, Policy
 from pgsuite.rollout import Collector
-from pgsuite.runtime.staging import Staged, compiled, described, traced
+from pgsuite.runtime.staging import Staged, built, compiled, described, traced
 from pgsuite.types import Batch, Metrics
 
 Execution = Literal["eager", "compile", "auto", "cuda_graph"]
@@ -39,19 +39,20 @@ class Compiled:
     when no other thread runs, for torch knows only whether some thread traces.
     """
 
-    def __init__(self, function: Callable[..., Any], alone: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[..., Any], alone: Callable[[], None] = lambda: None) -> None:
         self.function, self.alone = function, alone
         self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
+    @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
         key, inputs = described(args)
         if key not in self.graphs:
             self.alone()
-            graph, nest = traced(self.function, args)
-            self.graphs[key] = compiled(graph), nest
+            with torch.enable_grad():
+                graph, nest = traced(self.function, args)
+            self.graphs[key] = built(graph, inputs), nest
         graph, nest = self.graphs[key]
-        with torch.no_grad():
-            return pytree.tree_unflatten(graph(*inputs), nest)
+        return pytree.tree_unflatten(graph(*inputs), nest)
 
 
 class CompiledSurvey:
@@ -107,7 +108,7 @@ class CompiledActing:
         c = self.collector
         if self.dist is None:
             self.dist = policy.distribution(policy.body.step(c.obs, c.memory, c.start)[0], c.obs)
-            self.choose = compiled(
+            self.choose = Compiled(
                 lambda policy, obs, memory, start, noise: policy.choose(obs, memory, start, lambda d: d.draw(noise))
             )
         if not isinstance(self.dist, Drawn):
