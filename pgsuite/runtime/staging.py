@@ -62,7 +62,8 @@ class Staged:
 
 def built(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A traced graph, compiled for such inputs, and asking no more whether they are such: ``described`` tells."""
-    return inductor.compile(graph, inputs)
+    made: Any = inductor.compile(graph, [*inputs])
+    return made
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
