@@ -103,10 +103,10 @@ class RewardScale(nn.Module):
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
         """Take in a rollout's rewards, episode starts and mask, each [T, N], discounted by gamma."""
-        decay, sums = gamma * (~start).to(reward.dtype), torch.empty_like(reward)
-        for t in range(reward.shape[0]):
-            self.carry.mul_(decay[t]).add_(reward[t])
-            sums[t] = self.carry
+        decay, sums, carry = gamma * (~start).to(reward.dtype), torch.empty_like(reward), self.carry
+        for new, kept, total in zip(reward, decay, sums, strict=True):
+            carry = torch.addcmul(new, kept, carry, out=total)
+        self.carry.copy_(carry)
         self.moments.update(sums, mask)
 
 

@@ -61,7 +61,7 @@ class Collector(ABC):
         step = self.env.step(choice.action)
         self.seconds["environment"] += perf_counter() - acted
         self.seconds["acting"] += acted - began
-        done, start = step.done, step.done
+        done = start = step.done
         if step.mask is not None:
             live, start = live & step.mask, done | (self.start & ~step.mask)
         row = Rollout(

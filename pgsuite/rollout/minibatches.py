@@ -30,7 +30,5 @@ def minibatches(batch: Batch, count: int, *, columns: bool, generator: Generator
         yield batch
         return
     order = torch.randperm(size, generator=generator, device=batch.logp.device)
-    batch = batch[:, order] if columns else batch[order]
-    for start in range(0, size, size // count):
-        part = slice(start, start + size // count)
-        yield batch[:, part] if columns else batch[part]
+    for index in order.split(size // count):
+        yield batch.map(lambda x: x.index_select(int(columns), index))  # noqa: B023  # which is called at once
