@@ -191,7 +191,7 @@ def test_every_recipe_begins_a_run(command: Cli, recipe: str) -> None:
     assert code == 0 and f"recipe {recipe}" in out, err
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "a2c", "ppo", "ppo_penalty", "npg", "trpo"])
+@pytest.mark.parametrize("algo", ["reinforce", "ppo", "trpo"])  # one of a kind; test_recurrent has them all
 def test_what_remembers_is_trained_and_evaluated(command: Cli, algo: str) -> None:
     """The critic remembers as the policy does unless it is told otherwise, and may be on the same body."""
     memory = ["policy.recurrent=gru", "policy.recurrent_size=8", "critic.recurrent_size=8"]
