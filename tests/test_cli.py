@@ -517,6 +517,14 @@ horizon: 16
 """
 
 
+def test_what_compiles_is_imported_where_it_is_used() -> None:
+    """It takes a second, which a run as written would wait for."""
+    heavy = {"sympy", "torch._dynamo", "torch._inductor"}
+    code = f"import sys, pgsuite.runtime.train; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
     """A directory outside the repository with a method and its configuration."""

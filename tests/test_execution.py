@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor as inductor
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from toys import PointMass, build, collector, compile_by
 
 from pgsuite import parallel
@@ -17,7 +18,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.functional import trust_region as tr
 from pgsuite.runtime.execution import execute
-from pgsuite.runtime.staging import Staged, compiled
+from pgsuite.runtime.staging import Staged, compiled, described
 from pgsuite.testing import random_actions
 from pgsuite.types import Batch, Metrics
 
@@ -178,6 +179,22 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
             assert torch.allclose(found["written"], at.sigmoid() * v, atol=1e-6)
     assert len(staged.graphs) == 1
     assert ran == [True, False, False] * 2
+
+
+def test_what_a_graph_is_known_by_names_tensors_in_the_order_of_tracing() -> None:
+    """Which is pytree's: another would hand a graph one tensor for another of the same shape."""
+    cells = [torch.full((3,), float(i)) for i in range(15)]
+    obs, memory = {"b": cells[0], "a": {"d": cells[1], "c": cells[2]}}, {"h": cells[3], "c": cells[4]}
+    names = ("start", "action", "logp", "value", "advantage", "target", "mask")
+    plain = dict(zip(names, cells[5:12], strict=True))
+    batch = Batch(obs=obs, memory=memory, extra={"z": cells[12], "y": cells[13]}, **plain)
+    args = ("word", [2, batch], (cells[14], None))
+    about, tensors = described(args)
+    theirs = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    assert len(tensors) == 15 and all(x is y for x, y in zip(tensors, theirs, strict=True))
+    assert about == described(args)[0] != described(("word", [3, batch], (cells[14], None)))[0]
+    assert about != described(("word", [2, batch], (cells[14][:2], None)))[0]
+    assert about != described(("word", [2, batch], [cells[14], None]))[0]
 
 
 class Scale:

@@ -1,4 +1,4 @@
-"""Functions that return functions, compiled: what depends on their later arguments at each call, and all else once."""
+"""Functions as graphs: traced, cut in two where a function returns a function, compiled, known by what they are for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._inductor as inductor
 from torch import Tensor
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
@@ -49,19 +48,19 @@ class Staged:
 
     def trace(self, early: Any, late: Any) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
         self.alone()
-        inputs = described((early, late))[1]
+        given, rest = (described(x)[1] for x in (early, late))
         with torch.enable_grad():
             graph, nest = traced(lambda early, late: self.function(*early)(*late), (early, late))
         with torch.no_grad():
-            graph = make_fx(functionalize(graph))(*inputs)  # or the second could write to what the first has left
-        first, second = cut(graph, len(described(late)[1]))
-        given = described(early)[1]
-        with torch.no_grad():
-            return built(first, given), built(second, [*first(*given), *described(late)[1]]), nest
+            graph = make_fx(functionalize(graph))(*given, *rest)  # or the second could write to what the first has left
+            first, second = cut(graph, len(rest))
+            return built(first, given), built(second, [*first(*given), *rest]), nest
 
 
 def built(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A traced graph, compiled for such inputs, and asking no more whether they are such: ``described`` tells."""
+    import torch._inductor as inductor  # which takes a second, and a run as written has no use for it
+
     made: Any = inductor.compile(graph, [*inputs])
     return made
 
