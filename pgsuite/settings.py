@@ -43,7 +43,8 @@ Fraction = Annotated[float, Range(0, 1)]
 Shrink = Annotated[float, Range(0, 0.999, open=True)]
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
-Threads = Annotated[int, Range(1, 256)]  # where a process cannot have so many, it is ended without a word
+TorchThreads = Annotated[int, Range(1, 256)]  # where a process cannot have so many, it is ended without a word
+WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes every core
 
 
 def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:

@@ -31,6 +31,11 @@ def test_without_envpool_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
         make(EnvPool(id="CartPole-v1"), 2)
 
 
+def test_more_threads_than_a_process_may_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"env\.threads must be a whole number from 0 to 256, got 20000"):
+        EnvPool(id="CartPole-v1", threads=20000)
+
+
 @installed
 @pytest.mark.parametrize("name", ["HalfCheetah-v5", "Hopper-v5"])
 def test_transitions_are_those_of_gymnasium_to_the_last(name: str) -> None:

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from pgsuite import seeding, settings
 from pgsuite.envs.base import Foreign
 from pgsuite.envs.gym_env import GymEnv
-from pgsuite.settings import Count, Natural, closest
+from pgsuite.settings import Count, WorldThreads, closest
 from pgsuite.types import write_obs
 
 UNLIMITED = 2**31 - 1  # what envpool says of episodes that have no limit
@@ -28,7 +28,7 @@ class EnvPool(Foreign):
 
     id: str = ""  # such as HalfCheetah-v5 or Pong-v5
     max_episode_steps: Count | None = None  # null stands for envpool's own
-    threads: Natural = 0  # that share the environments; 0 takes every core
+    threads: WorldThreads = 0  # that share the environments; 0 takes every core
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
 
     def __post_init__(self) -> None:

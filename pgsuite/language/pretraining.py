@@ -25,7 +25,7 @@ from pgsuite.nn.transformer import Transformer
 from pgsuite.runtime.build import commit, versions
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.train import short
-from pgsuite.settings import Count, Natural, Positive, Threads
+from pgsuite.settings import Count, Natural, Positive, TorchThreads
 from pgsuite.types import Metrics
 
 WARMUP = 50  # steps
@@ -53,7 +53,7 @@ class Pretraining:
     batch: Count = 64  # reviews to a step
     lr: Positive = 3e-3  # rises over the first fifty steps, and falls to zero
     points: Count = 20  # measurements on the way
-    torch_threads: Threads = 1
+    torch_threads: TorchThreads = 1
     size: Size = field(default_factory=Size)
 
     def __post_init__(self) -> None:

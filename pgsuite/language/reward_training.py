@@ -26,7 +26,7 @@ from pgsuite.nn.optim import Optimizer
 from pgsuite.runtime.build import commit, versions
 from pgsuite.runtime.schema import UserError
 from pgsuite.runtime.train import short
-from pgsuite.settings import Count, Natural, Positive, Threads
+from pgsuite.settings import Count, Natural, Positive, TorchThreads
 
 PAIRS = "preferences.jsonl"
 BINS = 10  # of the reliability table, between one half and one
@@ -47,7 +47,7 @@ class RewardTraining:
     epochs: Count = 2
     batch: Count = 64  # pairs to a step
     lr: Positive = 5e-4  # falls to zero
-    torch_threads: Threads = 1
+    torch_threads: TorchThreads = 1
 
     def __post_init__(self) -> None:
         settings.check(self, label="")

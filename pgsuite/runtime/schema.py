@@ -25,7 +25,19 @@ from pgsuite.nn.recurrent import Kind as Recurrent
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.runtime.execution import Execution
 from pgsuite.runtime.precision import Precision
-from pgsuite.settings import Count, Natural, NonNegative, Positive, Range, Threads, closest, imported, number, plain
+from pgsuite.settings import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    TorchThreads,
+    WorldThreads,
+    closest,
+    imported,
+    number,
+    plain,
+)
 
 GROUP = "schema/"
 
@@ -136,8 +148,8 @@ class Run:
     horizon: Count | None = None  # steps per rollout; null stands for a whole episode
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     backend: str = "auto"  # of the environment
-    env_threads: Annotated[int, Range(0, 256)] = 0  # for physics on the CPU; 0 takes every core
-    torch_threads: Threads | Literal["measure"] = 1  # more slow small networks and the physics beside them, as a rule
+    env_threads: WorldThreads = 0  # for physics on the CPU; 0 takes every core
+    torch_threads: TorchThreads | Literal["measure"] = 1  # more slow small networks and the physics, as a rule
     execution: Execution = "eager"
     overlap: bool = False  # collect the next rollout while learning from the present one, one update behind
     precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
