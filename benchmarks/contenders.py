@@ -21,6 +21,7 @@ validation of distributions is off.  They differ in this:
 - Tianshou's A2C does not normalize advantages.  Its NPG goes a fixed fraction of the natural direction.
 - pgsuite's REINFORCE compares an action's return with the other episodes', Tianshou's with a running mean; both take 64
   whole episodes for one gradient step.
+- "SB3, its defaults" does other work (`DEFAULTS`): what its PPO does unless told otherwise.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
@@ -83,6 +84,8 @@ WORKLOADS = {
     "reinforce": Workload("HalfCheetah-v5", "Reinforce", horizon=1000),
     "cartpole": Workload("CartPole-v1", "PPO", 4096, 64, epochs=1, minibatches=8, hidden=(128,)),
 }
+# Of a contender that is measured with work of its own.
+DEFAULTS = {"SB3, its defaults": Workload("HalfCheetah-v5", "PPO", 1, 2048, epochs=10, minibatches=32)}
 
 
 TAKEN = [0]  # gradient steps
@@ -340,6 +343,7 @@ CONTENDERS: dict[str, Callable[[Workload], Iterate]] = {
     "SB3 on DummyVecEnv": sb3,
     "SB3 on SubprocVecEnv": partial(sb3, on="SubprocVecEnv"),
     "SB3 on envpool": partial(sb3, on="envpool"),
+    "SB3, its defaults": sb3,
     "Tianshou on DummyVectorEnv": tianshou,
     "Tianshou on envpool": partial(tianshou, on="envpool"),
 }
@@ -356,7 +360,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(False)
     register_optimizer_step_post_hook(count)
-    iterate = CONTENDERS[args.contender](WORKLOADS[args.workload])
+    iterate = CONTENDERS[args.contender](DEFAULTS.get(args.contender, WORKLOADS[args.workload]))
 
     def run(seconds: float) -> dict[str, float]:
         steps, iterations, TAKEN[0], began = 0, 0, 0, perf_counter()

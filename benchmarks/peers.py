@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from contenders import WORKLOADS, Workload
+from contenders import DEFAULTS, WORKLOADS, Workload
 from record import RESULTS, ROOT, keep, source, write_table
 
 KEPT = RESULTS / "peers"
@@ -39,7 +39,7 @@ RSL_RL = ["rsl_rl on envpool", "rsl_rl on envpool, compile"]
 
 # Who takes part.  rsl_rl has PPO alone, and no discrete actions; SB3 neither NPG nor REINFORCE.
 RACERS = {
-    "ppo": ["physics alone", *OURS, *RSL_RL, *SB3, *TIANSHOU],
+    "ppo": ["physics alone", *OURS, *RSL_RL, *SB3, *DEFAULTS, *TIANSHOU],
     "trpo": [*OURS, *SB3, *TIANSHOU],
     "npg": [*OURS, *TIANSHOU],
     "a2c": [*OURS, *SB3, *TIANSHOU],
@@ -55,7 +55,8 @@ class Contender:
     """A process that works when it is asked to, and waits otherwise."""
 
     def __init__(self, workload: str, name: str, threads: int) -> None:
-        self.work, self.name, self.threads = WORKLOADS[workload], name, threads
+        self.name, self.threads = name, threads
+        self.work = DEFAULTS.get(name, WORKLOADS[workload])
         self.label = f"{name}, {threads} thread{'s' * (threads > 1)}"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
         script = str(Path(__file__).with_name("contenders.py"))
