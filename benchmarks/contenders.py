@@ -78,6 +78,7 @@ class Workload:
 
 WORKLOADS = {
     "ppo": Workload("HalfCheetah-v5", "PPO", epochs=5, minibatches=4),
+    "ant": Workload("Ant-v5", "PPO", epochs=5, minibatches=4),
     "trpo": Workload("HalfCheetah-v5", "TRPO", epochs=20),
     "npg": Workload("HalfCheetah-v5", "NPG", epochs=20),
     "a2c": Workload("HalfCheetah-v5", "A2C"),
@@ -106,7 +107,7 @@ def counted(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def physics(work: Workload) -> Iterate:
-    """The batch stepper alone, five substeps each, with fresh random actions at every step."""
+    """The batch stepper alone, with fresh random actions at every step."""
     from pgsuite.envs import make
 
     env: Any = make(work.env, work.envs, seed=1)
@@ -115,7 +116,22 @@ def physics(work: Workload) -> Iterate:
     def iterate() -> int:
         for _ in range(work.horizon):
             env.task.physics.ctrl.uniform_(-1, 1)
-            env.task.physics.step(5)
+            env.task.physics.step(env.task.frame_skip)
+        return work.batch
+
+    return iterate
+
+
+def environment(work: Workload) -> Iterate:
+    """pgsuite's environment alone, with fresh random actions at every step, rewards, endings and restarts."""
+    from pgsuite.envs import make
+
+    env: Any = make(work.env, work.envs, seed=1)
+    env.reset()
+
+    def iterate() -> int:
+        for _ in range(work.horizon):
+            env.step(torch.randint(env.action_space.n, (work.envs,)))
         return work.batch
 
     return iterate
@@ -335,6 +351,7 @@ def tianshou(work: Workload, on: str = "DummyVectorEnv") -> Iterate:
 
 CONTENDERS: dict[str, Callable[[Workload], Iterate]] = {
     "physics alone": physics,
+    "environment alone": environment,
     "pgsuite": pgsuite,
     "pgsuite, compile": partial(pgsuite, execution="compile"),
     "pgsuite, compile, one body": partial(pgsuite, execution="compile", one_body=True),

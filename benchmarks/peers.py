@@ -40,15 +40,17 @@ RSL_RL = ["rsl_rl on envpool", "rsl_rl on envpool, compile"]
 # Who takes part.  rsl_rl has PPO alone, and no discrete actions; SB3 neither NPG nor REINFORCE.
 RACERS = {
     "ppo": ["physics alone", *OURS, *RSL_RL, *SB3, *DEFAULTS, *TIANSHOU],
-    "trpo": [*OURS, *SB3, *TIANSHOU],
-    "npg": [*OURS, *TIANSHOU],
-    "a2c": [*OURS, *SB3, *TIANSHOU],
-    "reinforce": [*OURS, *TIANSHOU],
+    "ant": ["physics alone", *OURS, *RSL_RL, *SB3, *TIANSHOU],
+    "trpo": ["physics alone", *OURS, *SB3, *TIANSHOU],
+    "npg": ["physics alone", *OURS, *TIANSHOU],
+    "a2c": ["physics alone", *OURS, *SB3, *TIANSHOU],
+    "reinforce": ["physics alone", *OURS, *TIANSHOU],
 }
 # With how many torch threads.  CartPole's minibatches are large enough for a second one to pay.  Tianshou takes minutes
 # for an iteration of it.
 TABLES: dict[str, list[tuple[str, int]]] = {table: [(name, 1) for name in names] for table, names in RACERS.items()}
-TABLES["cartpole"] = [(name, n) for name in (*OURS, "pgsuite, compile, one body", "SB3 on envpool") for n in (1, 2)]
+CARTPOLE = ("environment alone", *OURS, "pgsuite, compile, one body", "SB3 on envpool")
+TABLES["cartpole"] = [(name, n) for name in CARTPOLE for n in (1, 2)]
 
 
 class Contender:
@@ -89,7 +91,7 @@ class Contender:
         assert self.process.stdin
         print(seconds, file=self.process.stdin, flush=True)
         done = json.loads(self.hear())
-        agreed = 0 if self.name == "physics alone" else self.work.gradient_steps * done["iterations"]
+        agreed = 0 if self.name.endswith(" alone") else self.work.gradient_steps * done["iterations"]
         if (done["gradient_steps"], done["steps"]) != (agreed, self.work.batch * done["iterations"]):
             raise SystemExit(f"{self.label} did other work than {self.work}: {done}")
         return done
