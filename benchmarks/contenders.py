@@ -96,12 +96,12 @@ def count(*_: Any) -> None:
     TAKEN[0] += 1
 
 
-def counted(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def counted(descend: Callable[..., Any]) -> Callable[..., Any]:
     """Our own optimizer's, which torch's hook does not hear of."""
 
-    def take(gradient: Any) -> Any:
+    def take(*objective: Any) -> Any:
         count()
-        return step(gradient)
+        return descend(*objective)
 
     return take
 
@@ -165,7 +165,7 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
     collector = algorithm.collector(env, work.horizon)
     execute(algorithm, collector, execution)
     for optimizer in algorithm.optimizers:
-        optimizer.step = counted(optimizer.step)
+        optimizer.descend = counted(optimizer.descend)
 
     def iterate() -> int:
         algorithm.iterate(collector)

@@ -54,42 +54,37 @@ class Optimizer:
 
         Raises RuntimeError if another optimizer has since taken parameters of this one.
         """
-        gradient, metrics = self.gradient(objective, *seen)
         storage = self.flat.untyped_storage().data_ptr()
         if any(p.untyped_storage().data_ptr() != storage for p in self.params):
             raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
-        if self.frozen is None:
-            return metrics | {"grad_norm": self.step(gradient)}
-        moving = (self.flat, self.mean, self.square, self.steps)
-        before = [x.clone() for x in moving]
-        norm = self.step(gradient)
-        for x, old in zip(moving, before, strict=True):
-            x.copy_(old.where(self.frozen, x))
-        return metrics | {"grad_norm": norm}
+        metrics, moved = self.look(objective, *seen)
+        for x, new in zip((self.flat, self.mean, self.square, self.steps), moved, strict=True):
+            x.copy_(new if self.frozen is None else x.where(self.frozen, new))
+        return metrics
 
-    def gradient(self, objective: Objective, *seen: Any) -> tuple[Tensor, Metrics]:
-        """Of the loss [P], averaged over processes, and the metrics.  Execution may put a compiled one in its place."""
+    def look(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
+        """Where a step would lead: the metrics, and what takes the place of flat, mean, square and steps.  Execution
+        may put a compiled one in its place."""
         loss, metrics = objective(*seen)
-        return trust_region.flat_grad(loss, self.params), metrics
+        norm, moved = self.step(trust_region.flat_grad(loss, self.params))
+        return metrics | {"grad_norm": norm}, moved
 
     @torch.no_grad()
-    def step(self, gradient: Tensor) -> Tensor:
-        """Move against a gradient [P]; returns its norm before clipping.  Execution may put a compiled one in its
-        place, as may nothing that torch's own optimizers are: those count their steps on the host."""
+    def step(self, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Against a gradient [P], which is averaged over processes: its norm before clipping, and what ``look`` tells
+        of.  Torch's own optimizers could not be compiled or captured so: they count their steps on the host."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        memory = MEMORY[self.kind]
-        self.steps += 1
-        self.square.mul_(memory).addcmul_(gradient, gradient, value=1 - memory)
+        memory, steps = MEMORY[self.kind], self.steps + 1
+        square = (self.square * memory).addcmul_(gradient, gradient, value=1 - memory)
         if self.kind == "adam":  # Kingma and Ba, 2015, algorithm 1
-            self.mean.lerp_(gradient, 1 - MOMENTUM)
-            deviation = (self.square / (1 - memory**self.steps)).sqrt_()
-            direction = self.mean / (1 - MOMENTUM**self.steps) / deviation.add_(EPS)
+            mean = self.mean.lerp(gradient, 1 - MOMENTUM)
+            deviation = (square / (1 - memory**steps)).sqrt_()
+            direction = mean / (1 - MOMENTUM**steps) / deviation.add_(EPS)
         else:  # Tieleman and Hinton, 2012
-            direction = gradient / self.square.sqrt().add_(EPS)
-        self.flat.sub_(self.lr * self.share * direction)
-        return norm
+            mean, direction = self.mean, gradient / square.sqrt().add_(EPS)
+        return norm, (self.flat - self.lr * self.share * direction, mean, square, steps)
 
     @property
     def state(self) -> dict[str, Tensor]:

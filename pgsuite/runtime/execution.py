@@ -131,10 +131,10 @@ def obstacle(device: torch.device) -> str | None:
 def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execution:
     """Have them run so from here on; returns which way that is.
 
-    ``compile`` makes one graph of each loss with its gradient, which is where A2C and PPO spend their time, and NPG and
-    TRPO what they spend on their critic; of the gradient, the Fisher product and the tries of a natural step, but for
-    policies with memory; one of a gradient step; one of acting, but for actions that are no function of noise; one of
-    the critic's pass over a rollout; and one of what a step of a task does in torch.  On a CPU a critic with a body of
+    ``compile`` makes one graph of each loss with its gradient step, which is where A2C and PPO spend their time, and
+    NPG and TRPO what they spend on their critic; of the gradient, the Fisher product and the tries of a natural step,
+    but for policies with memory; one of acting, but for actions that are no function of noise; one of the critic's pass
+    over a rollout; and one of what a step of a task does in torch.  On a CPU a critic with a body of
     its own is regressed beside the natural step.  The numbers agree with eager ones to rounding.  ``auto`` compiles on
     a CPU where that can be, and is eager elsewhere.  Raises ValueError where there is nothing to compile with, or
     several processes.
@@ -150,8 +150,7 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
         raise ValueError(f"execution=compile {why}, or leave it out")
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
     for optimizer in algorithm.optimizers:
-        optimizer.gradient = Compiled(optimizer.gradient, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step = compiled(optimizer.step)
+        optimizer.look = Compiled(optimizer.look, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
     for critic in algorithm.critics:
         if not critic.sequential:  # or its steps through time would be unrolled
             critic.bootstrap = compiled(critic.bootstrap)
