@@ -166,5 +166,7 @@ def masked_means(cells: Metrics, mask: Tensor) -> Metrics:
 
 def average(steps: Sequence[Metrics], live: Tensor | None = None) -> Metrics:
     """Each metric's mean over steps, or over those that are ``live`` [len(steps)]."""
-    stacks = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    return {name: x.mean() for name, x in stacks.items()} if live is None else masked_means(stacks, live)
+    names = list(steps[0])
+    rows = torch.stack([step[name] for name in names for step in steps]).view(len(names), -1)
+    means = rows.mean(-1) if live is None else masked_mean(rows, live)
+    return dict(zip(names, means.unbind(), strict=True))
