@@ -106,35 +106,30 @@ def counted(descend: Callable[..., Any]) -> Callable[..., Any]:
     return take
 
 
-def physics(work: Workload) -> Iterate:
-    """The batch stepper alone, with fresh random actions at every step."""
+def alone(work: Workload, step: Callable[[Any], Any]) -> Iterate:
+    """pgsuite's environments, and nobody who learns."""
     from pgsuite.envs import make
 
-    env: Any = make(work.env, work.envs, seed=1)
+    env = make(work.env, work.envs, seed=1)
     env.reset()
 
     def iterate() -> int:
         for _ in range(work.horizon):
-            env.task.physics.ctrl.uniform_(-1, 1)
-            env.task.physics.step(env.task.frame_skip)
+            step(env)
         return work.batch
 
     return iterate
 
 
-def environment(work: Workload) -> Iterate:
-    """pgsuite's environment alone, with fresh random actions at every step, rewards, endings and restarts."""
-    from pgsuite.envs import make
+def physics(env: Any) -> None:
+    """The batch stepper, with fresh random actions."""
+    env.task.physics.ctrl.uniform_(-1, 1)
+    env.task.physics.step(env.task.frame_skip)
 
-    env: Any = make(work.env, work.envs, seed=1)
-    env.reset()
 
-    def iterate() -> int:
-        for _ in range(work.horizon):
-            env.step(torch.randint(env.action_space.n, (work.envs,)))
-        return work.batch
-
-    return iterate
+def environment(env: Any) -> None:
+    """With fresh random actions, rewards, endings and restarts."""
+    env.step(torch.randint(env.action_space.n, (env.num_envs,)))
 
 
 def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) -> Iterate:
@@ -350,8 +345,8 @@ def tianshou(work: Workload, on: str = "DummyVectorEnv") -> Iterate:
 
 
 CONTENDERS: dict[str, Callable[[Workload], Iterate]] = {
-    "physics alone": physics,
-    "environment alone": environment,
+    "physics alone": partial(alone, step=physics),
+    "environment alone": partial(alone, step=environment),
     "pgsuite": pgsuite,
     "pgsuite, compile": partial(pgsuite, execution="compile"),
     "pgsuite, compile, one body": partial(pgsuite, execution="compile", one_body=True),
