@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -141,34 +142,37 @@ def text(table: str, result: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
-    """A panel a table: medians, with the slowest and the fastest round."""
+    """A panel a table: medians, with the slowest and the fastest round.  What is alone is drawn where it has a scale
+    in common with those who learn."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    heights = [len(result["rows"]) for result in results.values()]
-    size = (9, 0.25 * sum(heights) + 0.9 * len(heights))
-    figure, axes = plt.subplots(len(heights), figsize=size, height_ratios=heights, squeeze=False)
-    for panel, (table, result) in zip(axes.flat, results.items(), strict=True):
-        rows = sorted(result["rows"], key=lambda row: statistics.median(row["rates"]))
+    figure, axes = plt.subplots(math.ceil(len(results) / 2), 2, figsize=(14, 1.5 * len(results)), squeeze=False)
+    for panel in axes.flat[len(results) :]:
+        panel.axis("off")
+    for panel, (table, result) in zip(axes.flat, results.items(), strict=False):
+        rows = [row for row in result["rows"] if row["name"] != "environment alone"]
+        rows.sort(key=lambda row: statistics.median(row["rates"]))
         medians = [statistics.median(row["rates"]) for row in rows]
         spread = [[m - min(r["rates"]) for m, r in zip(medians, rows, strict=True)]]
         spread += [[max(r["rates"]) - m for m, r in zip(medians, rows, strict=True)]]
-        ours = ["#1f77b4" if row["name"].startswith("pgsuite") else "#bbbbbb" for row in rows]
+        tones = {"pgsuite": "#1f77b4", " alone": "#e3e3e3", "": "#b0b0b0"}
+        colors = [next(tone for part, tone in tones.items() if part in row["name"]) for row in rows]
         several = len({row["threads"] for row in rows}) > 1
         labels = [
-            f"{row['name']}, {row['threads']} torch thread{'s' * (row['threads'] > 1)}" if several else row["name"]
+            f"{row['name']}, {row['threads']} thread{'s' * (row['threads'] > 1)}" if several else row["name"]
             for row in rows
         ]
-        panel.barh(range(len(rows)), medians, xerr=spread, color=ours, error_kw={"elinewidth": 0.8})
-        panel.set_yticks(range(len(rows)), labels)
-        panel.set_title(textwrap.fill(describe(WORKLOADS[table]), 80), fontsize="small", loc="left")
+        panel.barh(range(len(rows)), medians, xerr=spread, color=colors, error_kw={"elinewidth": 0.8})
+        panel.set_yticks(range(len(rows)), labels, fontsize="small")
+        panel.set_title(textwrap.fill(describe(WORKLOADS[table]), 70), fontsize="small", loc="left")
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k")
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("steps/s, whole iterations")
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=90)
     print(out)
 
 
