@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor as inductor
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from toys import PointMass, build, collector, compile_by
 
@@ -17,7 +18,7 @@ from pgsuite import parallel
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.functional import trust_region as tr
-from pgsuite.runtime.execution import execute
+from pgsuite.runtime.execution import Compiled, execute
 from pgsuite.runtime.staging import Staged, compiled, described
 from pgsuite.testing import random_actions
 from pgsuite.types import Batch, Metrics
@@ -143,6 +144,16 @@ def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
     for _ in range(2):
         algorithm.update(None)
     assert seen == [0, 2]  # in turn first, and then beside it
+
+
+def test_what_was_compiled_before_is_found_again() -> None:
+    """By another process too: all that it goes by is kept on disk, under what the graph does."""
+    counters.clear()
+    for _ in range(2):
+        made, x = Compiled(lambda x: x.sin().mul(3).exp().sum()), torch.randn(7)
+        assert float(made(x)) == pytest.approx(float((3 * x.sin()).exp().sum()))
+    found = counters["inductor"]
+    assert found["fxgraph_cache_hit"] >= 1 and found["fxgraph_cache_bypass"] == 0
 
 
 def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of(

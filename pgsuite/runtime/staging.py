@@ -59,9 +59,15 @@ class Staged:
 
 def built(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A traced graph, compiled for such inputs, and asking no more whether they are such: ``described`` tells."""
-    import torch._inductor as inductor  # which takes a second, and a run as written has no use for it
+    # which takes a second, and a run as written has no use for it
+    import torch._inductor as inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    made: Any = inductor.compile(graph, [*inputs])
+    # Without an environment of shapes, what an earlier process has compiled is not looked for.
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))):
+        made: Any = inductor.compile(graph, [*inputs])
     return made
 
 
