@@ -146,12 +146,22 @@ def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
     assert seen == [0, 2]  # in turn first, and then beside it
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_what_was_compiled_before_is_found_again() -> None:
-    """By another process too: all that it goes by is kept on disk, under what the graph does."""
+    """By another process too, as all that it goes by is kept on disk; and it reads the parameters and the numbers of
+    the one that asks, as they are when it asks."""
     counters.clear()
     for _ in range(2):
-        made, x = Compiled(lambda x: x.sin().mul(3).exp().sum()), torch.randn(7)
-        assert float(made(x)) == pytest.approx(float((3 * x.sin()).exp().sum()))
+        weight, rate, x = torch.nn.Parameter(torch.randn(7)), torch.rand(()), torch.randn(7)
+
+        def slope(x: Tensor, weight: torch.nn.Parameter = weight, rate: Tensor = rate) -> Tensor:
+            return rate * torch.autograd.grad((x * weight).sin().sum(), weight)[0]
+
+        made = Compiled(slope)
+        for _ in range(2):
+            assert torch.allclose(made(x), rate * x * (x * weight).cos(), atol=1e-6)
+            weight.data.mul_(2)
+            rate.fill_(0.1)
     found = counters["inductor"]
     assert found["fxgraph_cache_hit"] >= 1 and found["fxgraph_cache_bypass"] == 0
 

@@ -18,7 +18,7 @@ from pgsuite.functional import trust_region as tr
 from pgsuite.nn.normalize import RunningMoments, Standardize
 from pgsuite.nn.policy import Policy
 from pgsuite.rollout import minibatches
-from pgsuite.types import Batch, Rollout, map_obs, masked_mean, masked_means, moments, standardize
+from pgsuite.types import Batch, Rollout, average, map_obs, masked_mean, masked_means, moments, standardize
 
 SEEDS = st.integers(0, 2**31)
 JUNK = st.sampled_from([0.0, 1e30, torch.inf, -torch.inf, torch.nan])
@@ -81,6 +81,24 @@ def test_mapping_and_indexing_act_on_every_part_of_experience(steps: int, envs: 
     assert holds(batch.map(lambda x: 2 * x + 1), 2 * cell + 1)
     assert holds(batch.map(lambda x: x.flatten(0, 1)), cell.flatten())
     assert len(parts(batch)) == len(fields(Batch)) + 2
+
+
+@given(st.integers(1, 4), st.integers(1, 6), JUNK, SEEDS)
+def test_each_metric_is_averaged_by_itself_over_steps_that_count(
+    count: int, steps: int, junk: float, seed: int
+) -> None:
+    """Whatever the order they come in, and whatever steps that do not count hold."""
+    g = generator(seed)
+    x, live = torch.randn(steps, count, generator=g), torch.rand(steps, generator=g) < 0.7
+    live[0] = True
+    names = [f"metric {i}" for i in range(count)]
+    rows = [dict(zip(names, row.where(real, junk), strict=True)) for row, real in zip(x, live, strict=True)]
+    rows[1:] = [dict(reversed(row.items())) for row in rows[1:]]
+    assert list(average(rows, live)) == names
+    for i, name in enumerate(names):
+        assert float(average(rows, live)[name]) == pytest.approx(float(x[live, i].double().mean()), abs=1e-6)
+        counted = [row for row, real in zip(rows, live, strict=True) if real]
+        assert float(average(counted)[name]) == pytest.approx(float(x[live, i].double().mean()), abs=1e-6)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), JUNK, SEEDS)
