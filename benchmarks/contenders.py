@@ -89,6 +89,11 @@ WORKLOADS = {
 DEFAULTS = {"SB3, its defaults": Workload("HalfCheetah-v5", "PPO", 1, 2048, epochs=10, minibatches=32)}
 
 
+def work_of(contender: str, table: str) -> Workload:
+    """What it does in a table."""
+    return DEFAULTS.get(contender, WORKLOADS[table])
+
+
 TAKEN = [0]  # gradient steps
 
 
@@ -372,7 +377,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(False)
     register_optimizer_step_post_hook(count)
-    iterate = CONTENDERS[args.contender](DEFAULTS.get(args.contender, WORKLOADS[args.workload]))
+    iterate = CONTENDERS[args.contender](work_of(args.contender, args.workload))
 
     def run(seconds: float) -> dict[str, float]:
         steps, iterations, TAKEN[0], began = 0, 0, 0, perf_counter()

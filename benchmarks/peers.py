@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from contenders import DEFAULTS, WORKLOADS, Workload
+from contenders import DEFAULTS, WORKLOADS, Workload, work_of
 from record import RESULTS, ROOT, keep, source, write_table
 
 KEPT = RESULTS / "peers"
@@ -58,8 +58,7 @@ class Contender:
     """A process that works when it is asked to, and waits otherwise."""
 
     def __init__(self, workload: str, name: str, threads: int) -> None:
-        self.name, self.threads = name, threads
-        self.work = DEFAULTS.get(name, WORKLOADS[workload])
+        self.work, self.name, self.threads = work_of(name, workload), name, threads
         self.label = f"{name}, {threads} thread{'s' * (threads > 1)}"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
         script = str(Path(__file__).with_name("contenders.py"))

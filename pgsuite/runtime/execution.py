@@ -134,10 +134,10 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     ``compile`` makes one graph of each loss with its gradient step, which is where A2C and PPO spend their time, and
     NPG and TRPO what they spend on their critic; of the gradient, the Fisher product and the tries of a natural step,
     but for policies with memory; one of acting, but for actions that are no function of noise; one of the critic's pass
-    over a rollout; and one of what a step of a task does in torch.  On a CPU a critic with a body of
-    its own is regressed beside the natural step.  The numbers agree with eager ones to rounding.  ``auto`` compiles on
-    a CPU where that can be, and is eager elsewhere.  Raises ValueError where there is nothing to compile with, or
-    several processes.
+    over a rollout; and one of what a step of a task does in torch.  On a CPU a critic with a body of its own is
+    regressed beside the natural step.  The numbers agree with eager ones to rounding.  ``auto`` compiles on a CPU where
+    that can be, and is eager elsewhere.  Raises ValueError where there is nothing to compile with, or several
+    processes.
     """
     env = collector.env
     if how == "cuda_graph" and env.device.type != "cuda":

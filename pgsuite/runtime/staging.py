@@ -59,7 +59,7 @@ class Staged:
 
 def built(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A traced graph, compiled for such inputs, and asking no more whether they are such: ``described`` tells."""
-    # which takes a second, and a run as written has no use for it
+    # Imported here, for it takes a second, and a run as written has no use for it.
     import torch._inductor as inductor
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
