@@ -140,9 +140,9 @@ def environment(env: Any) -> None:
 def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) -> Iterate:
     from pgsuite import algorithms, seeding
     from pgsuite.envs import make
+    from pgsuite.execution.compile import execute
     from pgsuite.nn.normalize import RewardScale, Standardize
     from pgsuite.nn.policy import Critic, Policy
-    from pgsuite.runtime.execution import execute
 
     env = make(work.env, work.envs, seed=1)
     generator = seeding.generator(0, "networks")

@@ -20,11 +20,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from record import RESULTS, keep, source
 
-from pgsuite.runtime import schema
-from pgsuite.runtime.build import build
-from pgsuite.runtime.cli import CONFIGS
-from pgsuite.runtime.recovery import Recovery
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.app import schema
+from pgsuite.app.build import build
+from pgsuite.app.cli import CONFIGS
+from pgsuite.training.recovery import Recovery
+from pgsuite.training.trainer import Trainer
 
 WARM_UP = 8  # iterations: some that settle, one that is captured, some that are replayed
 CHEETAH = "env=HalfCheetah num_envs=2048 horizon=32 algo.epochs=5 algo.minibatches=4"

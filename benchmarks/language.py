@@ -27,11 +27,11 @@ import torch
 from record import RESULTS, ROOT, keep, source, write_table
 
 from pgsuite import seeding
-from pgsuite.language import scorer
-from pgsuite.language.grammar import Grammar
-from pgsuite.language.model import WordModel
-from pgsuite.language.reward import RewardModel, best_of, best_of_kl
-from pgsuite.runtime import checkpoint
+from pgsuite.rlhf import scorer
+from pgsuite.rlhf.grammar import Grammar
+from pgsuite.rlhf.model import WordModel
+from pgsuite.rlhf.reward import RewardModel, best_of, best_of_kl
+from pgsuite.training import checkpoint
 
 RUNS = RESULTS / "language"
 MODELS = Path("runs/language")

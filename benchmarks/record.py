@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pgsuite.runtime.build import commit, versions
+from pgsuite.app.build import commit, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -23,10 +23,10 @@ from record import RESULTS, keep, source, write_table
 from pgsuite import seeding
 from pgsuite.algorithms import PPO
 from pgsuite.envs import VectorEnv, make
+from pgsuite.execution.compile import Execution, execute
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import StepCollector
-from pgsuite.runtime.execution import Execution, execute
 
 RESULT = RESULTS / "throughput.json"
 WAYS: tuple[Execution, ...] = ("eager", "compile")

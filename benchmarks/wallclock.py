@@ -44,8 +44,8 @@ TARGETS: dict[str, tuple[str, float, list[str]]] = {
 
 def learn(target: float) -> None:
     """scripts/train.py in this process, which ends where the return is reached and says so."""
-    from pgsuite.runtime import cli, train
-    from pgsuite.runtime.trainer import Callback, Report, Trainer
+    from pgsuite.app import cli, train
+    from pgsuite.training.trainer import Callback, Report, Trainer
 
     class Until(Callback):
         def on_start(self, trainer: Trainer) -> None:

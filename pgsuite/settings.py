@@ -60,6 +60,14 @@ def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:
             require(hints[field.name], getattr(obj, field.name), f"{prefix}{field.name}")
 
 
+@dataclass(kw_only=True)
+class Checked:
+    """A dataclass whose fields are held to their types when it is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def require(hint: Any, value: Any, name: str) -> None:
     """Raise ValueError, saying what it must be, if a value breaks the type of the field of this name."""
     if wanted := _complaint(hint, value):

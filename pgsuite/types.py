@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pgsuite import parallel
+from pgsuite import distributed
 
 Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
 Obs = Any  # Tensor, or dict[str, Obs]
@@ -137,15 +137,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
     Averaged over processes it is the global mean, however unequal their shares of real cells are.
     """
-    count = parallel.mean(mask.sum(dtype=torch.float32)).clamp(min=1.0)
+    count = distributed.mean(mask.sum(dtype=torch.float32)).clamp(min=1.0)
     cells = tuple(range(x.ndim - mask.ndim, x.ndim))
     return x.where(mask, 0.0).sum(cells) / count
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance over the real cells of all processes."""
-    mean = parallel.mean(masked_mean(x, mask))
-    return mean, parallel.mean(masked_mean((x - mean) ** 2, mask))
+    mean = distributed.mean(masked_mean(x, mask))
+    return mean, distributed.mean(masked_mean((x - mean) ** 2, mask))
 
 
 def standardize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:

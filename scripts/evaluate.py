@@ -1,7 +1,7 @@
 """Evaluate: python scripts/evaluate.py run=runs/ppo-HalfCheetah/... episodes=20"""
 
-from pgsuite.runtime import cli
-from pgsuite.runtime.evaluate import evaluate
+from pgsuite.app import cli
+from pgsuite.app.evaluate import evaluate
 
 if __name__ == "__main__":
     cli.main(evaluate, "evaluate")

@@ -8,8 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from pgsuite.runtime.report import report
-from pgsuite.runtime.schema import UserError
+from pgsuite.errors import UserError
+from pgsuite.report import report
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pgsuite.language.reward_training import train_reward
-from pgsuite.runtime import cli
-from pgsuite.runtime.build import construct, container
-from pgsuite.runtime.callbacks import console
+from pgsuite.app import cli
+from pgsuite.app.build import construct, container
+from pgsuite.rlhf.reward_training import train_reward
+from pgsuite.training.callbacks import console
 
 
 def task(cfg: DictConfig) -> None:

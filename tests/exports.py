@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from pgsuite.app.build import build_policy
+from pgsuite.app.export import SUFFIXES, TOLERANCE, Portable, compare, quiet, runner, write
+from pgsuite.app.export import Run as File
+from pgsuite.app.policy_io import Restored, restore
+from pgsuite.app.schema import CriticNetwork, PolicyNetwork, Run
 from pgsuite.envs.spaces import tensor_space, to_data
-from pgsuite.runtime import checkpoint
-from pgsuite.runtime.build import build_policy
-from pgsuite.runtime.export import SUFFIXES, TOLERANCE, Portable, compare, quiet, runner, write
-from pgsuite.runtime.export import Run as File
-from pgsuite.runtime.restore import Restored, restore
-from pgsuite.runtime.schema import CriticNetwork, PolicyNetwork, Run
+from pgsuite.training import checkpoint
 
 BOX = spaces.Box(-np.inf, np.inf, (5,), np.float64)
 TORQUE = spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([0.1, 2.0], np.float32))

@@ -36,17 +36,18 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, PPOPenalty, Reinforce
-from pgsuite.envs import Gym, Language
+from pgsuite.app.evaluate import Playing
+from pgsuite.app.export import Export
+from pgsuite.app.replay import Replaying
+from pgsuite.app.schema import Run
+from pgsuite.envs import Gym
 from pgsuite.envs.tasks import CartPole, HalfCheetah, Pendulum
-from pgsuite.language.pretraining import Pretraining
-from pgsuite.language.reward_training import RewardTraining
-from pgsuite.runtime import checkpoint
-from pgsuite.runtime.evaluate import Playing
-from pgsuite.runtime.export import Export
-from pgsuite.runtime.recovery import Replaying
-from pgsuite.runtime.schema import Run
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.rlhf.env import Language
+from pgsuite.rlhf.pretraining import Pretraining
+from pgsuite.rlhf.reward_training import RewardTraining
 from pgsuite.settings import number, plain
+from pgsuite.training import checkpoint
+from pgsuite.training.trainer import Trainer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LONGEST = 600  # characters of a message
@@ -83,12 +84,12 @@ GOOD: dict[str, list[str]] = {
     "model": ["runs/language/model", "runs/language/model/model.pt", *RUNS],
     "pairs": ["null", "runs/language/reward/preferences.jsonl", *RUNS],
     "count": ["8", "64"],
-    "env.prompts": ["pgsuite.language.corpus:prompts", "math:tau"],
-    "env.held_out": ["null", "pgsuite.language.corpus:held_out"],
-    "env.tokens": ["pgsuite.language.corpus:vocabulary", "math:tau"],
-    "env.reward": ["pgsuite.language.reward:RewardModel.load", "pgsuite.language.scorer:score", "math:floor"],
+    "env.prompts": ["pgsuite.rlhf.corpus:prompts", "math:tau"],
+    "env.held_out": ["null", "pgsuite.rlhf.corpus:held_out"],
+    "env.tokens": ["pgsuite.rlhf.corpus:vocabulary", "math:tau"],
+    "env.reward": ["pgsuite.rlhf.reward:RewardModel.load", "pgsuite.rlhf.scorer:score", "math:floor"],
     "env.rewards": ["[]", "[runs/language/reward]", "[runs/language/reward,runs/language/model]"],
-    "env.scorer": ["null", "pgsuite.language.scorer:score", "math:floor"],
+    "env.scorer": ["null", "pgsuite.rlhf.scorer:score", "math:floor"],
 }
 GROUPS = {"algo": [*ALGOS], "env": [*ENVS, "Acrobot", "Hopper", "Pong", "envpool", "torch"]}
 GROUPS |= {"tuned": ["ppo-Ant", "null"], "algo/estimator": ["gae", "n_step", "td_lambda", "vtrace", "monte_carlo"]}

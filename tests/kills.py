@@ -47,8 +47,8 @@ METHODS = ("reinforce", "a2c", "npg", "trpo", "ppo", "ppo_penalty")
 
 def child(folder: str, arguments: list[str], dies_at_write: int | None, variables: Mapping[str, str]) -> None:
     """A training process; it may be told to die in the middle of writing a checkpoint."""
-    from pgsuite.runtime import cli
-    from pgsuite.runtime.train import train
+    from pgsuite.app import cli
+    from pgsuite.app.train import train
 
     os.chdir(folder)
     os.environ.update(variables)
@@ -72,7 +72,7 @@ def child(folder: str, arguments: list[str], dies_at_write: int | None, variable
 def fork(work: Callable[..., None], *arguments: Any) -> Any:
     """A process that has everything imported."""
     context = multiprocessing.get_context("forkserver")  # which imports once, for all
-    context.set_forkserver_preload(["torch._dynamo", "mujoco.batch", "tensorboard", "pgsuite.runtime.train"])
+    context.set_forkserver_preload(["torch._dynamo", "mujoco.batch", "tensorboard", "pgsuite.app.train"])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process
@@ -99,7 +99,7 @@ def left_behind(run: Path) -> dict[str, Any]:
     """What a finished run has to show, without the times."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pgsuite.runtime import checkpoint
+    from pgsuite.training import checkpoint
 
     def timeless(name: str) -> bool:
         return not name.startswith("time/") and "per_second" not in name

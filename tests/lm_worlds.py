@@ -11,11 +11,11 @@ from torch import Tensor
 from pgsuite import seeding
 from pgsuite.algorithms import Algorithm
 from pgsuite.algorithms.reference import Reference
-from pgsuite.envs.language import LanguageEnv
-from pgsuite.nn.language import language_policy
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.nn.transformer import LanguageModel, Transformer
-from pgsuite.rollout import GenerationCollector
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.generation import GenerationCollector
+from pgsuite.rlhf.policy import language_policy
 
 WORDS = "abcdefgh"
 

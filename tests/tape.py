@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pgsuite.runtime.cuda_graphs import Graphs
+from pgsuite.execution.cuda_graphs import Graphs
 
 
 def bare(x: Any) -> Any:

@@ -20,13 +20,15 @@ from hydra.core.global_hydra import GlobalHydra
 from toys import PointMass, build, collector
 
 from pgsuite.algorithms import PPO
-from pgsuite.runtime import checkpoint, cli
-from pgsuite.runtime.evaluate import evaluate
-from pgsuite.runtime.export import export
-from pgsuite.runtime.recovery import Recovery, replay
-from pgsuite.runtime.schema import UserError
-from pgsuite.runtime.train import train
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.app import cli
+from pgsuite.app.evaluate import evaluate
+from pgsuite.app.export import export
+from pgsuite.app.replay import replay
+from pgsuite.app.train import train
+from pgsuite.errors import UserError
+from pgsuite.training import checkpoint
+from pgsuite.training.recovery import Recovery
+from pgsuite.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = ["num_envs=4", "horizon=16", "total_steps=1000", "algo.epochs=1"]  # PPO or a method of its kind
@@ -469,7 +471,7 @@ def test_a_run_goes_on_from_the_last_good_state_at_half_the_learning_rate(tmp_pa
 
 
 def test_an_interrupted_run_is_saved(command: Cli) -> None:
-    from pgsuite.runtime.trainer import Trainer
+    from pgsuite.training.trainer import Trainer
 
     iterate, calls = Trainer.iterate, 0
 
@@ -520,7 +522,7 @@ horizon: 16
 def test_what_compiles_is_imported_where_it_is_used() -> None:
     """It takes a second, which a run as written would wait for."""
     heavy = {"sympy", "torch._dynamo", "torch._inductor"}
-    code = f"import sys, pgsuite.runtime.train; print({heavy} & sys.modules.keys())"
+    code = f"import sys, pgsuite.app.train; print({heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

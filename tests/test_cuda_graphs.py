@@ -17,16 +17,16 @@ from reads import NothingRead
 from tape import Tape
 from toys import ALL, PointMass, build, collector
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
+from pgsuite.app import schema
+from pgsuite.app.build import build as build_run
+from pgsuite.app.cli import CONFIGS
 from pgsuite.envs import make
+from pgsuite.execution.cuda_graphs import PATIENCE, Graphs, Slots, capture
 from pgsuite.rollout import EpisodeCollector
-from pgsuite.runtime import schema
-from pgsuite.runtime.build import build as build_run
-from pgsuite.runtime.cli import CONFIGS
-from pgsuite.runtime.cuda_graphs import PATIENCE, Graphs, Slots, capture
-from pgsuite.runtime.recovery import Recovery, clone
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.training.recovery import Recovery, clone
+from pgsuite.training.trainer import Trainer
 
 ITERATIONS = 6  # one allocates, two show that they are alike, and the next is recorded
 PARTS = 3  # collecting, learning and the digest
@@ -168,7 +168,7 @@ def test_what_cannot_be_captured_is_named_and_the_rest_is_captured(monkeypatch: 
     algorithm = build(Reinforce, env)
     with pytest.warns(UserWarning, match=r"collecting is .*: every 10 steps it is asked .*; with poll=16 it is not"):
         capture(Trainer(algorithm, collector(algorithm, env), 1_000), Tape)
-    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.warns(UserWarning, match="the digest of an iteration is not captured: 2 processes meet in it") as told:
         trainer(PPO, env, Tape)
     assert len(told) == PARTS

@@ -14,12 +14,12 @@ from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from toys import PointMass, build, collector, compile_by
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
+from pgsuite.execution.compile import Compiled, execute
+from pgsuite.execution.graph_split import Staged, compiled, described
 from pgsuite.functional import trust_region as tr
-from pgsuite.runtime.execution import Compiled, execute
-from pgsuite.runtime.staging import Staged, compiled, described
 from pgsuite.testing import random_actions
 from pgsuite.types import Batch, Metrics
 
@@ -248,7 +248,7 @@ def test_a_graph_is_not_taken_for_that_of_another_object_number_or_shape(monkeyp
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     env = PointMass(8)
     algorithm = build(A2C, env)
-    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(ValueError, match="for one process"):
         execute(algorithm, collector(algorithm, env), "compile")
     monkeypatch.undo()

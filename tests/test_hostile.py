@@ -12,8 +12,8 @@ import torch
 from test_export import save
 
 import pgsuite
-from pgsuite.runtime import checkpoint
-from pgsuite.runtime.schema import UserError
+from pgsuite.errors import UserError
+from pgsuite.training import checkpoint
 
 HARM = Path("broken_into")  # what a hostile file would make
 

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from pgsuite.language import corpus
-from pgsuite.language.grammar import Grammar, Review
-from pgsuite.language.scorer import KIND, VALUE, judge, score
-from pgsuite.language.tokens import BEGIN, PAD, STOP, Vocabulary
+from pgsuite.rlhf import corpus
+from pgsuite.rlhf.grammar import Grammar, Review
+from pgsuite.rlhf.scorer import KIND, VALUE, judge, score
+from pgsuite.rlhf.tokens import BEGIN, PAD, STOP, Vocabulary
 
 
 def test_probabilities_of_a_small_grammar_are_those_of_all_derivations_and_sum_to_one() -> None:

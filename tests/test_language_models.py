@@ -14,18 +14,18 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite import seeding
-from pgsuite.language import preferences
-from pgsuite.language.grammar import Grammar
-from pgsuite.language.model import WordModel
-from pgsuite.language.preferences import Preference, compare
-from pgsuite.language.pretraining import HeldOut, Pretraining, Size, encode, loss, pretrain
-from pgsuite.language.reward import Judge, RewardModel, best_of, best_of_kl
-from pgsuite.language.reward_training import RewardTraining, accuracy, calibration_error, fit, margins, reliability
-from pgsuite.language.tokens import STOP, Vocabulary
+from pgsuite.app import cli
+from pgsuite.errors import UserError
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.transformer import Transformer
-from pgsuite.runtime import cli
-from pgsuite.runtime.schema import UserError
+from pgsuite.rlhf import preferences
+from pgsuite.rlhf.grammar import Grammar
+from pgsuite.rlhf.model import WordModel
+from pgsuite.rlhf.preferences import Preference, compare
+from pgsuite.rlhf.pretraining import HeldOut, Pretraining, Size, encode, loss, pretrain
+from pgsuite.rlhf.reward import Judge, RewardModel, best_of, best_of_kl
+from pgsuite.rlhf.reward_training import RewardTraining, accuracy, calibration_error, fit, margins, reliability
+from pgsuite.rlhf.tokens import STOP, Vocabulary
 
 SMALL = {"width": 16, "layers": 1, "heads": 2}
 
@@ -242,7 +242,7 @@ def test_the_commands_of_the_demonstration_leave_models_that_load_and_say_what_t
 
 
 def test_rewards_are_zero_on_average_over_what_the_pretrained_model_writes(tmp_path: Path) -> None:
-    from pgsuite.language.reward_training import train_reward
+    from pgsuite.rlhf.reward_training import train_reward
 
     small = Pretraining(reviews=64, held_out=10, size=Size(**SMALL))
     model = pretrain(small, tmp_path, lambda line: None)

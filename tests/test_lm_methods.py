@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo
-from pgsuite.envs.language import LanguageEnv
 from pgsuite.functional import objectives, trust_region
 from pgsuite.nn.stateless import of_vector
-from pgsuite.rollout.generate import Generated
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.generation import Generated
 from pgsuite.types import Rollout, masked_mean
 
 RESPONSES = ["", "a", "b", "aa", "ab", "ba", "bb"]

@@ -10,9 +10,9 @@ from lm_worlds import Letters, collector, vowels
 from pgsuite import seeding
 from pgsuite.algorithms import PPO, TRPO
 from pgsuite.algorithms.reference import Reference
-from pgsuite.envs.language import LanguageEnv
-from pgsuite.nn.language import language_policy, load
 from pgsuite.nn.policy import Critic
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.policy import language_policy, load
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import torch
 from lm_worlds import Letters, build, collector, speaker, vowels, world
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
-from pgsuite.envs.language import LanguageEnv
+from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rollout import EpisodeTracker
 from pgsuite.testing import check_vector_env
 from pgsuite.types import Rollout

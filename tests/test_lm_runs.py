@@ -10,7 +10,7 @@ from test_cli import Cli
 from test_cli import command as command
 
 from pgsuite.nn.transformer import LanguageModel, Transformer
-from pgsuite.runtime import checkpoint
+from pgsuite.training import checkpoint
 
 PROMPTS = ["b", "cde", "gh", "fab"]
 TINY = [

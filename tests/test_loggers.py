@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
-from pgsuite.runtime.loggers import Csv, TensorBoard, WandB
-from pgsuite.runtime.schema import UserError, Wandb
+from pgsuite.errors import UserError
+from pgsuite.training.loggers import Csv, TensorBoard, WandB, Wandb
 
 SETTINGS = {"algo": "ppo", "algo.lr": 3e-4, "critic.recurrent": None, "policy.hidden": [64, 64], "checkpoint.every": 9}
 

@@ -15,15 +15,16 @@ from test_cli import TINY, Cli, command  # noqa: F401
 from torch import Tensor
 from toys import ALL, BRIEF, PointMass, build, collector, compile_by, put_back_alike
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.envs import make
 from pgsuite.envs.base import NotFiniteError
-from pgsuite.rollout import GenerationCollector, OverlappedCollector, StepCollector
-from pgsuite.runtime.execution import execute
-from pgsuite.runtime.recovery import Recovery, clone
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.execution.compile import execute
+from pgsuite.rlhf.generation import GenerationCollector
+from pgsuite.rollout import OverlappedCollector, StepCollector
+from pgsuite.training.recovery import Recovery, clone
+from pgsuite.training.trainer import Trainer
 from pgsuite.types import Rollout, Step
 
 CORRECTED: list[tuple[type[Algorithm], str]] = [
@@ -185,7 +186,7 @@ def test_generated_texts_and_several_processes_are_refused(monkeypatch: pytest.M
     texts = GenerationCollector.__new__(GenerationCollector)
     with pytest.raises(ValueError, match="env=rlhf's are not: leave it out"):
         OverlappedCollector(texts, algorithm.policy)
-    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(ValueError, match="for one process: leave torchrun"):
         overlapped(algorithm, env)
 

@@ -9,8 +9,8 @@ from toys import build, collector
 
 from pgsuite.algorithms import PPO, TRPO, Algorithm
 from pgsuite.envs import make
+from pgsuite.execution.precision import lower
 from pgsuite.nn.policy import Critic
-from pgsuite.runtime.precision import lower
 
 CPU = torch.device("cpu")
 MULTIPLIED = ("mm", "addmm", "bmm", "convolution", "convolution_backward")

@@ -18,10 +18,10 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 from toys import ALL, PointMass, build, collector
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
-from pgsuite.parallel import LostProcessError
-from pgsuite.runtime import checkpoint
+from pgsuite.distributed import LostProcessError
+from pgsuite.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 LONG = bool(os.environ.get("PGSUITE_LONG"))  # every method from end to end
@@ -74,7 +74,7 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     options: dict[str, Any] = {"minibatches": 2, "epochs": 3} if issubclass(cls, PPO) else {}
     options |= {"critic_minibatches": 2, "critic_epochs": 2} if issubclass(cls, NPG | Reinforce) else {}
     memory = {key: x for key, x in given.items() if key == "recurrent"}
-    env, rank, world = PointMass(8, max_episode_steps=20), parallel.rank(), parallel.size()
+    env, rank, world = PointMass(8, max_episode_steps=20), distributed.rank(), distributed.size()
     algorithm = build(cls, env, look=memory | {"recurrent_size": 8}, **options | given)
     acting = collector(algorithm, env)
     for part in (algorithm.reward_scale, *algorithm.critics):
@@ -89,7 +89,7 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for i in range(2):
         metrics = algorithm.iterate(Share())  # pyright: ignore[reportArgumentType]
-        found |= {f"{key} {i}": parallel.mean(x.double()) for key, x in metrics.items()}
+        found |= {f"{key} {i}": distributed.mean(x.double()) for key, x in metrics.items()}
     parts = {"policy": algorithm.policy, "rewards": algorithm.reward_scale.moments}
     parts |= {f"critic {i}": part for i, part in enumerate(algorithm.critics)}
     state = {f"{key}.{name}": x for key, part in parts.items() for name, x in part.state_dict().items()}
@@ -109,8 +109,8 @@ def learn_everything(folder: str, told: dict[str, str]) -> None:
 
     if not told:
         torch.randperm = in_pairs
-    with parallel.group():
-        ends = parallel.gather({name: learn(name) for name in CASES})
+    with distributed.group():
+        ends = distributed.gather({name: learn(name) for name in CASES})
         if ends is not None:
             torch.save(ends, Path(folder) / str(len(ends)))
 
@@ -143,13 +143,13 @@ def leave(folder: str, told: dict[str, str]) -> None:
     sys.modules.pop(late := "torch.distributed.nn.functional", None)  # the first optimizer brings it into a new process
     threads = [len(list(tasks.iterdir()))]
     try:
-        with parallel.group():
+        with distributed.group():
             threads.append(len(list(tasks.iterdir())))
             importlib.import_module(late)
-            if parallel.rank() == 1:
+            if distributed.rank() == 1:
                 sys.exit()
-            parallel.gather(torch.ones(1000))
-            parallel.gather(torch.ones(1000))
+            distributed.gather(torch.ones(1000))
+            distributed.gather(torch.ones(1000))
     except (LostProcessError, SystemExit) as error:
         lost = error
     threads.append(len(list(tasks.iterdir())))

@@ -9,7 +9,7 @@ import torch
 from test_cli import Cli
 from test_cli import command as command
 
-from pgsuite.runtime import checkpoint
+from pgsuite.training import checkpoint
 
 SMALL = ["env=CartPole", "num_envs=4", "horizon=8", "total_steps=640"]
 

@@ -16,7 +16,7 @@ from pgsuite.functional import trust_region as tr
 from pgsuite.nn.policy import Critic
 from pgsuite.nn.recurrent import GRU, LSTM, Recurrence
 from pgsuite.rollout import EpisodeCollector, StepCollector, minibatches
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.training.trainer import Trainer
 
 KINDS: list[Any] = ["gru", "lstm"]
 

@@ -22,9 +22,9 @@ from pgsuite.envs import Gym, make
 from pgsuite.envs import render as drawing
 from pgsuite.envs.render import camera, choose_gl, drawn, picture
 from pgsuite.envs.tasks.mujoco import ASSETS, unwarned
-from pgsuite.runtime.schema import UserError
-from pgsuite.runtime.video import Gif, filming
+from pgsuite.errors import UserError
 from pgsuite.testing import random_actions
+from pgsuite.training.video import Gif, filming
 
 pytest.importorskip("pygame", reason="needs the video extra")
 

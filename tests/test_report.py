@@ -14,12 +14,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from pgsuite.runtime import statistics
-from pgsuite.runtime.report import report
-from pgsuite.runtime.report.runs import find, group
-from pgsuite.runtime.report.scores import ALL, comparisons, overall, scores
-from pgsuite.runtime.schema import UserError
-from pgsuite.runtime.statistics import interquartile_mean, interval, probability_of_improvement
+from pgsuite.errors import UserError
+from pgsuite.report import report, statistics
+from pgsuite.report.runs import find, group
+from pgsuite.report.scores import ALL, comparisons, overall, scores
+from pgsuite.report.statistics import interquartile_mean, interval, probability_of_improvement
 
 VERSIONS = {"python": "3.11.7", "pgsuite": "0.1.0", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "4.0.0"}
 
@@ -38,7 +37,7 @@ def make_run(
     """A run directory as training leaves it; ``columns``: with the clock among the metrics."""
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
-        "_target_": "pgsuite.runtime.schema.Run",
+        "_target_": "pgsuite.app.schema.Run",
         "seed": seed,
         "total_steps": 1000,
         "algo": {"_target_": f"pgsuite.algorithms.{algo}.{algo.upper()}", "lr": 0.001},

@@ -14,10 +14,10 @@ from test_cli import TINY, Cli, command, finished, own_run  # noqa: F401
 from toys import ALL, BRIEF, PointMass, build, collector, put_back_alike
 
 from pgsuite.algorithms import PPO
-from pgsuite.runtime import checkpoint
-from pgsuite.runtime.recovery import Recovery, clone
-from pgsuite.runtime.schema import UserError
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.errors import UserError
+from pgsuite.training import checkpoint
+from pgsuite.training.recovery import Recovery, clone
+from pgsuite.training.trainer import Trainer
 
 RUN = ["env=CartPole", "hydra.run.dir=run", *TINY, "checkpoint.every=250"]
 

@@ -15,7 +15,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GAE
 from pgsuite.nn.schedules import Adaptive, parse
 from pgsuite.rollout import EpisodeCollector
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from pgsuite.runtime import cli, sweeps
-from pgsuite.runtime.train import train
+from pgsuite.app import cli, sweeps
+from pgsuite.app.train import train
 
 TINY = ["env=CartPole", "num_envs=2", "horizon=16"]
 

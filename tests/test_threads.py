@@ -10,8 +10,8 @@ import yaml
 from omegaconf import DictConfig
 from test_cli import TINY, Cli, command  # noqa: F401
 
+from pgsuite.app import threads
 from pgsuite.envs.physics import mujoco_batch
-from pgsuite.runtime import threads
 
 CHEETAH = ["env=HalfCheetah", "env.max_episode_steps=30", *TINY, "total_steps=200"]
 

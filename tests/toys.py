@@ -20,8 +20,8 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinf
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import Collector
-from pgsuite.runtime import checkpoint
-from pgsuite.runtime.trainer import Trainer
+from pgsuite.training import checkpoint
+from pgsuite.training.trainer import Trainer
 from pgsuite.types import Step
 
 ALL: list[type[Algorithm]] = [Reinforce, A2C, PPO, PPOPenalty, NPG, TRPO]

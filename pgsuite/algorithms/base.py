@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.algorithms.reference import Reference
 from pgsuite.functional import objectives
@@ -138,7 +138,7 @@ class Algorithm(Scheduled, ABC):
         """How far the policy has moved from the one that began to learn: their mean KL over real cells, estimated from
         the actions."""
         log_ratio = objectives.log_ratio(self.policy.dist(seen).log_prob(seen.action), seen.logp)
-        return parallel.mean(masked_mean(self.weighed(objectives.sampled_kl(log_ratio), seen), seen.mask))
+        return distributed.mean(masked_mean(self.weighed(objectives.sampled_kl(log_ratio), seen), seen.mask))
 
     @property
     def reads(self) -> str | None:

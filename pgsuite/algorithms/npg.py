@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic, Regression
 from pgsuite.functional import objectives, trust_region
 from pgsuite.nn.optim import Optimizer
@@ -61,7 +61,7 @@ class NPG(ActorCritic, Regression):
         @torch.no_grad()
         def attempt(fraction: Tensor) -> tuple[Tensor, Tensor]:
             gain, kl = outcome(start + fraction.unsqueeze(-1) * step)
-            return parallel.mean(gain), parallel.mean(kl)
+            return distributed.mean(gain), distributed.mean(kl)
 
         direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
         image = product(direction)
@@ -74,8 +74,8 @@ class NPG(ActorCritic, Regression):
         with torch.no_grad():
             gain, kl = outcome(moved)
         return metrics | {
-            "improvement": parallel.mean(gain),
-            "kl": parallel.mean(kl),
+            "improvement": distributed.mean(gain),
+            "kl": distributed.mean(kl),
             "accepted": accepted.to(start.dtype),
             "step_fraction": fraction.where(accepted, 0.0),
             "step_norm": (moved - start).norm(),

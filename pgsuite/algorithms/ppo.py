@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.algorithms.a2c import A2C
 from pgsuite.functional import objectives
 from pgsuite.nn.optim import Kind
@@ -56,7 +56,7 @@ class PPO(A2C):
         strayed = torch.zeros_like(batch.mask[0, 0])
         while len(epochs) < self.epochs:
             if epochs and self.target_kl is not None:
-                strayed = strayed | (parallel.mean(epochs[-1]["kl"]) > self.target_kl)
+                strayed = strayed | (distributed.mean(epochs[-1]["kl"]) > self.target_kl)
                 if self.early_stop == "read" and bool(strayed):
                     break
             batch = self.credit(rollout) if epochs and self.recompute_advantage else batch

@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.functional import objectives
-from pgsuite.nn.language import TokenHead, twin
 from pgsuite.nn.policy import Policy
 from pgsuite.types import Batch, Metrics, Rollout
 
@@ -40,9 +39,7 @@ class Reference(nn.Module):
         horizon: int = 10_000,
     ) -> None:
         super().__init__()
-        self.policy = twin(policy).requires_grad_(False)
-        if isinstance(self.policy.head, TokenHead):
-            self.policy.head.top_p = 1.0
+        self.policy = policy.frozen_copy()
         self.penalty, self.target, self.horizon = penalty, target, horizon
         self.register_buffer("coef", torch.tensor(float(coef), device=next(policy.parameters()).device))
 
@@ -70,8 +67,8 @@ class Reference(nn.Module):
     @torch.no_grad()
     def adapt(self, rollout: Rollout) -> Metrics:
         """Let the price follow what was strayed in a rollout that was compared, and say how much that was."""
-        episodes = parallel.total((rollout.done & rollout.mask).sum().to(rollout.reward))
-        strayed = parallel.total(self.strayed(rollout).sum()) / episodes.clamp(min=1.0)
+        episodes = distributed.total((rollout.done & rollout.mask).sum().to(rollout.reward))
+        strayed = distributed.total(self.strayed(rollout).sum()) / episodes.clamp(min=1.0)
         metrics = {"reference_kl": strayed, "reference_coef": self.coef.clone()}
         if self.target is not None:
             error = (strayed / self.target - 1).clamp(-0.2, 0.2)

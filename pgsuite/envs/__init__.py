@@ -3,7 +3,6 @@
 from pgsuite.envs.base import BrokenEnvError, VectorEnv
 from pgsuite.envs.envpool_env import EnvPool
 from pgsuite.envs.gym_env import Gym, GymEnv
-from pgsuite.envs.language import Language, LanguageEnv
 from pgsuite.envs.make import make
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.torch_env import TorchNative, TorchNativeEnv
@@ -13,8 +12,6 @@ __all__ = [
     "EnvPool",
     "Gym",
     "GymEnv",
-    "Language",
-    "LanguageEnv",
     "TaskEnv",
     "TorchNative",
     "TorchNativeEnv",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgsuite import parallel
+from pgsuite import distributed
 
 Discount = float | Tensor
 
@@ -102,8 +102,8 @@ def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
     """At each time [T, N], the mean return of the *other* live environments: a baseline that depends on nothing the
     environment itself did, hence unbiased.  Where no other is live it is zero."""
     returns, live = returns.where(mask, 0.0), mask.to(returns.dtype)
-    others = parallel.total(returns.sum(1, keepdim=True)) - returns
-    count = parallel.total(live.sum(1, keepdim=True)) - live
+    others = distributed.total(returns.sum(1, keepdim=True)) - returns
+    count = distributed.total(live.sum(1, keepdim=True)) - live
     return others / count.clamp(min=1.0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from pgsuite import parallel
+from pgsuite import distributed
 
 D = TypeVar("D")
 Product = Callable[[Tensor], Tensor]  # v [P] -> A v [P]
@@ -36,7 +36,7 @@ def assign(params: Sequence[Tensor], vector: Tensor) -> None:
 
 def flat_grad(y: Tensor, params: Sequence[Tensor], *, retain_graph: bool = False) -> Tensor:
     """[P], the gradient of y averaged over processes; zero for parameters that y does not depend on."""
-    return parallel.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph, materialize_grads=True)))
+    return distributed.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph, materialize_grads=True)))
 
 
 def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Product:
@@ -106,7 +106,7 @@ def gauss_newton_product(
         across = torch.stack([(x * y).sum() for x, y in zip(slopes, tangents, strict=True)]).sum()
         curved = torch.autograd.grad(-across, numbers(p), retain_graph=True, materialize_grads=True)
         back = torch.autograd.grad(numbers(model), at, curved, retain_graph=True)
-        return parallel.mean(back[0]) + damping * v
+        return distributed.mean(back[0]) + damping * v
 
     return product
 

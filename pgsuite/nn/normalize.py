@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.types import ACTION_MASK, Obs, moments
 
 
@@ -32,9 +32,9 @@ class RunningMoments(nn.Module):
         """Take in x [..., *shape] where mask [...] is true."""
         weight = mask.reshape(-1, *[1] * self.mean.ndim)
         x = x.reshape(-1, *self.mean.shape).where(weight, 0.0)
-        n = parallel.total(mask.sum().double())
-        mean = parallel.total(x.sum(0)) / n.clamp(min=1.0)
-        var = parallel.total(((x - mean) ** 2).where(weight, 0.0).sum(0)) / n.clamp(min=1.0)
+        n = distributed.total(mask.sum().double())
+        mean = distributed.total(x.sum(0)) / n.clamp(min=1.0)
+        var = distributed.total(((x - mean) ** 2).where(weight, 0.0).sum(0)) / n.clamp(min=1.0)
         total, delta = self.count + n, mean - self.mean
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.scale.copy_((self.var + 1e-8).rsqrt())

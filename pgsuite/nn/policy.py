@@ -3,6 +3,7 @@ memory look at obs alone, and those with one want [T, N] cells, in time order.""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Unpack
@@ -85,6 +86,10 @@ class Policy(Network):
         dist = self.distribution(features, obs)
         action = pick(dist)
         return Choice(action, dist.log_prob(action), memory)
+
+    def frozen_copy(self) -> Policy:
+        """A copy that stays as it is: without gradients, and untouched by later updates of this policy."""
+        return copy.deepcopy(self).requires_grad_(False)
 
     def watch(self) -> Metrics:
         """What a practitioner keeps an eye on."""

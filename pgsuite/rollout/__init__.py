@@ -3,7 +3,6 @@
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.rollout.collect import Collector, EpisodeCollector, StepCollector
 from pgsuite.rollout.episodes import EpisodeTracker
-from pgsuite.rollout.generate import GenerationCollector, collector_of
 from pgsuite.rollout.minibatches import minibatches
 from pgsuite.rollout.overlap import OverlappedCollector
 
@@ -11,10 +10,8 @@ __all__ = [
     "Collector",
     "EpisodeCollector",
     "EpisodeTracker",
-    "GenerationCollector",
     "OverlappedCollector",
     "RolloutBuffer",
     "StepCollector",
-    "collector_of",
     "minibatches",
 ]

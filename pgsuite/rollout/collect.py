@@ -20,6 +20,7 @@ class Collector(ABC):
     """Runs a policy for up to T = horizon steps in N environments, sampling from a generator of its own."""
 
     whole_episodes = False
+    supports_overlap = True  # whether another thread may collect while the policy learns
     stale = False  # whether an earlier policy than the one that learns may have acted
     reads: str | None = None  # what is read back to the host while collecting, and how not to; None where nothing is
 

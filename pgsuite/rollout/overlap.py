@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from pgsuite import parallel
+from pgsuite import distributed
 from pgsuite.functional import objectives
 from pgsuite.nn.policy import Policy
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.rollout.collect import Collector
-from pgsuite.rollout.generate import GenerationCollector
 from pgsuite.types import Rollout
 
 
@@ -34,9 +33,11 @@ class OverlappedCollector(Collector):
 
     def __init__(self, inner: Collector, policy: Policy) -> None:
         """Raises ValueError for generated texts, and where there are several processes."""
-        if isinstance(inner, GenerationCollector):
-            raise ValueError("overlap=true is for environments that are stepped, and env=rlhf's are not: leave it out")
-        if parallel.size() > 1:
+        if not inner.supports_overlap:
+            raise ValueError(
+                f"overlap=true does not work with {inner.env.name}, whose rollouts are generated: leave it out"
+            )
+        if distributed.size() > 1:
             raise ValueError("overlap=true is for one process: leave torchrun, or leave it out")
         self.inner, self.env, self.horizon = inner, inner.env, inner.horizon
         self.whole_episodes, self.reads = inner.whole_episodes, inner.reads

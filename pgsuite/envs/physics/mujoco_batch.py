@@ -11,13 +11,13 @@ import torch
 from mujoco import batch
 from torch import Tensor
 
-from pgsuite import parallel
+from pgsuite import distributed
 
 
 def usable_cores() -> int:
     """How many cores are this process' own, where several share a machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // parallel.local_size())
+    return max(1, cores // distributed.local_size())
 
 
 class BatchPhysics:

@@ -1,0 +1,1 @@
+"""Applications: from a configuration to a run directory, and what can be done with one."""

@@ -1,0 +1,282 @@
+"""From a composed configuration to a trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import keyword
+import platform
+import subprocess
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import pgsuite
+from pgsuite import distributed, seeding
+from pgsuite.algorithms.base import Algorithm
+from pgsuite.algorithms.reference import Reference
+from pgsuite.app.schema import Run, locate
+from pgsuite.envs import VectorEnv, make
+from pgsuite.envs.spaces import to_data
+from pgsuite.errors import UserError
+from pgsuite.execution.compile import execute
+from pgsuite.execution.cuda_graphs import capture
+from pgsuite.execution.precision import lower
+from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
+from pgsuite.nn.policy import Critic, Policy
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.policy import TokenBody, language_policy, load
+from pgsuite.rollout import OverlappedCollector
+from pgsuite.settings import closest
+from pgsuite.training.trainer import Trainer
+
+
+def container(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as plain dictionaries, lists, words and numbers."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def construct(settings: Any, where: str, **parts: Any) -> Any:
+    """The dataclass that settings name in ``_target_``, made from them and from the parts that it has fields for.
+
+    Null where the class makes its own default, such as an estimator that no group has filled, stands for that default.
+    Raises UserError for unknown settings and for whatever ValueError the class raises.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(f"{where} must be settings by name, such as {where}.<name>=..., got {settings!r}")
+    if "_target_" not in settings:
+        raise UserError(f"{where} names no class: its configuration needs /schema/<package.Class> in its defaults list")
+    cls = locate(settings["_target_"])
+    known, arguments = {f.name: f for f in fields(cls) if f.init}, {}
+    for key, value in settings.items():
+        name = f"{key}_" if keyword.iskeyword(key) else key
+        if isinstance(value, dict) and "_target_" in value:
+            arguments[name] = construct(value, f"{where}.{key}")
+        elif name in known and not (value is None and known[name].default_factory is not MISSING):
+            arguments[name] = value
+        elif name not in known and key != "_target_":
+            raise UserError(f"no setting {key!r} in {where}; {closest(key, known.keys() - parts.keys())}")
+    try:
+        return cls(**arguments, **{name: part for name, part in parts.items() if name in known})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def settings_of(cfg: DictConfig) -> Run:
+    """The settings outside method and environment, checked.  Raises UserError."""
+    plain = container(cfg)
+    parts = [f.name for f in fields(Run) if f.default_factory is not MISSING and f.name in plain]
+    nodes = {name: construct(plain.pop(name), name) for name in parts}
+    return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is CUDA where there is one; of several processes on a machine, each takes a CUDA device of its own.  Raises
+    UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"no device {name!r}: auto, cpu, cuda or cuda:<number>") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"no device {name!r}: auto, cpu, cuda or cuda:<number>")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}, but torch {torch.__version__} sees no CUDA device: use device=cpu or auto")
+    processes, devices = distributed.local_size(), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= devices:
+        raise UserError(f"device={name}, but there are only {devices} CUDA devices")
+    if device.type == "cuda" and processes > 1:
+        if device.index is not None:
+            raise UserError(f"device={name} is one device, and {processes} processes want one each: use device=cuda")
+        if processes > devices:
+            raise UserError(
+                f"{processes} processes want a CUDA device each, and there are {devices}: use "
+                f"--nproc-per-node={devices}, or device=cpu"
+            )
+        device = torch.device("cuda", distributed.local_rank())
+        torch.cuda.set_device(device)
+    return device
+
+
+def share(num_envs: int) -> int:
+    """How many of all environments are this process' own.  Raises UserError if they do not divide."""
+    processes = distributed.size()
+    if num_envs % processes:
+        near = [n for n in (num_envs - num_envs % processes, num_envs + -num_envs % processes) if n]
+        raise UserError(
+            f"num_envs={num_envs}, which counts those of all {processes} processes, does not divide among them; "
+            f"near ones that do: {', '.join(map(str, near))}"
+        )
+    return num_envs // processes
+
+
+def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) -> VectorEnv:
+    """The environments of a configuration.  Raises UserError for options that make no sense."""
+    task = construct(container(cfg.env), "env")
+    try:
+        seed = seeding.of_process(run.seed, distributed.rank())
+        return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_policy(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
+) -> Policy:
+    """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
+    options = dict(vars(run.policy))
+    language = dict(vars(options.pop("language")))
+    if path := language.pop("model"):
+        policy = language_policy(*load(path), **language)
+        if policy.head.inputs != int(getattr(action_space, "n", 0)):
+            raise ValueError(
+                f"the language model of policy.language.model knows {policy.head.inputs} tokens, and actions are "
+                f"{action_space}"
+            )
+        return policy
+    if set(language.items()) != {("temperature", 1.0), ("top_p", 1.0), ("frozen", 0)}:
+        raise ValueError("policy.language is for language models: give policy.language.model, or leave it out")
+    norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
+    return Policy(norm, action_space, **options, generator=generator)
+
+
+def spaces_of(env: VectorEnv) -> dict[str, Any]:
+    """What its observations are before they become tensors, and its actions, as a checkpoint holds them."""
+    return {"observation": to_data(getattr(env, "space", env.observation_space)), "action": to_data(env.action_space)}
+
+
+def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
+    """Policy and critic, on the environments' device, sharing their observation statistics."""
+    generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
+    try:
+        policy = build_policy(env.observation_space, env.action_space, run, generator)
+        if isinstance(env, LanguageEnv) and not isinstance(policy.body, TokenBody):
+            raise ValueError("responses are written by language models: give policy.language.model")
+        options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
+        options["recurrent"] = run.critic.recurrent or run.policy.recurrent
+        if isinstance(policy.body, TokenBody) and not run.critic.shared:
+            options["body"] = policy.body.another("critic")
+        critic = Critic(policy.obs_norm, **options, generator=generator)
+    except ValueError as error:
+        raise UserError(f"{env.name}: {error}") from error
+    return policy.to(env.device), critic.to(env.device)
+
+
+def build(cfg: DictConfig) -> Trainer:
+    """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
+    run = settings_of(cfg)
+    torch.set_num_threads(int(run.torch_threads))
+    device = pick_device(run.device)
+    env = build_env(cfg, run, share(run.num_envs), device)
+    seed = seeding.of_process(run.seed, distributed.rank())
+    policy, critic = build_networks(env, run)
+    reward_scale = None
+    if run.scale_reward or run.whiten_reward:
+        kind = WhitenReward if run.whiten_reward else RewardScale
+        reward_scale = kind(env.num_envs, run.clip_reward).to(device)
+    reference = dict(vars(run.reference))
+    algorithm: Algorithm = construct(
+        container(cfg.algo),
+        "algo",
+        policy=policy,
+        critic=critic,
+        generator=seeding.generator(seed, "minibatches", device),
+        reward_scale=reward_scale,
+        reference=None if reference["coef"] is None else Reference(policy, **reference),
+    )
+    horizon = run.horizon or env.max_episode_steps
+    if horizon is None:
+        raise UserError(
+            f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
+        )
+    try:
+        lower(algorithm, env.device, run.precision)
+        collector = getattr(env, "collector", algorithm.collector)(env, horizon, seed)
+        if run.overlap and run.execution == "cuda_graph":
+            raise ValueError("overlap=true and execution=cuda_graph exclude each other: leave one of them out")
+        collector = OverlappedCollector(collector, policy) if run.overlap else collector
+        execution = execute(algorithm, collector, run.execution)
+        trainer = Trainer(algorithm, collector, run.total_steps, execution=execution)
+    except ValueError as error:
+        each = f" (in each of {distributed.size()} processes)" if distributed.size() > 1 else ""
+        raise UserError(f"{error}{each}") from error
+    if run.execution == "cuda_graph":
+        capture(trainer)
+    return trainer
+
+
+def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
+    """Raise UserError unless all processes begin with the same settings, the same steps behind, and the same
+    parameters and statistics, bit for bit."""
+    if distributed.size() == 1:
+        return
+    digest = hashlib.sha256()
+    for module in trainer.algorithm.parts.values():
+        for name, x in module.state_dict().items():
+            if name.split(".")[-1] != "carry":  # what its own environments are at
+                digest.update(name.encode() + x.cpu().numpy().tobytes())
+    mine = {"settings": container(cfg), "steps": trainer.steps, "parameters": digest.hexdigest()}
+    theirs = distributed.broadcast(mine)
+    for what, value in mine.items():
+        if distributed.any_of(value != theirs[what]):
+            raise UserError(
+                f"the {what} of {distributed.size()} processes differ at the start: give each the same command, the "
+                "same run to resume, and the same versions of python, torch and pgsuite"
+            )
+
+
+GRAPHS, COMPILED = "replayed as CUDA graphs after a few iterations", "compiled, which makes the first iteration long"
+
+
+def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
+    """One line on the environment, one on the networks."""
+    policy, env = trainer.algorithm.policy, trainer.collector.env
+    critic = getattr(trainer.algorithm, "critic", None)
+    head = type(policy.head).__name__.removesuffix("Head").lower()
+    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters() if p.requires_grad)
+    words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
+    if critic is not None:
+        words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")
+    words.append(f"{count:,} parameters on {env.device}")
+    words += ["observations standardized"] if run.standardize_obs else []
+    words += ["rewards scaled"] if run.scale_reward else []
+    words += [f"layers in {run.precision}"] if run.precision != "float32" else []
+    words += ["collecting beside learning"] if run.overlap else []
+    words += [{"cuda_graph": GRAPHS, "compile": COMPILED, "eager": "run as written"}[trainer.execution]]
+    words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
+    each = f" | so in each of {distributed.size()} processes" if distributed.size() > 1 else ""
+    return f"env {env.description}{each}", " | ".join(words)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on."""
+    found = {"python": platform.python_version(), "pgsuite": pgsuite.__version__}
+    others = ("mujoco-warp", "warp-lang", "envpool", "ale-py", "transformers")
+    for package in ("torch", "gymnasium", "mujoco", "numpy", *others):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout that this code runs from, if it is one, with a plus where the code differs from it."""
+    root = Path(pgsuite.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps within a repository of something else
+        return None
+    git = ["git", "-C", str(root)]
+    with suppress(OSError, subprocess.CalledProcessError):
+        described = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False)
+        return described.stdout.strip() + "+" * bool(changed.returncode)
+    return None

@@ -1,0 +1,165 @@
+"""Command lines: Hydra composes, and whatever the user got wrong is said in one message without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pgsuite import distributed
+from pgsuite.app import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
+from pgsuite.distributed import LostProcessError
+from pgsuite.envs.base import BrokenEnvError
+from pgsuite.errors import UserError
+from pgsuite.settings import closest
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LONGEST = 500  # characters of a message
+MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
+UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
+LOST = (
+    "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
+    "resume=auto goes on from there, and torchrun --max-restarts=3 has it do so by itself"
+)
+
+
+def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = False) -> None:
+    """Run task with the configuration named, overridden from the command line; under torchrun, only if it is for
+    several ``processes``.
+
+    Exits with 1 and one message for what the user can mend, with 130 when interrupted.  HYDRA_FULL_ERROR=1 shows
+    tracebacks instead.
+    """
+    verbose = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
+    schema.register()
+    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _replacing(argument)]
+    composed = False
+
+    def guarded(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except MENDABLE as error:
+            if distributed.size() > 1:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut off what is said
+            if verbose:
+                raise
+            # What ended one process ends the others, so the first to notice speaks for all.
+            sys.exit(f"error: {shorten(explain(error))}" if distributed.first("error") else 1)
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            if verbose or composed:
+                raise
+            remedy = UNNAMED if "group override" in str(error) else ""  # where Hydra's own words help nobody
+            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}{remedy}")
+
+    # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        nonlocal composed
+        composed = True
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return _one_of_many(task, cfg)
+        return guarded(lambda: task(cfg))
+
+    def compose() -> None:
+        if distributed.size() > 1:
+            _divide(processes)
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
+
+    def together() -> None:
+        with distributed.group():
+            guarded(compose)  # who speaks for all is settled among the members
+
+    try:
+        guarded(together)
+    finally:
+        if not verbose:
+            os.environ.pop("HYDRA_FULL_ERROR", None)  # or whatever this process starts later would show tracebacks
+
+
+def _divide(processes: bool) -> None:
+    """Have the first of several processes alone speak, and make a run directory."""
+    if not processes:
+        raise UserError(f"{sys.argv[0]} is not for torchrun, which is for training: start it with python")
+    if {"-m", "--multirun"} & set(sys.argv):
+        raise UserError("torchrun trains one run in several processes: leave out -m, or start a sweep with python")
+    if distributed.rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+
+
+def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """A job of a sweep.  What fails is said at once and by Hydra at the end, when the others have had their turn."""
+    try:
+        return task(cfg)
+    except MENDABLE as error:
+        hydra_cfg = HydraConfig.get()
+        job = f"job {hydra_cfg.job.num} ({' '.join(hydra_cfg.overrides.task)})"
+        print(f"error: {job}: {shorten(explain(error))}", file=sys.stderr, flush=True)
+        raise UserError(f"{job} failed, and perhaps others, as said above: {explain(error)}") from None
+
+
+def _replacing(argument: str) -> list[str]:
+    """A schedule given on the command line stands for what a recipe says; Hydra would merge the two."""
+    setting, given, value = argument.partition("=")
+    return [f"{setting}=null", argument] if given and setting.startswith("algo.") and value[:1] == "{" else [argument]
+
+
+def shorten(message: str) -> str:
+    """A message that repeats no more of what was given than a person reads."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 4]} ..."
+
+
+def explain(error: BaseException) -> str:
+    """One message: what was wrong, where, and what would be right."""
+    if isinstance(error, UserError | BrokenEnvError):
+        return str(error)
+    if isinstance(error, LostProcessError):
+        return LOST.format(error)
+    chain = [error]
+    while (following := chain[-1].__cause__) is not None:
+        chain.append(following)
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, MissingConfigException):
+            return _missing(link)
+        if isinstance(link, OmegaConfBaseException):
+            return _value(link)
+    if isinstance(error, OSError):
+        return f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}"
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _missing(error: MissingConfigException) -> str:
+    """An unknown choice of a group, such as env=HalfCheeta."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return " ".join(str(error).split())
+    return f"no {group} {name!r}; {closest(name, error.options or [])}"
+
+
+def _value(error: OmegaConfBaseException) -> str:
+    """An unknown key or a value of the wrong type."""
+    key = str(error.full_key or error.key)
+    parent, _, name = key.rpartition(".")
+    node = error.parent_node
+    if isinstance(node, DictConfig) and name not in node:
+        options = [str(option) for option in node if not str(option).startswith("_")]
+        where = f" in {parent}" if parent else ""
+        return f"no setting {name!r}{where}; {closest(name, options)}"
+    first = str(error.msg or error).splitlines()[0]
+    return f"{key}: {first}" if key else first

@@ -1,0 +1,166 @@
+"""How good a policy is: whole episodes, a fixed number per environment, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from pgsuite import seeding, settings
+from pgsuite.app.build import build_env, construct, container, settings_of, versions
+from pgsuite.app.policy_io import restore
+from pgsuite.app.schema import Run, locate
+from pgsuite.envs import Gym, VectorEnv
+from pgsuite.nn.policy import Policy
+from pgsuite.settings import Count, Natural
+from pgsuite.training import checkpoint
+from pgsuite.training.callbacks import console
+from pgsuite.training.video import Gif, filming, lens, log_gif
+
+Match = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
+
+
+@dataclass(kw_only=True)
+class Playing:
+    """The settings of an evaluation."""
+
+    run: str = ""  # a run directory, or one checkpoint of it
+    episodes: Count = 20
+    deterministic: bool = True
+    seed: Natural = 0
+    video: str | None = None  # of the first episode: a file, mp4 or GIF by its suffix, or tensorboard
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="")
+        if not self.run:
+            raise ValueError("run must be a run directory, such as run=runs/ppo-HalfCheetah/...")
+
+
+@torch.no_grad()
+def play(
+    policy: Policy,
+    env: VectorEnv,
+    generator: torch.Generator,
+    *,
+    deterministic: bool,
+    watch: Callable[[], None] = lambda: None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return and length, each [N], of one whole episode in every environment.
+
+    One each, rather than the first that happen to finish, so that short episodes are not favoured.  ``watch`` is
+    called before each step of the first environment's.
+    """
+    obs, memory = env.reset(), policy.blank(env.num_envs)
+    start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
+    live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
+    lengths = torch.zeros_like(returns)
+    while bool(live.any()):
+        if bool(live[0]):
+            watch()
+        choice = policy.act(obs, memory, start, generator, deterministic=deterministic)
+        step = env.step(choice.action)
+        returns += step.reward.double().where(live, 0.0)
+        lengths += live
+        start = step.done
+        live = live & ~start
+        obs, memory = step.obs, choice.memory
+    return returns, lengths
+
+
+def arena(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> VectorEnv:
+    """Environments to play in: on a CPU, where auto is the float64 back end, and seeing themselves if they are to be
+    filmed."""
+    run, cpu = replace(run, backend="auto"), torch.device("cpu")
+    if film and locate(cfg.env._target_) is Gym and not cfg.env.native:
+        cfg = copy.deepcopy(cfg)
+        cfg.env.workers = 0  # it draws itself in this process, if it can
+        first: Any = build_env(cfg, run, 1, cpu)
+        if "rgb_array" in first.vec.metadata.get("render_modes", ()):
+            cfg.env.options.render_mode = "rgb_array"
+    return build_env(cfg, run, episodes, cpu)
+
+
+def match(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
+    """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
+    made."""
+    wanted, stream = run.evaluation, "evaluation"
+    own = replace(run, seed=seeding.number(run.seed, stream))
+
+    def place(steps: int) -> str:
+        return "tensorboard" if wanted.video == "tensorboard" else str(folder / f"{steps:012d}.{wanted.video}")
+
+    if wanted.video_every is not None:
+        if wanted.video != "tensorboard":
+            folder.mkdir(exist_ok=True)
+        lens(arena(cfg, own, 1, film=True), place(0))
+
+    def play_both(policy: Policy, steps: int, film: bool) -> dict[str, float]:
+        env, generator = arena(cfg, own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
+        policy, found = policy.to(env.device), {}
+        for prefix, deterministic in (("", True), ("stochastic_", False)):
+            shot = filming(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
+            with shot as watch:
+                returns, lengths = play(policy, env, generator, deterministic=deterministic, watch=watch)
+            found |= {
+                f"{prefix}return": float(returns.mean()),
+                f"{prefix}return_std": float(returns.std(correction=0)),
+                f"{prefix}length": float(lengths.mean()),
+            }
+        return found
+
+    return play_both
+
+
+def unseen() -> nullcontext[Callable[[], None]]:
+    return nullcontext(lambda: None)
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
+    wanted: Playing = construct(container(cfg), "the evaluation")
+    say = console().print
+    restored = restore(wanted.run, say)
+    trained = DictConfig(restored.config)
+    run = replace(settings_of(trained), seed=wanted.seed)
+    torch.set_num_threads(int(run.torch_threads))
+    env = arena(trained, run, wanted.episodes, film=wanted.video is not None)
+    generator = seeding.generator(wanted.seed, "acting")
+    folder = checkpoint.run_of(restored.path)
+
+    def show(film: Gif) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        with SummaryWriter(str(folder)) as writer:
+            log_gif(writer, film, restored.steps)
+
+    with filming(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
+        returns, lengths = play(restored.policy, env, generator, deterministic=wanted.deterministic, watch=watch)
+    mean, std = float(returns.mean()), float(returns.std(correction=0))
+    result: dict[str, Any] = {
+        "checkpoint": restored.path.name,
+        "steps": restored.steps,
+        "episodes": wanted.episodes,
+        "deterministic": wanted.deterministic,
+        "seed": wanted.seed,
+        "return_mean": mean,
+        "return_std": std,
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+        "backend": env.backend,
+        "versions": versions(),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    how = "deterministic" if wanted.deterministic else "stochastic"
+    say(
+        f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "
+        f"{float(lengths.mean()):,.1f} steps each | "
+        f"{env.description} | checkpoint at {restored.steps:,} steps",
+        highlight=False,
+    )

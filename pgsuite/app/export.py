@@ -1,0 +1,322 @@
+"""A policy as one file that runs without this suite: ONNX, or a torch.export program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from pgsuite import seeding, settings
+from pgsuite.app.build import construct, container, versions
+from pgsuite.app.policy_io import Restored, restore
+from pgsuite.envs.spaces import is_image, leaves, native_action, to_data
+from pgsuite.errors import UserError
+from pgsuite.nn.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Drawn,
+    Gaussian,
+    MultiCategorical,
+    Squashed,
+)
+from pgsuite.settings import Natural, Positive
+from pgsuite.training import checkpoint
+from pgsuite.training.callbacks import console
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+TOLERANCE = 1e-5  # of every output, relative to its size where that is above one
+SIZES, STEPS = (1, 7, 32), 6  # what is compared: batches, and steps that a memory is carried over
+METADATA = "pgsuite"  # where in the file the metadata are
+Named = dict[str, Tensor]
+Run = Callable[[Named], Named]
+
+
+@dataclass(kw_only=True)
+class Export:
+    """The settings of an export."""
+
+    run: str = ""  # a run directory, or one checkpoint of it
+    format: Literal["onnx", "torch"] = "onnx"
+    to: str | None = None  # the file; null puts it beside the run's other results
+    seed: Natural = 0  # of the observations that the file is tried on
+    tolerance: Positive = TOLERANCE  # a greater difference from the policy is an error
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="")
+        if not self.run:
+            raise ValueError("run must be a run directory, such as run=runs/ppo-HalfCheetah/...")
+
+
+class Portable(nn.Module):
+    """A policy as a function of named tensors, of what an environment gives and takes.
+
+    In: ``obs`` [N, *O], or each part of a dictionary by its path; ``memory`` [N, H] of policies that remember, zero
+    at the start of an episode; ``noise`` [N, K] that follows ``law``.  Out: ``action`` [N, *A], the likeliest;
+    ``sample`` [N, *A], what the noise stands for; the distribution's parameters; ``next_memory`` [N, H].
+
+    Beta distributions and heads from elsewhere may have no such function of noise: they come without it and ``sample``.
+    """
+
+    def __init__(self, restored: Restored) -> None:
+        super().__init__()
+        self.policy, self.interface = restored.policy, restored.interface
+        self.parts = {path or "obs": space for path, space, _ in leaves(self.interface.observation_space)}
+        self.remembers = self.policy.sequential
+        taken = {"action", "sample", "noise", "memory", "next_memory"} & self.parts.keys()
+        if taken:
+            raise UserError(f"an observation's part is named {taken.pop()!r}, as is what the file takes or gives")
+        dist = self.look(self.example(2))[0]
+        self.law = dist.law if isinstance(dist, Drawn) else None
+        self.noises = dist.noise().shape[1:] if isinstance(dist, Drawn) else None
+
+    def forward(self, inputs: Named) -> Named:
+        dist, memory = self.look(inputs)
+        outputs = {"action": self.interface.action(dist.mode())}
+        if isinstance(dist, Drawn):
+            outputs["sample"] = self.interface.action(dist.draw(inputs["noise"]))
+        outputs |= parameters(dist)
+        return outputs | ({"next_memory": memory} if memory is not None else {})
+
+    def look(self, inputs: Named) -> tuple[Distribution, Tensor | None]:
+        """The distribution over actions, and what is remembered."""
+        obs = self.interface.read(nested(self.interface.observation_space, inputs))
+        memory, start = {}, torch.zeros(1, dtype=torch.bool)
+        if self.remembers:
+            memory = {self.policy.body.name: inputs["memory"]}
+        features, after = self.policy.body.step(obs, memory, start)
+        return self.policy.distribution(features, obs), after.get(self.policy.body.name)
+
+    def example(self, count: int, seed: int = 0) -> Named:
+        """Random observations of ``count`` environments and blank memories, by name."""
+        space = batch_space(self.interface.observation_space, count)
+        space.seed(seed)
+        given = {
+            path or "obs": as_input(part, torch.as_tensor(x))
+            for path, part, x in leaves(self.interface.observation_space, space.sample())
+        }
+        if self.remembers:
+            given |= {"memory": self.policy.blank(count)[self.policy.body.name]}
+        return given
+
+    def metadata(self, restored: Restored) -> dict[str, Any]:
+        """What a user of the file needs to know, as JSON has it."""
+        env = restored.config["env"]
+        return {
+            "environment": env.get("id") or env.get("entry") or env["_target_"].rpartition(".")[2],
+            "steps": restored.steps,
+            "observation_space": to_data(self.interface.observation_space),
+            "action_space": to_data(self.interface.action_space),
+            "normalizer": "inside" if restored.config["standardize_obs"] else "none",
+            "noise": self.law,
+            "memory": list(self.policy.blank(1)[self.policy.body.name].shape[1:]) if self.remembers else None,
+            "checkpoint": restored.path.name,
+            "versions": versions(),
+        }
+
+
+def parameters(dist: Distribution) -> Named:
+    """Those of a distribution, by the names of the field."""
+    match dist:
+        case Squashed():
+            return parameters(dist.base)  # before tanh
+        case Gaussian():
+            return {"mean": dist.mean, "sigma": dist.log_sigma.exp().expand_as(dist.mean)}
+        case Beta():
+            return {"alpha": dist.alpha, "beta": dist.beta}
+        case Categorical() | Bernoulli():
+            return {"logits": dist.logits}
+        case MultiCategorical():
+            return {"logits": torch.cat(dist.logits, -1)}
+    return {}
+
+
+def nested(space: spaces.Space[Any], inputs: Named, path: tuple[str, ...] = ()) -> Any:
+    """Named parts as the observation of a space."""
+    if isinstance(space, spaces.Dict):
+        return {key: nested(part, inputs, (*path, str(key))) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(nested(part, inputs, (*path, str(i))) for i, part in enumerate(space))
+    return inputs["/".join(path) or "obs"]
+
+
+def as_input(space: spaces.Space[Any], x: Tensor) -> Tensor:
+    """In the type that the file takes: images as bytes, masks as they are, everything else that counts as int64, and
+    the rest as float32."""
+    if is_image(space) or isinstance(space, spaces.MultiBinary):
+        return x
+    return x.long() if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else x.float()
+
+
+def export(cfg: DictConfig) -> None:
+    """Write the newest policy of a run as one file and hold the file against it.  Raises UserError."""
+    wanted: Export = construct(container(cfg), "the export")
+    needed = ("onnx", "onnxscript", "onnxruntime") if wanted.format == "onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"format=onnx needs {', '.join(missing)}: pip install 'pgsuite[onnx]', or take format=torch")
+    restored = restore(wanted.run)
+    folder = checkpoint.run_of(restored.path)
+    path = Path(wanted.to) if wanted.to is not None else folder / f"policy{SUFFIXES[wanted.format]}"
+    if path.suffix != SUFFIXES[wanted.format]:
+        raise UserError(f"to must end in {SUFFIXES[wanted.format]} for format={wanted.format}, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise UserError(f"no directory {path.parent} to write {path.name} in")
+    portable = Portable(restored).eval()
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with quiet():
+            write(portable, portable.metadata(restored), temporary, wanted.format)
+        found = compare(portable, restored, runner(temporary, wanted.format), wanted.seed)
+        if found.worst > wanted.tolerance:
+            raise UserError(
+                f"the file that {wanted.format} made of {restored.path} differs from it by more than tolerance="
+                f"{wanted.tolerance}: {found}; nothing was written"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    inputs = ", ".join(f"{name} {shape_of(x)}" for name, x in with_noise(portable, portable.example(2)).items())
+    console().print(f"{path} | takes {inputs} | {restored.steps:,} steps | {found}", highlight=False, soft_wrap=True)
+    if portable.law is None:
+        console().print("its samples are no function of noise: draw from the parameters that it gives", highlight=False)
+
+
+def shape_of(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}[{', '.join(['N', *map(str, x.shape[1:])])}]"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' talk of their own."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def with_noise(portable: Portable, inputs: Named, generator: torch.Generator | None = None) -> Named:
+    """The inputs, with noise from a generator."""
+    if portable.law is None:
+        return inputs
+    with torch.no_grad():
+        dist = portable.look(inputs)[0]
+    assert isinstance(dist, Drawn)
+    return inputs | {"noise": dist.noise(generator)}
+
+
+def write(portable: Portable, metadata: dict[str, Any], path: Path, form: str) -> None:
+    """The file.  Raises UserError for a policy that cannot be traced."""
+    inputs = with_noise(portable, portable.example(2))
+    batch = torch.export.Dim("batch")
+    try:
+        program = torch.export.export(
+            portable, (inputs,), dynamic_shapes=({name: {0: batch} for name in inputs},), strict=False
+        )
+        if form == "torch":
+            torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
+            return
+        with torch.no_grad():
+            outputs = list(portable(inputs))
+        made = torch.onnx.export(
+            program, input_names=list(inputs), output_names=outputs, dynamo=True, verbose=False, optimize=True
+        )
+    except RuntimeError as error:
+        raise UserError(f"{form} cannot express this policy: {str(error).splitlines()[0]}") from error
+    assert made is not None
+    made.model.metadata_props[METADATA] = json.dumps(metadata)
+    made.save(path, external_data=False)
+
+
+def runner(path: Path, form: str) -> Run:
+    """The file as a function of named tensors."""
+    if form == "torch":
+        module = torch.export.load(path).module()
+        return lambda inputs: module(inputs)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    names, takes = [x.name for x in session.get_outputs()], {x.name for x in session.get_inputs()}
+
+    def run(inputs: Named) -> Named:
+        given = {name: x.numpy() for name, x in inputs.items() if name in takes}
+        return {k: torch.as_tensor(x) for k, x in zip(names, session.run(None, given), strict=True)}
+
+    return run
+
+
+@dataclass
+class Agreement:
+    """How near a file comes to its policy."""
+
+    worst: float = 0.0  # largest difference, relative to the size where that is above one
+    where: str = "nothing"
+    observations: int = 0
+    choices: int = 0  # discrete actions
+    others: int = 0  # of which the file chose otherwise
+
+    def note(self, name: str, mine: Tensor, theirs: Tensor) -> None:
+        if mine.shape != theirs.shape:
+            self.worst, self.where = np.inf, f"{name}, whose shape is {tuple(theirs.shape)} and not {tuple(mine.shape)}"
+        elif not mine.is_floating_point():
+            self.choices, self.others = self.choices + mine.numel(), self.others + int((mine != theirs).sum())
+        elif mine.numel():
+            gap = float(((mine - theirs).abs() / mine.abs().clamp(min=1)).nan_to_num(nan=np.inf).max())
+            if gap > self.worst or self.where == "nothing":
+                self.worst, self.where = max(gap, self.worst), name
+        if self.others > 0.01 * self.choices:  # a tie may go either way, and there are few
+            self.worst, self.where = np.inf, f"{self.others} of {self.choices} discrete actions"
+
+    def __str__(self) -> str:
+        words = f"largest difference {self.worst:.1e} in {self.where}, over {self.observations:,} random observations"
+        same = f"{self.choices - self.others:,} of {self.choices:,} discrete actions the same"
+        return f"{words}, {same}" if self.choices else words
+
+
+@torch.no_grad()
+def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agreement:
+    """A file against the policy itself, as it acts in training, with memories carried over several steps."""
+    policy, interface, found = restored.policy, restored.interface, Agreement()
+    for size in SIZES:
+        memory = policy.blank(size)
+        carried = next(iter(memory.values()), None)
+        for step in range(STEPS):
+            inputs = portable.example(size, seeding.number(seed, f"{size} {step}"))
+            if carried is not None:
+                inputs["memory"] = carried
+            obs, start = (
+                interface.read(nested(interface.observation_space, inputs)),
+                torch.zeros(size, dtype=torch.bool),
+            )
+            draws = [seeding.generator(seed, f"noise {size} {step}") for _ in range(2)]
+            theirs = run(with_noise(portable, inputs, draws[0]))
+            choice = policy.act(obs, memory, start, deterministic=True)
+            expected = {"action": choice.action}
+            if portable.law is not None:
+                expected["sample"] = policy.act(obs, memory, start, draws[1]).action
+            for name, action in expected.items():
+                found.note(name, torch.as_tensor(native_action(interface.action_space, action)), theirs[name])
+            for name, x in parameters(portable.look(inputs)[0]).items():
+                found.note(name, x, theirs[name])
+            memory = choice.memory
+            if carried is not None:
+                carried = theirs["next_memory"]
+                found.note("next_memory", next(iter(memory.values())), carried)
+            found.observations += size
+    return found

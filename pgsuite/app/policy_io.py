@@ -1,0 +1,178 @@
+"""A trained policy from its checkpoint alone: no environment is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from pgsuite import seeding
+from pgsuite.app.build import build_policy, settings_of
+from pgsuite.envs.spaces import first_action, leaves, of_data, place, split, tensor_space, tensors
+from pgsuite.errors import UserError
+from pgsuite.nn.policy import Policy
+from pgsuite.training import checkpoint
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs
+
+
+class Interface(nn.Module):
+    """Between what an environment gives and takes, and what a policy reads and says.
+
+    Observations are those of ``observation_space``, which is without what is for the critic alone.
+    """
+
+    low: Tensor
+    high: Tensor
+    first: Tensor
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+        super().__init__()
+        public, apart = split(observation_space)
+        seen, mask = tensor_space(observation_space), {k: v for k, v in apart.items() if k == ACTION_MASK}
+        both = OrderedDict({**public, **mask}) if isinstance(public, spaces.Dict) else {}  # or gymnasium sorts them
+        self.observation_space = spaces.Dict(both) if both else public
+        self.action_space = action_space
+        bare = not isinstance(tensor_space(self.observation_space), spaces.Dict)
+        self.key = None
+        if bare and isinstance(seen, spaces.Dict):  # it stands beside what is not seen
+            self.key = next(key for key in seen if key != PRIVILEGED)
+        if isinstance(action_space, spaces.Box):
+            self.register_buffer("low", torch.tensor(action_space.low))
+            self.register_buffer("high", torch.tensor(action_space.high))
+        else:
+            self.register_buffer("first", torch.as_tensor(first_action(action_space)))
+
+    def read(self, obs: Any, device: torch.device | str = "cpu") -> Obs:
+        """A batch of observations as the policy has them."""
+        found = place(tensors(self.observation_space, obs), torch.device(device), torch.float32)
+        return found if self.key is None else {self.key: found}
+
+    def action(self, action: Tensor) -> Tensor:
+        """A policy's actions [N, *A] as the environment has them: clipped to a Box, counted from a discrete space's
+        start."""
+        x = action.reshape(-1, *(self.action_space.shape or ()))
+        if isinstance(self.action_space, spaces.Box):
+            return torch.minimum(torch.maximum(x, self.low.to(x)), self.high.to(x))
+        return x + self.first.to(x)
+
+
+@dataclass
+class Restored:
+    """What a checkpoint holds of a policy."""
+
+    path: Path
+    config: dict[str, Any]
+    steps: int
+    interface: Interface
+    policy: Policy
+
+
+def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Restored:
+    """The policy of a run directory's newest checkpoint, or of the one given, on the CPU; what is passed over is said.
+
+    Raises UserError if there is none, or none that can be trusted, or if it does not fit its own configuration.
+    """
+    path, state = checkpoint.newest(Path(run), say)
+    try:
+        config, settings = state["config"], settings_of(DictConfig(state["config"]))
+        observation_space, action_space = (of_data(state["spaces"][key]) for key in ("observation", "action"))
+        interface = Interface(observation_space, action_space)
+        generator = seeding.generator(settings.seed, "networks")
+        policy = build_policy(tensor_space(observation_space), action_space, settings, generator)
+        policy.load_state_dict(state["algorithm"]["policy"])
+        return Restored(path, config, int(state["steps"]), interface, policy.requires_grad_(False).eval())
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}: it is no checkpoint of a run of this version") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit the networks of its own configuration: {reason}") from error
+
+
+class Actor:
+    """A trained policy to act with: ``pgsuite.load`` makes one."""
+
+    def __init__(
+        self, restored: Restored, *, deterministic: bool = True, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        self.restored, self.deterministic, self.device = restored, deterministic, torch.device(device)
+        self.policy, self.interface = restored.policy.to(self.device), restored.interface.to(self.device)
+        self.generator = seeding.generator(seed, "acting", self.device)
+        self.memory: Memory | None = None
+
+    @property
+    def observation_space(self) -> spaces.Space[Any]:
+        """Of one observation, without what is for the critic alone."""
+        return self.interface.observation_space
+
+    @property
+    def action_space(self) -> spaces.Space[Any]:
+        return self.interface.action_space
+
+    def reset(self, done: Any = None) -> None:
+        """Forget: everything, or in a batch what belongs to the environments where done [N] is true.
+
+        Only policies that remember need it, at the start of every episode.
+        """
+        if done is None:
+            self.memory = None
+        elif self.memory is not None:
+            keep = ~torch.as_tensor(done, dtype=torch.bool, device=self.device)
+            self.memory = {name: x.where(keep.unsqueeze(-1), 0.0) for name, x in self.memory.items()}
+
+    def act(self, obs: Any) -> Any:
+        """The action that ``env.step`` takes after one observation, or the actions [N, *A] after a batch [N, *O].
+
+        Arrays (and plain numbers) give arrays of the action space's type, tensors give tensors on their own device.
+        Raises ValueError for observations that are not those of ``observation_space``.
+        """
+        size, like = self._measure(obs)
+        batch = obs if size is not None else _each(lambda x: x[None], obs)
+        count = size or 1
+        if self.memory is not None and any(len(x) != count for x in self.memory.values()):
+            raise ValueError(f"the policy remembers another number of environments than {count}: call reset() first")
+        memory = self.memory if self.memory is not None else self.policy.blank(count)
+        start = torch.zeros(count, dtype=torch.bool, device=self.device)
+        seen = self.interface.read(batch, self.device)
+        choice = self.policy.act(seen, memory, start, self.generator, deterministic=self.deterministic)
+        self.memory = choice.memory
+        action = self.interface.action(choice.action)
+        action = action if size is not None else action[0]
+        if isinstance(like, Tensor):
+            return action.to(like.device)
+        return action.cpu().numpy().astype(self.action_space.dtype)[()]
+
+    def _measure(self, obs: Any) -> tuple[int | None, Any]:
+        """How many observations there are, None for a single one, and a part of them."""
+        sizes: set[int | None] = set()
+        like: Any = None
+        try:
+            parts = list(leaves(self.observation_space, obs))
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"observations must be those of {self.observation_space}: {error} is missing") from error
+        for path, space, x in parts:
+            like, shape, own = x, tuple(np.shape(x)), tuple(space.shape or ())
+            if shape != own and shape[1:] != own:
+                where = f"the observation's {path!r}" if path else "the observation"
+                raise ValueError(f"{where} must have the shape {own}, or (N, ...) for a batch, got {shape}")
+            sizes.add(shape[0] if len(shape) > len(own) else None)
+        if len(sizes) != 1:
+            raise ValueError(f"the parts of an observation must be of one batch, got sizes {sizes}")
+        return sizes.pop(), like
+
+
+def _each(fn: Any, obs: Any) -> Any:
+    """fn of every part of an observation, as an array or a tensor."""
+    if isinstance(obs, dict):
+        return {key: _each(fn, x) for key, x in obs.items()}
+    if isinstance(obs, tuple):
+        return tuple(_each(fn, x) for x in obs)
+    return fn(obs if isinstance(obs, Tensor) else np.asarray(obs))

@@ -1,0 +1,67 @@
+"""The update that a run gave up at, once more."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from pgsuite.app.build import build, construct, container
+from pgsuite.errors import UserError
+from pgsuite.training import checkpoint
+from pgsuite.training.callbacks import console
+from pgsuite.training.recovery import BUNDLE, unreal, unsound
+from pgsuite.types import Rollout
+
+
+@dataclass(kw_only=True)
+class Replaying:
+    """The settings of a replay."""
+
+    crash: str = ""  # a crash.pt, or the run directory that it lies in
+
+    def __post_init__(self) -> None:
+        if not self.crash:
+            raise ValueError("crash must be a crash bundle, such as crash=runs/ppo-HalfCheetah/.../crash.pt")
+
+
+def replay(cfg: DictConfig) -> None:
+    """Have the state of a crash bundle learn from its rollout again, saying where numbers are lost.
+
+    Raises UserError.
+    """
+    wanted: Replaying = construct(container(cfg), "the replay")
+    given, say = Path(wanted.crash), console().print
+    bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
+    if "rollout" not in bundle:
+        raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
+    trainer = build(DictConfig(bundle["config"] | {"execution": "eager"}))  # compiled, operations have no names
+    algorithm, env = trainer.algorithm, trainer.collector.env
+    say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
+    algorithm.load_state_dict(bundle["state"]["algorithm"])
+    algorithm.progress(bundle["steps"] / trainer.total_steps)
+    rollout = Rollout(**bundle["rollout"]).map(lambda x: x.to(env.device))
+    before = [*unsound(algorithm), *filter(None, [unreal(rollout)])]
+    say(f"before the update: {'; '.join(before) or 'everything is finite'}", highlight=False)
+    with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
+        try:
+            metrics = algorithm.absorb(rollout)
+        except RuntimeError as error:
+            say(f"in the update: {error}", highlight=False)
+            for line in filter(None, map(origin, told)):
+                say(line, highlight=False)
+            return
+    for name, value in metrics.items():
+        say(f"{'  ' if bool(value.isfinite()) else '! '}{name} = {float(value):.6g}", highlight=False)
+    after = unsound(algorithm)
+    say(f"after it: {', '.join(after)} not finite" if after else "after it: everything is finite", highlight=False)
+
+
+def origin(told: warnings.WarningMessage) -> str | None:
+    """Where the operation was that lost the numbers, out of the traceback that torch warns with."""
+    frames = re.findall(r'File "(.+)", line (\d+), in .+\n +(.+)', str(told.message))
+    return "which is the gradient of {}:{}: {}".format(*frames[-1]) if frames else None

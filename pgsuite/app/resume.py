@@ -1,0 +1,151 @@
+"""Going on with a run that stopped: which one, with which settings, and how exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from pgsuite import distributed
+from pgsuite.app.build import container, versions
+from pgsuite.errors import UserError
+from pgsuite.training import checkpoint
+from pgsuite.training.trainer import Level, Trainer
+
+# What may change where a run goes on, and what makes no other run of one.
+FREE = ("total_steps", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads", "device")
+IDLE = ("resume", "checkpoint", "logging", "profile", "env_threads")
+MEANING: dict[Level, str] = {
+    "exact": "as if it had never stopped",
+    "episode": "its environments cannot be saved and begin new episodes",
+    "weights": "what was learned, on other devices or processes: environments and random streams are new",
+}
+
+
+@dataclass
+class Past:
+    """What a run left behind."""
+
+    folder: Path
+    config: dict[str, Any]  # its own, with what was allowed to change; plain, so that it travels to other processes
+    state: dict[str, Any]
+
+    @property
+    def cfg(self) -> DictConfig:
+        return DictConfig(self.config)
+
+    @property
+    def steps(self) -> int:
+        return self.state["steps"]
+
+
+def past(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past | None:
+    """What the setting ``resume`` asks to go on with; None to begin.  The first process looks, for all.
+
+    Raises UserError for a run that is not there or not whole, and for changes that would make another run of it.
+    """
+    found: Past | UserError | None = None
+    if cfg.resume is not None and distributed.rank() == 0:
+        try:
+            home = Path(hydra.runtime.output_dir)
+            found = newest_like(cfg, home, say) if cfg.resume == "auto" else named(cfg, hydra, say)
+        except UserError as error:
+            found = error
+    found = distributed.broadcast(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past:
+    """The run that ``resume`` names, or one checkpoint of it."""
+    path, state = checkpoint.newest(Path(cfg.resume), say)
+    own, choices = OmegaConf.create(state["config"]), hydra.runtime.choices
+    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+        key = override.key_or_group
+        if key == "resume":
+            continue
+        if key in choices:
+            same, new = choices[key] == state["choices"].get(key), choices[key]
+        else:
+            new = OmegaConf.select(cfg, key)
+            same = new == OmegaConf.select(own, key)
+        if not same and key.split(".")[0] not in FREE:
+            raise UserError(
+                f"{key} cannot change where a run goes on, only {', '.join(FREE)}: leave {override.input_line} out, "
+                "or begin another run"
+            )
+        if not same:
+            OmegaConf.update(own, key, new)
+    assert isinstance(own, DictConfig)
+    return Past(checkpoint.run_of(path), container(own), state)
+
+
+def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past | None:
+    """The newest run of the same settings, in or beside the directory that this one would have."""
+    beside = home.parent.iterdir() if home.parent.is_dir() else []
+    configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
+    for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        config = written(path)
+        if identity(config) != identity(wanted := with_threads_of(config, cfg)):
+            continue
+        try:
+            _, state = checkpoint.newest(path.parent, say)
+        except (UserError, OSError):
+            continue  # nothing that could be gone on with
+        return Past(path.parent, wanted, state)
+    return None
+
+
+def written(path: Path) -> dict[str, Any]:
+    """The settings of a run's config.yaml; none where it cannot be read as such, which are no run's."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The settings of cfg; where it would measure threads, with those that were measured for another run."""
+    wanted = container(cfg)
+    if wanted["torch_threads"] == "measure":
+        wanted |= {key: config.get(key) for key in ("torch_threads", "env_threads")}
+    return wanted
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    plain = yaml.safe_load(yaml.safe_dump(config))
+    return {key: x for key, x in plain.items() if key not in IDLE}
+
+
+def holds_another(folder: Path, cfg: DictConfig) -> bool:
+    """Whether a directory holds a run already; one that ``resume=auto`` found nothing saved of may begin again."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return False
+    config = written(path)
+    return cfg.resume != "auto" or identity(config) != identity(with_threads_of(config, cfg))
+
+
+def put_back(trainer: Trainer, state: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Have a trainer, with its callbacks, go on where a checkpoint was made."""
+    states = [state, *state["others"]]
+    alike = state["device"] == trainer.collector.env.device.type and len(states) == distributed.size()
+    level: Level = trainer.level if alike else "weights"
+    trainer.load_state_dict(states[distributed.rank()] if alike else state, level)
+    for callback in trainer.callbacks:
+        if (told := state["callbacks"].get(type(callback).__name__)) is not None:
+            callback.load_state_dict(told)
+    say(f"resumed at {trainer.steps:,} steps | {level}: {MEANING[level]}")
+    then, now = state["versions"], versions()
+    changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
+    if changed:
+        say(f"versions have changed, and numbers may with them: {', '.join(changed)}")

@@ -1,0 +1,230 @@
+"""Any dataclass as a Hydra configuration: ``/schema/package.module.Class`` in a defaults list stands for its fields.
+
+One declaration serves the constructor and the configuration, so a typo or a wrong type fails while the configuration
+is composed, for this suite's classes and a user's alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from pgsuite import settings
+from pgsuite.algorithms.reference import Penalty
+from pgsuite.errors import UserError
+from pgsuite.execution.compile import Execution
+from pgsuite.execution.precision import Precision
+from pgsuite.nn.heads import Sigma
+from pgsuite.nn.recurrent import Kind as Recurrent
+from pgsuite.nn.schedules import Scheduled
+from pgsuite.settings import (
+    Checked,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    TorchThreads,
+    WorldThreads,
+    closest,
+    imported,
+    number,
+    plain,
+)
+from pgsuite.training.callbacks import Checkpoint, Evaluation
+from pgsuite.training.loggers import Wandb
+
+GROUP = "schema/"
+
+
+@dataclass(kw_only=True)
+class Network(Checked):
+    """A multilayer perceptron, with convolutions before it where observations have images."""
+
+    hidden: list[Count] = field(default_factory=lambda: [64, 64])
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+    convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
+    recurrent_size: Count = 64
+
+
+@dataclass(kw_only=True)
+class Language(Checked):
+    """A language model as the policy, in the place of a network of its own."""
+
+    model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
+    temperature: Positive = 1.0  # of sampling, and so of the policy
+    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
+    frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
+
+
+@dataclass(kw_only=True)
+class PolicyNetwork(Network):
+    recurrent: Recurrent = "none"
+    distribution: str = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
+    log_sigma: float | None = None  # of Gaussians, initially; null stands for -0.5
+    sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
+    language: Language = field(default_factory=Language)
+
+
+@dataclass(kw_only=True)
+class CriticNetwork(Network):
+    recurrent: Recurrent | None = None  # null stands for the policy's
+    shared: bool = False  # read values off the policy's network instead; the other settings then say nothing
+    zero_init: bool = False  # begin with values of zero
+
+
+@dataclass(kw_only=True)
+class Reference(Checked):
+    """What straying from the policy as it was at the start costs."""
+
+    coef: NonNegative | None = None  # a nat; null leaves it out
+    penalty: Penalty = "reward"  # of each action; or in the loss
+    target: Positive | None = None  # nats an episode, which the price then follows
+    horizon: Count = 10_000  # episodes in which the price can change by a fifth
+
+
+@dataclass(kw_only=True)
+class Recover(Checked):
+    """What is done where something is no longer finite."""
+
+    attempts: Natural = 3  # to go on from the last good state, at half the learning rate
+
+
+@dataclass(kw_only=True)
+class Logging(Checked):
+    points: Count = 500  # lines in a run
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The settings of a run that belong to no method and no environment."""
+
+    seed: Natural = 0
+    total_steps: Count = 1_000_000
+    num_envs: Count = 64
+    horizon: Count | None = None  # steps per rollout; null stands for a whole episode
+    device: str = "auto"  # auto, cpu, cuda or cuda:1
+    backend: str = "auto"  # of the environment
+    env_threads: WorldThreads = 0  # for physics on the CPU; 0 takes every core
+    torch_threads: TorchThreads | Literal["measure"] = 1  # more slow small networks and the physics, as a rule
+    execution: Execution = "eager"
+    overlap: bool = False  # collect the next rollout while learning from the present one, one update behind
+    precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
+    standardize_obs: bool = True
+    clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations
+    scale_reward: bool = True
+    clip_reward: Positive | None = 10.0  # scaled ones
+    whiten_reward: bool = False  # scale the rewards of each rollout by itself instead
+    resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    profile: bool = False  # say where the time of an iteration goes, and leave a trace
+    recover: Recover = field(default_factory=Recover)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logging: Logging = field(default_factory=Logging)
+    policy: PolicyNetwork = field(default_factory=PolicyNetwork)
+    critic: CriticNetwork = field(default_factory=CriticNetwork)
+    reference: Reference = field(default_factory=Reference)
+    algo: Any = None
+    env: Any = None
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="")
+
+
+def locate(path: str) -> type:
+    """The dataclass at a dotted path.  Raises UserError if there is none."""
+    module_name, _, name = str(path).rpartition(".")
+    if not module_name.strip("."):
+        raise UserError(f"{path!r} is no dotted path of a class, such as pgsuite.algorithms.PPO")
+    try:
+        module = imported(module_name)
+    except ImportError as error:
+        raise UserError(f"cannot import {module_name!r}, which a configuration names: {error}") from error
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        options = [key for key, value in vars(module).items() if isinstance(value, type) and is_dataclass(value)]
+        raise UserError(f"{module_name} has no dataclass {name!r}; {closest(name, options)}")
+    return cls
+
+
+@functools.cache
+def schema(cls: type) -> type:
+    """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
+
+    Fields that hold parts, such as a policy, are left out, for the runtime supplies them, and those that end in an
+    underscore, which ``SchemaSource`` adds under the keyword that they stand for.  A field whose type is an
+    abstract dataclass, such as an estimator, is open: a configuration group fills it, and null stands for the default
+    of the class.
+    """
+    options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
+    hints = get_type_hints(cls, include_extras=True)
+    for f in filter(lambda f: f.init and not f.name.endswith("_"), fields(cls)):
+        hint, simple = hints[f.name], plain(hints[f.name])
+        if hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
+            options.append((f.name, Any, field(default=None)))
+        elif issubclass(cls, Scheduled) and number(hint):  # which may be a schedule instead, and is checked by cls
+            options.append((f.name, Any, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
+        elif is_dataclass(hint) and isinstance(hint, type):
+            nested = schema(hint)
+            options.append((f.name, nested, field(default_factory=nested)))
+        elif simple is not Any and (Any not in get_args(simple) or get_origin(simple) is dict):
+            options.append((f.name, simple, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
+    return make_dataclass(cls.__name__, options)
+
+
+class SchemaSource(ConfigSource):
+    """Serves ``schema/<dotted path>`` to Hydra."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "pgsuite"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = config_path.removeprefix(GROUP).removesuffix(".yaml")
+        cls = locate(path)
+        config = OmegaConf.structured(schema(cls))
+        for f in fields(cls):
+            if f.name.endswith("_"):
+                with open_dict(config):
+                    config[f.name.removesuffix("_")] = f.default
+            elif isinstance(config.get(f.name), DictConfig) and f.default_factory is dict:
+                OmegaConf.set_struct(config[f.name], False)  # takes any key
+        return ConfigResult(
+            config=config,
+            path=self.full_path(),
+            provider=self.provider,
+            header={"package": None},
+        )
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path.rstrip("/") == GROUP.rstrip("/")
+
+    def is_config(self, config_path: str) -> bool:
+        return config_path.startswith(GROUP)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return ["schema"] if not config_path and results_filter is not ObjectType.CONFIG else []
+
+
+class SchemaSearchPath(SearchPathPlugin):
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("pgsuite", f"{SchemaSource.scheme()}://")
+
+
+def register() -> None:
+    """Let Hydra find schemas.  Call it before composing."""
+    Plugins.instance().register(SchemaSource)
+    Plugins.instance().register(SchemaSearchPath)

@@ -1,0 +1,60 @@
+"""How many threads a run should have, by trying."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import product
+from time import perf_counter
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from pgsuite import distributed
+from pgsuite.app.build import build, container, settings_of
+
+WARM, ROUNDS = 2, 5  # iterations of each
+
+
+def counts(cores: int) -> list[int]:
+    """1, 2, 4, ... and all of them."""
+    return sorted({2**i for i in range(cores.bit_length())} | {cores})
+
+
+def measured(cfg: DictConfig, say: Callable[[str], None]) -> DictConfig:
+    """The configuration, with numbers of threads in the place of ``torch_threads=measure``: those with which whole
+    iterations took the least time, of every number for torch with every one for MuJoCo, if that was left to us.
+
+    The iterations are those of copies of the run that are thrown away.  They take turns, so that what else the machine
+    does falls on all alike.
+    """
+    from pgsuite.envs.physics.mujoco_batch import usable_cores
+
+    run, some = settings_of(cfg), counts(usable_cores())
+    if run.torch_threads != "measure":
+        return cfg
+
+    def having(torch_threads: int, env_threads: int) -> DictConfig:
+        return DictConfig(container(cfg) | {"torch_threads": torch_threads, "env_threads": env_threads})
+
+    copies = {run.env_threads: build(having(1, run.env_threads))}
+    if not run.env_threads and copies[0].collector.env.backend == "mujoco":
+        copies = {count: build(having(1, count)) for count in some}
+    seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in product(some, copies)}
+    for _ in range(WARM + ROUNDS):
+        for (torch_threads, env_threads), found in seconds.items():
+            torch.set_num_threads(torch_threads)
+            began, trainer = perf_counter(), copies[env_threads]
+            trainer.iterate()
+            trainer.collector.settle()
+            found.append(perf_counter() - began)
+    took = {pair: statistics.median(found[WARM:]) for pair, found in seconds.items()}
+    chosen: Any = distributed.broadcast(min(took, key=lambda pair: took[pair]))
+    table = " | ".join(f"{name(*pair)} {1e3 * x:,.1f} ms" for pair, x in took.items())
+    say(f"an iteration with torch{' + physics' * (len(copies) > 1)} threads: {table}; takes {name(*chosen)}")
+    return having(*chosen)
+
+
+def name(torch_threads: int, env_threads: int) -> str:
+    return f"{torch_threads} + {env_threads}" if env_threads else str(torch_threads)

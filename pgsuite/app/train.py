@@ -1,0 +1,198 @@
+"""One training run, from a composed configuration to its directory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from pgsuite import distributed
+from pgsuite.app.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
+from pgsuite.app.evaluate import match
+from pgsuite.app.resume import holds_another, past, put_back
+from pgsuite.app.threads import measured
+from pgsuite.errors import UserError
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.evaluation import Alignment
+from pgsuite.training import callbacks, checkpoint, loggers
+from pgsuite.training.profiling import Profile
+from pgsuite.training.recovery import Recovery
+from pgsuite.training.trainer import Callback, Trainer
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train, and leave config.yaml, TensorBoard events, metrics.csv, checkpoints and summary.json in Hydra's run
+    directory, or go on with a run in its own.
+
+    Returns the mean return over the last tenth of the steps, or the last evaluation's where there was one, for
+    sweeps to compare.  Ends the program with code 0 or 143 after SIGINT or SIGTERM.  Raises UserError.
+    """
+    hydra = HydraConfig.get()
+    made = Path(hydra.runtime.output_dir)
+    try:
+        return _train(cfg, hydra, made)
+    finally:
+        made_here = (made, *made.parents[:2]) if distributed.rank() == 0 else ()
+        for folder in made_here:  # Hydra did; a run that never began here leaves nothing behind
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
+    console = callbacks.console()
+
+    def say(line: str) -> None:
+        if distributed.rank() == 0:
+            console.print(line, highlight=False)
+
+    settings_of(cfg)  # complains before anything is looked for
+    folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
+    before = past(cfg, hydra, say)
+    if before is not None:
+        folder, cfg = before.folder, before.cfg
+        if before.steps >= cfg.total_steps and distributed.broadcast(finished(folder)):
+            say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
+            return objective(folder)
+    elif distributed.rank() == 0 and holds_another(folder, cfg):
+        raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
+    else:
+        cfg = measured(cfg, say)
+    trainer, run = build(cfg), settings_of(cfg)
+    if before is not None and distributed.rank() == 0:
+        checkpoint.set_aside(folder, before.steps)
+    choices = before.state["choices"] if before else dict(hydra.runtime.choices)
+    facts = {"config": container(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
+    facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
+    trainer.callbacks = recorders(trainer, cfg, folder, facts, before.steps if before else None, console)
+    trainer.guard = Recovery(folder, facts, run.recover.attempts, say)
+    for line in (*describe(trainer, run), *_recipe(hydra)):
+        say(line)
+    if before is not None:
+        put_back(trainer, before.state, say)
+    check_alike(trainer, cfg)
+    with answering_signals(trainer):
+        trainer.fit()
+        distributed.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
+    if trainer.stop and trainer.steps < trainer.total_steps:
+        start = "python" if distributed.size() == 1 else f"torchrun --nproc-per-node={distributed.local_size()}"
+        how = f"go on with: {start} scripts/train.py resume={short(folder)}"
+        say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
+        sys.exit(0 if trainer.stop == signal.SIGINT else 128 + trainer.stop)
+    seconds = trainer.seconds["total"]
+    outcome = f"return {trainer.return_mean:,.1f} +- {trainer.return_std:,.1f} over {len(trainer.recent)} episodes"
+    say(
+        f"{outcome if trainer.recent else 'no episode finished in the last tenth'} | {trainer.steps:,} steps in "
+        f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
+    )
+    return objective(folder) if distributed.rank() == 0 else None
+
+
+def recorders(
+    trainer: Trainer, cfg: DictConfig, folder: Path, facts: dict[str, Any], begun: int | None, console: Console
+) -> list[Callback]:
+    """What writes down a run that begins, or goes on after the ``begun`` steps that it made; config.yaml at once."""
+    run, env, config = settings_of(cfg), trainer.collector.env, facts["config"]
+    names = {key: facts["choices"][key] for key in ("algo", "env")}
+    described = _flatten(config) | names
+    checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
+    parts: list[Callback] = []
+    logs: list[loggers.Logger] = []
+    board = None
+    if writes := distributed.rank() == 0:
+        if begun is None and (folder / "config.yaml").exists():
+            begun = -1  # it was killed before anything was saved
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        board = loggers.TensorBoard(folder, described, begun)
+        logs = [loggers.Csv(folder / "metrics.csv", begun), board]
+        if run.logging.wandb.project is not None:
+            logs.append(loggers.WandB(folder, described, run.logging.wandb))
+        parts = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)]
+        if run.profile:
+            parts.append(Profile(folder, partial(console.print, highlight=False)))
+    if run.evaluation.every is not None:
+        play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
+        table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
+        parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
+    if isinstance(env, LanguageEnv) and trainer.algorithm.reference is not None and board is not None:
+        table = loggers.Csv(folder / "language.csv", begun)
+        say = partial(console.print, highlight=False, markup=False)
+        parts.append(Alignment([table, *logs[1:]], board.show, say, run.seed))
+    parts.append(checkpoints)
+    if writes:
+        found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": distributed.size()}
+        found |= {"resume": trainer.level, "versions": facts["versions"], "commit": commit()}
+        parts.append(callbacks.Summary(folder / "summary.json", names | found))
+    return parts
+
+
+@contextmanager
+def answering_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the trainer to stop after the iteration that it is in; a second one stops it at once."""
+    asked = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be answered
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.asked = number
+        for each in asked:
+            signal.signal(each, signal.SIG_DFL)
+
+    others = [signal.signal(each, stop) for each in asked]
+    try:
+        yield
+    finally:
+        for each, other in zip(asked, others, strict=True):
+            signal.signal(each, other)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """What a run says of itself, if it does."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def finished(folder: Path) -> bool:
+    return summary_of(folder).get("status") == "finished"
+
+
+def objective(folder: Path) -> float | None:
+    """What a run came to: its last evaluation's return, or its mean return over the last tenth of the steps."""
+    summary = summary_of(folder)
+    return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
+
+
+def _recipe(hydra: HydraConf) -> list[str]:
+    """A line on the measured recipe that was picked up, if one was."""
+    name = hydra.runtime.choices.get("tuned")
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    return [f"recipe {name}"] if any((folder / "tuned" / f"{name}.yaml").is_file() for folder in folders) else []
+
+
+def short(folder: Path) -> Path:
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level with dotted names, without the machinery."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif key != "_target_":
+            flat[f"{prefix}{key}"] = value
+    return flat

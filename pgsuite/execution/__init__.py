@@ -1,0 +1,1 @@
+"""How tensor code runs: as written, compiled, or as CUDA graphs."""

@@ -1,1 +1,0 @@
-"""Aligning a language model, at a size that two cores train in minutes."""

@@ -1,0 +1,40 @@
+"""Runs compared: a page to open in a browser, its pictures, and its tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgsuite.errors import UserError
+
+REMEDY = "pip install 'pgsuite[report]'"
+
+
+def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
+    """Write ``out``/index.html, table.md and the pictures, and return what there is to say, line by line.
+
+    paths: run directories, directories that hold some at any depth, or globs.  command: how it was asked for, shown on
+    the page.  Raises UserError if nothing can be reported, and writes nothing then.
+    """
+    try:
+        from pgsuite.report import page, runs
+    except ImportError as error:
+        raise UserError(f"a report needs packages that are not here: {REMEDY} ({error})") from error
+    if out.exists() and not out.is_dir():
+        raise UserError(f"cannot write into {str(out)!r}, which is a file: give a directory with --out")
+    found, skipped = runs.find(paths)
+    groups, remarks = runs.group(found)
+    files = page.build(groups, remarks, skipped, command)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (out / name).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
+    pictures = sum(name.endswith(".png") for name in files)
+    return [
+        *(f"skipped {line}" for line in skipped),
+        f"{page.count(len(found), 'run')} in {page.count(len(groups), 'group')}",
+        *remarks,
+        f"open {out / 'index.html'}; beside it table.md and {page.count(pictures, 'picture')}",
+    ]

@@ -1,0 +1,161 @@
+"""The pictures of a report, each of one environment, so that they fit a phone one below the other."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, MultipleLocator
+
+from pgsuite.report import statistics
+from pgsuite.report.runs import Curve, Group
+
+# Okabe and Ito's palette, which the colour-blind can tell apart; more methods change the line as well.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+LINES = ("-", "--", ":", "-.")
+POINTS = 150
+WIDTH = 0.03  # of a curve's window, as a share of the run
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#222222",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+}
+
+Look = dict[str, tuple[str, str]]  # colour and line of every method
+
+
+def looks(methods: Sequence[str]) -> Look:
+    return {m: (COLORS[i % len(COLORS)], LINES[i // len(COLORS) % len(LINES)]) for i, m in enumerate(methods)}
+
+
+def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tuple[bytes, str] | None:
+    """Return over steps or seconds, one line a method; the picture and what it shows in words.
+
+    of: training or evaluations.  against: steps or seconds; the seconds of a step are the median over seeds.
+    """
+    figure, axes = _figure(3.5)
+    shown: dict[str, list[str]] = {}
+    last = 0.0
+    for group in groups:
+        found: list[Curve] = [c for run in group.runs if (c := getattr(run, of)) is not None]
+        if against == "seconds":
+            found = [curve for curve in found if curve.seconds is not None]
+        if not found:
+            continue
+        start, end = max(c.steps[0] for c in found), min(c.steps[-1] for c in found)
+        if start > end:
+            continue
+        if of == "training":
+            grid = np.linspace(start, end, POINTS)
+            lines = [statistics.windowed(c.steps, c.returns, c.weights, grid, WIDTH * end) for c in found]
+        else:  # few points, each over many episodes: as they are
+            grid = np.unique(np.concatenate([c.steps for c in found]))
+            grid = grid[(grid >= start) & (grid <= end)]
+            lines = [np.interp(grid, c.steps, c.returns) for c in found]
+        middle, low, high, kind = statistics.center(lines)
+        times = [np.interp(grid, [0, *c.steps], [0, *c.seconds]) for c in found if c.seconds is not None]
+        x = np.median(times, axis=0) if against == "seconds" else grid
+        color, line = look[group.method]
+        done = any(run.finished for run in group.runs)
+        mark = "o" if len(grid) == 1 else None
+        axes.plot(x, middle, color=color, linestyle=line, marker=mark, linewidth=1.9, alpha=1 if done else 0.5)
+        if low is not None and high is not None:
+            axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.plot([], [], color=color, linestyle=line, linewidth=1.9, label=_label(group, len(found), done))
+        shown.setdefault(kind, []).append(group.method)
+        last = max(last, float(x[-1]))
+    if not shown:
+        return None
+    unit, scale = ("hours", 3600) if last > 7200 else ("minutes", 60) if last > 180 else ("seconds", 1)
+    axes.set_xlabel("environment steps" if against == "steps" else f"training time in {unit} (median over seeds)")
+    axes.xaxis.set_major_formatter(lambda x, _: _steps(x) if against == "steps" else f"{x / scale:,.4g}")
+    if against == "seconds":
+        axes.xaxis.set_major_locator(MultipleLocator(_tick(last / scale) * scale))
+    axes.set_ylabel("return of training episodes" if of == "training" else "return of evaluation episodes")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.6g}")
+    axes.set_xlim(left=0)
+    axes.set_title(groups[0].env, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(axis="y")
+    _legend(figure, axes)
+    return _png(figure), "; ".join(f"{kind}: {', '.join(m)}" if len(shown) > 1 else kind for kind, m in shown.items())
+
+
+def intervals(
+    title: str,
+    rows: Sequence[tuple[str, str, float, tuple[float, float] | None]],
+    label: str,
+    *,
+    probability: bool = False,
+) -> bytes:
+    """A point and its interval a row, from the top down.  rows: name, colour, point, interval."""
+    names = [textwrap.fill(name, 20) for name, *_ in rows]
+    figure, axes = _figure(0.9 + (0.2 + 0.16 * max(name.count("\n") + 1 for name in names)) * len(rows))
+    for y, (_, color, point, ends) in enumerate(rows):
+        if ends is not None:
+            axes.plot(ends, [y, y], color=color, linewidth=7, alpha=0.32, solid_capstyle="butt")
+        axes.plot([point], [y], "o", color=color, markersize=6)
+    axes.set_yticks(range(len(rows)), names, color="#222222")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    if probability:
+        axes.set_xlim(-0.02, 1.02)
+        axes.axvline(0.5, color="#888888", linewidth=1, zorder=0)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    else:
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
+    return _png(figure)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, height), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 28 and len(labels) > 1 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
+def _label(group: Group, count: int, done: bool) -> str:
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
+    return f"{group.method} ({seeds}{'' if done else ', unfinished'})"
+
+
+def _steps(x: float) -> str:
+    return f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k" if abs(x) >= 1e3 else f"{x:g}"
+
+
+def _tick(span: float) -> float:
+    """A round distance that cuts a span into about five."""
+    raw = max(span, 1e-3) / 5
+    unit = 10 ** np.floor(np.log10(raw))
+    return float(unit * next(m for m in (1, 2, 5, 10) if raw <= m * unit))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,7 @@
+"""Language models: policies over tokens, environments of prompts, reward models, alignment."""
+
+from pgsuite.rlhf.env import Language, LanguageEnv
+from pgsuite.rlhf.generation import GenerationCollector
+from pgsuite.rlhf.policy import LanguagePolicy, language_policy
+
+__all__ = ["GenerationCollector", "Language", "LanguageEnv", "LanguagePolicy", "language_policy"]

@@ -1,0 +1,304 @@
+"""Prompts to respond to, and what is thought of the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from pgsuite import seeding, settings
+from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.dotted import find, make
+from pgsuite.rollout import Collector
+from pgsuite.settings import Count, NonNegative
+from pgsuite.types import Step
+
+Reward = Callable[[list[str], list[str]], Tensor]  # prompts and responses -> [N], or [L, N] of their tokens
+Ensemble = Literal["mean", "minimum"]
+
+
+class Tokens(Protocol):
+    """Between texts and tokens."""
+
+    pad: int  # stands where nothing does
+    stop: int  # ends a response
+
+    def __len__(self) -> int:
+        """How many tokens there are."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens [P, N] of prompts as a model begins with them, and which of them are real [P, N]."""
+        ...
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The texts of responses [L, N], each up to its stop token, with nothing said of padding."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Language(Foreign):
+    """Prompts, tokens and rewards, each found at a dotted path ``package:name`` or made by what is found there.
+
+    ``rewards`` are models' files: ``reward`` is then called with each of them, and with how ensembles are made one, and
+    makes of it what is otherwise at its path, a callable of prompts and responses.
+    """
+
+    backends = ("language",)
+
+    prompts: str = ""  # a list of texts, or what makes one; or a file with one on each line
+    tokens: str = ""  # an object with pad, stop, encode and decode, or what makes one; or a directory of transformers
+    reward: str = ""  # a callable of prompts and responses
+    rewards: list[str] = field(default_factory=list)
+    ensemble: Ensemble = "mean"  # of several; the minimum is what the most doubtful one says (Coste et al., 2024)
+    scorer: str | None = None  # what is true, if that is known: looked at, never learned from
+    held_out: str | None = None  # prompts that are never learned from
+    samples: Count = 1  # responses to each prompt
+    length: Count = 32  # tokens that a response may have
+    unfinished: NonNegative = 0.0  # taken off the score of a response without a stop token
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="env.")
+
+    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
+        tokens = self.vocabulary()
+        rewards: list[Reward] = [make(self.reward, "env.reward", file, self.ensemble) for file in self.rewards]
+        rewards = rewards or [find(self.reward, "env.reward")]
+        scorer: Reward | None = None if self.scorer is None else find(self.scorer, "env.scorer")
+        if num_envs % self.samples:
+            raise ValueError(f"num_envs={num_envs} responses do not divide into env.samples={self.samples} a prompt")
+        return LanguageEnv(
+            self.texts(self.prompts, "prompts"),
+            tokens,
+            rewards,
+            num_envs=num_envs,
+            ensemble=self.ensemble,
+            scorer=scorer,
+            held_out=None if self.held_out is None else self.texts(self.held_out, "held_out"),
+            samples=self.samples,
+            length=self.length,
+            unfinished=self.unfinished,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+        )
+
+    def texts(self, path: str, name: str) -> list[str]:
+        if Path(path).is_file():
+            return Path(path).read_text().splitlines()
+        found = find(path, f"env.{name}")
+        texts = make(path, f"env.{name}") if callable(found) else found
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(x, str) for x in texts):
+            raise ValueError(f"env.{name} must be a list of texts, and {path} is {type(texts).__name__}")
+        return list(texts)
+
+    def vocabulary(self) -> Tokens:
+        if Path(self.tokens).is_dir():
+            return PretrainedTokens(self.tokens)
+        found = find(self.tokens, "env.tokens")
+        makes = isinstance(found, type) or not hasattr(found, "encode")
+        tokens: Any = make(self.tokens, "env.tokens") if makes and callable(found) else found
+        if missing := [name for name in ("pad", "stop", "encode", "decode", "__len__") if not hasattr(tokens, name)]:
+            raise ValueError(f"env.tokens={self.tokens} has no {', '.join(missing)}")
+        return tokens
+
+
+class PretrainedTokens:
+    """The tokenizer of a directory of the ``transformers`` library.  Raises ValueError for one without a stop token."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(f"env.tokens={path} is of transformers: pip install 'pgsuite[rlhf]'") from error
+        self.inner: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if self.inner.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {path} has no stop token (eos_token)")
+        self.stop = self.inner.eos_token_id
+        self.pad = self.stop if self.inner.pad_token_id is None else self.inner.pad_token_id
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = [torch.tensor(self.inner(text)["input_ids"], dtype=torch.long) for text in prompts]
+        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows])
+        return torch.nn.utils.rnn.pad_sequence(rows, padding_value=self.pad), real
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        rows = [row[: row.index(self.stop)] if self.stop in row else row for row in tokens.T.tolist()]
+        return [self.inner.decode(row) for row in rows]
+
+
+class LanguageEnv:
+    """N responses at a time, to prompts that are drawn anew for each, or for each ``samples`` of them.
+
+    ``GenerationCollector`` asks for ``prompts`` and has the responses ``score``d.  Token by token it is an environment
+    like others, as evaluations play it: what it shows is a token, an action is the next one, and within a prompt, where
+    the next one is given, an action does nothing.
+    """
+
+    backend, exact = "language", True
+
+    @property
+    def collector(self) -> type[Collector]:
+        """What fills rollouts from these environments: whole responses are generated instead of stepped."""
+        from pgsuite.rlhf.generation import GenerationCollector  # which is about these environments
+
+        return GenerationCollector
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokens: Tokens,
+        rewards: Sequence[Reward],
+        *,
+        num_envs: int,
+        ensemble: Ensemble = "mean",
+        scorer: Reward | None = None,
+        held_out: Sequence[str] | None = None,
+        samples: int = 1,
+        length: int = 32,
+        unfinished: float = 0.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError where there are no prompts, or one that has no tokens."""
+        self.options = {"ensemble": ensemble, "scorer": scorer, "length": length, "unfinished": unfinished}
+        self.texts, self.tokens, self.rewards, self.scorer = list(texts), tokens, list(rewards), scorer
+        self.held_out = list(held_out or ())
+        self.num_envs, self.samples, self.length, self.unfinished = num_envs, samples, length, unfinished
+        self.ensemble, self.device, self.dtype = ensemble, torch.device(device), dtype
+        self.pad, self.stop = tokens.pad, tokens.stop
+        if not self.texts:
+            raise ValueError("env.prompts are none")
+        self.encoded, self.real = self.encode(self.texts)
+        self.width, vocabulary = len(self.encoded), len(tokens)
+        self.max_episode_steps = self.width + length - 1
+        self.observation_space: spaces.Space[Any] = spaces.Discrete(vocabulary)
+        self.action_space: spaces.Space[Any] = self.observation_space
+        self.name = "rlhf"
+        each = f" in groups of {samples}" if samples > 1 else ""
+        self.description = (
+            f"{self.name} | {len(self.texts):,} prompts of up to {self.width} tokens, responses of up to {length} | "
+            f"{num_envs} at a time{each}"
+        )
+        self.ordered = False  # each prompt in its turn, instead of drawn
+        self.generator = seeding.generator(seed, "environment")
+        self.chosen = torch.zeros(num_envs, dtype=torch.long)  # which prompt each answers
+        self.text = torch.full((self.max_episode_steps + 1, num_envs), self.pad, device=self.device)
+        self.clock = torch.zeros(num_envs, dtype=torch.long, device=self.device)
+
+    def apart(self) -> LanguageEnv:
+        """Each of the prompts that are held out once, or without them each of these, in order."""
+        texts, placed = self.held_out or self.texts, {"device": self.device, "dtype": self.dtype}
+        env = LanguageEnv(texts, self.tokens, self.rewards, num_envs=len(texts), **self.options, **placed)
+        env.ordered = True
+        return env
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts [P, N] with what is missing to the longest at their beginning, and which tokens are real [P, N]."""
+        tokens, real = self.tokens.encode(texts)
+        if not bool(real.any(0).all()):
+            raise ValueError(f"a prompt has no tokens: {texts[int(real.any(0).long().argmin())]!r}")
+        order = real.long().argsort(stable=True, dim=0)  # padding first
+        tokens, real = tokens.gather(0, order), real.gather(0, order)
+        return tokens.where(real, self.pad).to(self.device), real.to(self.device)
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """The prompts [P, N] of the next N responses, those of one prompt side by side, and which tokens are real."""
+        drawn = torch.randint(len(self.texts), (self.num_envs // self.samples,), generator=self.generator)
+        drawn = torch.arange(self.num_envs) if self.ordered else drawn
+        self.chosen = drawn.repeat_interleave(self.samples)
+        chosen = self.chosen.to(self.device)
+        return self.encoded[:, chosen], self.real[:, chosen]
+
+    def score(self, tokens: Tensor, written: Tensor) -> Tensor:
+        """The reward [L, N] of each token of the responses in texts [P + L, N], which are ``written`` [L, N]: all of it
+        at their last one, if their reward is one number."""
+        prompts = [self.texts[i] for i in self.chosen.tolist()]
+        responses = tokens[-len(written) :]
+        said = self.tokens.decode(responses.cpu())
+        found = torch.stack([self.judge("reward", reward, prompts, said) for reward in self.rewards])
+        found = found.mean(0) if self.ensemble == "mean" else found.amin(0)
+        last = written & ~torch.cat([written[1:], torch.zeros_like(written[:1])])
+        if found.ndim == 2:
+            reward = torch.zeros_like(written, dtype=self.dtype)
+            reward[: len(found)] = found[: len(written)]
+        else:
+            reward = last.to(self.dtype) * found
+        return (reward - self.unfinished * (last & (responses != self.stop))).where(written, 0.0)
+
+    def judge(self, name: str, judge: Reward, prompts: list[str], responses: list[str]) -> Tensor:
+        """What one says of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError if it says nothing like
+        that."""
+        try:
+            found = torch.as_tensor(judge(prompts, responses), device=self.device, dtype=self.dtype)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise BrokenEnvError(f"{self.name}: env.{name} raised {type(error).__name__}: {said}") from error
+        if found.shape[-1:] != (len(responses),) or found.ndim > 2:
+            raise BrokenEnvError(
+                f"{self.name}: env.{name} must say one number for each of {len(responses)} responses, or a row of them "
+                f"for each token, and what it said was of shape {tuple(found.shape)}"
+            )
+        return found.detach()
+
+    def true(self, responses: list[str]) -> Tensor | None:
+        """What the scorer says of responses [N] to all prompts in order; None without one."""
+        if self.scorer is None:
+            return None
+        found = self.judge("scorer", self.scorer, self.texts, responses).cpu()
+        return found.sum(0) if found.ndim == 2 else found
+
+    def reset(self) -> Tensor:
+        self.begin(torch.ones_like(self.clock, dtype=torch.bool))
+        return self.text[0]
+
+    def begin(self, where: Tensor) -> None:
+        """Draw new prompts for the columns where [N]; each stands at the beginning of its text."""
+        drawn = torch.randint(len(self.texts), (self.num_envs,), generator=self.generator)
+        self.chosen = torch.where(where.cpu(), drawn, self.chosen)
+        chosen = self.chosen.to(self.device)
+        order = (~self.real[:, chosen]).long().argsort(stable=True, dim=0)  # padding last
+        fresh = torch.full_like(self.text, self.pad)
+        fresh[: self.width] = self.encoded[:, chosen].gather(0, order)
+        self.text = torch.where(where, fresh, self.text)
+        self.clock = torch.where(where, 0, self.clock)
+
+    def step(self, action: Tensor) -> Step:
+        first = self.real[:, self.chosen.to(self.device)].sum(0)  # where the response begins
+        self.clock = self.clock + 1
+        column = torch.arange(self.num_envs, device=self.device)
+        given = self.clock < first
+        token = torch.where(given, self.text[self.clock, column], action)
+        self.text[self.clock, column] = token
+        done = ~given & ((token == self.stop) | (self.clock + 1 >= first + self.length))
+        reward = torch.zeros(self.num_envs, dtype=self.dtype, device=self.device)
+        if bool(done.any()):
+            place = first + torch.arange(self.length, device=self.device).unsqueeze(-1)
+            written = place <= self.clock
+            reward = self.score(self.text.gather(0, place), written).sum(0).where(done, 0.0)
+            self.begin(done)
+        return Step(
+            obs=self.text[self.clock, column],
+            next_obs=token,
+            reward=reward,
+            terminated=done,
+            truncated=torch.zeros_like(done),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: getattr(self, name).clone() for name in ("chosen", "text", "clock")}
+        return state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.chosen = state["chosen"].cpu()
+        self.text, self.clock = state["text"].to(self.device), state["clock"].to(self.device)

@@ -1,0 +1,109 @@
+"""What becomes of a language model while it is aligned, on prompts that it never learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgsuite import seeding
+from pgsuite.nn.policy import Policy
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.generation import GenerationCollector
+from pgsuite.training.loggers import Logger
+from pgsuite.training.trainer import Callback, Report, Trainer
+from pgsuite.types import Rollout
+
+SHOWN = 8  # texts
+
+
+class Written(NamedTuple):
+    """One response to each of M prompts."""
+
+    rollout: Rollout
+    prompts: list[str]
+    responses: list[str]
+    reward: Tensor  # [M]
+    true: Tensor | None  # [M], what the scorer says, if there is one
+
+
+@torch.no_grad()
+def respond(policy: Policy, env: LanguageEnv, seed: int) -> Written:
+    """What a policy writes to each of the prompts of ``env`` that are held out, the same for the same seed."""
+    own = env.apart()
+    rollout = GenerationCollector(own, own.max_episode_steps, seed).collect(policy)
+    responses = own.tokens.decode(rollout.action[own.width - 1 :].cpu())
+    return Written(rollout, own.texts, responses, rollout.reward.sum(0).cpu(), own.true(responses))
+
+
+def compare(policy: Policy, reference: Policy, env: LanguageEnv, seed: int) -> tuple[dict[str, float], Written]:
+    """How a policy's responses compare with its reference's, and the policy's.
+
+    ``kl`` is in nats a response, ``wins`` how often the policy's response has the greater true score, or without a
+    scorer the greater reward; a tie counts half.
+    """
+    ours, theirs = respond(policy, env, seed), respond(reference, env, seed)
+    r = ours.rollout
+    with torch.no_grad():
+        strayed = (r.logp - reference.dist(r).log_prob(r.action)).where(r.mask, 0.0).sum(0)
+    mine, other = (x.reward if x.true is None else x.true for x in (ours, theirs))
+    found = {
+        "reward": ours.reward.mean(),
+        "kl": strayed.mean(),
+        "length": r.mask.sum(0).float().mean(),
+        "wins": ((mine - other).sign() + 1).mean() / 2,
+    }
+    if ours.true is not None and theirs.true is not None:
+        found |= {"true_score": ours.true.mean(), "reference_true_score": theirs.true.mean()}
+    return {name: float(x) for name, x in found.items()}, ours
+
+
+class Alignment(Callback):
+    """Logs how the policy's responses to held-out prompts compare with those of its reference, about ``points`` times
+    in a run, and shows some of them before, and after."""
+
+    def __init__(
+        self,
+        loggers: Sequence[Logger],
+        show: Callable[[str, int], None],
+        say: Callable[[str], object],
+        seed: int,
+        points: int = 20,
+    ) -> None:
+        self.loggers, self.show, self.say, self.seed, self.points = loggers, show, say, seed, points
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.steps == 0:
+            self.look(trainer)
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        if report.passes(trainer.total_steps / self.points) or report.steps >= trainer.total_steps:
+            self.look(trainer)
+
+    def look(self, trainer: Trainer) -> None:
+        env, reference = trainer.collector.env, trainer.algorithm.reference
+        assert isinstance(env, LanguageEnv) and reference is not None
+        seed = seeding.number(self.seed, "evaluation")
+        found, ours = compare(trainer.algorithm.policy, reference.policy, env, seed)
+        for logger in self.loggers:
+            logger.write(trainer.steps, {f"language/{name}": x for name, x in found.items()})
+        if trainer.steps == 0 or trainer.steps >= trainer.total_steps:
+            scores = ours.reward if ours.true is None else ours.true
+            rows = list(zip(ours.prompts, ours.responses, scores.tolist(), strict=True))[:SHOWN]
+            lines = [
+                "| prompt | response | score |",
+                "|---|---|---|",
+                *(f"| {p} | {r} | {x:.2f} |" for p, r, x in rows),
+            ]
+            self.show("\n".join(lines), trainer.steps)
+        if trainer.steps >= trainer.total_steps:
+            true = f", true score {found['true_score']:.2f}" if "true_score" in found else ""
+            self.say(
+                f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats a response"
+                f" | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}"
+            )
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.loggers[0].close({})

@@ -1,0 +1,112 @@
+"""Responses to prompts, as rollouts."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from pgsuite.envs.base import VectorEnv
+from pgsuite.nn.policy import Policy
+from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.policy import TokenBody
+from pgsuite.rollout.collect import Collector
+from pgsuite.types import Rollout
+
+
+class Generated(NamedTuple):
+    """Prompts [P, N] and what was written after them, up to L tokens."""
+
+    tokens: Tensor  # [P + L, N]
+    logp: Tensor  # [L, N] of each token of the response
+    written: Tensor  # [L, N] bool, true up to the stop token, which is among them
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Tensor,
+    real: Tensor,
+    length: int,
+    stop: int,
+    generator: Generator | None = None,
+    *,
+    pad: int = 0,
+    poll: int = 8,
+    deterministic: bool = False,
+) -> Generated:
+    """Responses of up to ``length`` tokens to prompts [P, N], which are padded at their beginning, where they are not
+    ``real`` [P, N].  Every ``poll`` tokens the host asks whether any is still being written."""
+    body = policy.body
+    assert isinstance(body, TokenBody)
+    width, columns = prompts.shape
+    tokens = torch.cat([prompts, prompts.new_full((length, columns), pad)])
+    logp = torch.zeros(length, columns, device=prompts.device)
+    written = torch.zeros(length, columns, dtype=torch.bool, device=prompts.device)
+    memory = body.read(prompts[:-1], real[:-1])
+    live, start = torch.ones_like(real[0]), ~real[:-1].any(0)
+    for i in range(length):
+        if i and i % poll == 0 and not bool(live.any()):
+            break
+        choice = policy.act(tokens[width + i - 1], memory, start, generator, deterministic=deterministic)
+        tokens[width + i] = torch.where(live, choice.action, pad)
+        logp[i], written[i] = choice.logp.where(live, 0.0), live
+        live, memory, start = live & (choice.action != stop), choice.memory, torch.zeros_like(start)
+    return Generated(tokens, logp, written)
+
+
+class GenerationCollector(Collector):
+    """A response to each of N prompts: an episode whose steps are the positions of a text and whose actions are the
+    tokens that follow.
+
+    Of T = prompt width + longest response - 1 positions, those of the prompt, whose tokens nobody chose, are masked, as
+    are those after the response's stop token, which is its last action.  A response that reaches its greatest length
+    ends there: it is scored for what was written, and nothing is bootstrapped.  Nothing is remembered in the rollout,
+    for every text begins in it.
+    """
+
+    whole_episodes = True
+    supports_overlap = False
+    env: LanguageEnv
+
+    def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
+        """Raises ValueError for environments that are no prompts, and for another horizon than theirs."""
+        super().__init__(env, horizon, seed)
+        if not isinstance(env, LanguageEnv):
+            raise ValueError(f"responses are generated for prompts, and {env.name} has none")
+        if horizon != env.max_episode_steps:
+            raise ValueError(f"the texts of {env.name} have {env.max_episode_steps} positions: leave horizon out")
+
+    def collect(self, policy: Policy) -> Rollout:
+        env, began = self.env, perf_counter()
+        prompts, real = env.prompts()
+        drawn = perf_counter()
+        text = generate(policy, prompts, real, env.length, env.stop, self.generator, pad=env.pad)
+        acted = perf_counter()
+        reward = env.score(text.tokens, text.written)
+        self.seconds["acting"] += acted - drawn
+        self.seconds["environment"] += drawn - began + perf_counter() - acted
+
+        blank = torch.zeros_like(real[1:])
+        mask = torch.cat([blank, text.written])
+        begun = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
+        row = Rollout(
+            obs=text.tokens[:-1],
+            memory={},
+            start=(begun & ~torch.cat([torch.zeros_like(begun[:1]), begun[:-1]]))[:-1],
+            action=text.tokens[1:],
+            logp=torch.cat([blank.to(text.logp), text.logp]),
+            reward=torch.cat([blank.to(reward), reward]),
+            next_obs=text.tokens[1:],
+            terminated=mask & ~torch.cat([mask[1:], torch.zeros_like(mask[:1])]),
+            truncated=torch.zeros_like(mask),
+            mask=mask,
+        )
+        self.buffer.hold(row)
+        self.begun = True
+        return self.buffer.read()
+
+    def state_dict(self) -> dict[str, object]:
+        return {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": False}

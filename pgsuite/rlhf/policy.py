@@ -1,0 +1,204 @@
+"""Language models as policies: an observation is a token, an action the next one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from pgsuite.nn.distributions import Categorical, Distribution
+from pgsuite.nn.heads import FORBIDDEN, CategoricalHead, permitted
+from pgsuite.nn.network import Body, Seen
+from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.policy import Policy
+from pgsuite.nn.transformer import SEEN, LanguageModel, Transformer, look
+from pgsuite.types import Memory, Obs, Rollout
+
+FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
+M = TypeVar("M", bound=nn.Module)
+
+
+class TokenBody(Body):
+    """The features of a transformer over tokens [T, N], of which each column is one text: padding, then its first token
+    where it ``start``s, and to the end of it no other start.
+
+    While acting it remembers keys and values, which grow with the text; a rollout holds none of them, since every text
+    in it begins there.
+    """
+
+    def __init__(self, transformer: Transformer | Pretrained, obs_norm: Standardize, name: str = "policy") -> None:
+        super().__init__()
+        self.transformer, self.obs_norm, self.name = transformer, obs_norm, name
+        self.size, self.shape = transformer.size, transformer.shape
+        self.sequential, self.carries = True, False
+
+    def blank(self, num_envs: int) -> Memory:
+        return {}
+
+    def read(self, tokens: Tensor, real: Tensor) -> Memory:
+        """The memory of having seen texts [T, N], padded where they are not ``real`` [T, N]."""
+        return self.keep(self.transformer.extend(tokens, real, {})[1]) if len(tokens) else {}
+
+    def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
+        return self.transformer(seen.obs, begun(seen.start)), {}
+
+    def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
+        cache = {key.removeprefix(f"{self.name}."): x for key, x in memory.items()}
+        if cache:
+            cache[SEEN] = cache[SEEN] & ~start.unsqueeze(-1)
+        features, cache = self.transformer.extend(obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache)
+        return features.squeeze(0), self.keep(cache)
+
+    def another(self, name: str) -> TokenBody:
+        """One that reads alike and learns apart."""
+        return TokenBody(copy_sharing_frozen(self.transformer), self.obs_norm, name)
+
+    def keep(self, cache: Memory) -> Memory:
+        return {f"{self.name}.{key}": x for key, x in cache.items()}
+
+    def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """One pass gives both: what follows a token is the next one in its column."""
+        tokens = torch.cat([rollout.obs, rollout.next_obs[-1:]])
+        real = begun(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
+        features = self.transformer(tokens, real)
+        return features[:-1], features[1:]
+
+
+def begun(start: Tensor) -> Tensor:
+    """Where [T, N] a text has started."""
+    return start.cumsum(0) > 0
+
+
+class TokenHead(CategoricalHead):
+    """The likelihoods of tokens at a ``temperature``, of which those beyond the nucleus, the likeliest tokens that
+    together have a probability of at least ``top_p``, are left out (Holtzman et al., 2020).
+
+    What is left is a distribution: log-probabilities are those of what was sampled, and an action that has fallen out
+    of the nucleus of a policy that moved has the probability zero.
+    """
+
+    def __init__(self, space: spaces.Space[Any], temperature: float = 1.0, top_p: float = 1.0) -> None:
+        super().__init__(space)
+        self.temperature, self.top_p = temperature, top_p
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        logits = (permitted(numbers, allowed) / self.temperature).log_softmax(-1)
+        if self.top_p < 1:
+            with torch.no_grad():
+                chance, order = logits.exp().sort(-1, descending=True)
+                outside = chance.cumsum(-1) - chance >= self.top_p
+                outside = torch.zeros_like(outside).scatter(-1, order, outside)
+            logits = logits.masked_fill(outside, FORBIDDEN).log_softmax(-1)
+        return Categorical(logits)
+
+
+class LanguagePolicy(Policy):
+    """A policy over the tokens of a language model."""
+
+    def frozen_copy(self) -> LanguagePolicy:
+        """A copy that stays as it is and shares frozen layers; it assigns probabilities to every token, whatever
+        nucleus this policy samples from."""
+        copied = copy_sharing_frozen(self).requires_grad_(False)
+        if isinstance(copied.head, TokenHead):
+            copied.head.top_p = 1.0
+        return copied
+
+
+class Pretrained(nn.Module):
+    """The body of a causal language model of the ``transformers`` library, in the place of a ``Transformer``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.base_model
+        self.vocabulary, self.size = model.config.vocab_size, model.config.hidden_size
+        self.shape = f"{self.vocabulary} > {type(model).__name__} {self.size} x {model.config.num_hidden_layers}"
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Its layers, the lowest first."""
+        return next(x for x in self.model.modules() if isinstance(x, nn.ModuleList))
+
+    def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
+
+    def extend(self, tokens: Tensor, real: Tensor, cache: Memory) -> tuple[Tensor, Memory]:
+        from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
+
+        seen, position, visible = look(real.T, cache)
+        past = DynamicCache()
+        for i in range((len(cache) - 1) // 2):
+            past.update(cache[f"{i}.key"], cache[f"{i}.value"], i)
+        found = self.model(
+            input_ids=tokens.T,
+            attention_mask=torch.zeros_like(visible, dtype=self.model.dtype)
+            .masked_fill(~visible, torch.finfo(self.model.dtype).min)
+            .unsqueeze(1),
+            position_ids=position.clamp(min=0),
+            past_key_values=past,
+            use_cache=True,
+        )
+        after = {SEEN: seen}
+        for i, layer in enumerate(found.past_key_values.layers):
+            after |= {f"{i}.key": layer.keys, f"{i}.value": layer.values}
+        return found.last_hidden_state.transpose(0, 1), after
+
+
+def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
+    """A language model's body, and what makes logits of its features: of a file that this suite wrote, or a directory
+    that ``save_pretrained`` of the transformers library wrote.  Nothing is downloaded.  Raises ValueError."""
+    file = Path(path) / FILE if (Path(path) / FILE).exists() else Path(path)
+    if not file.is_dir():
+        model = LanguageModel.load(file)
+        return model.body, model.out
+    try:
+        from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"{path} is a model of transformers: pip install 'pgsuite[rlhf]'") from error
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no causal language model of transformers: {error}") from error
+    return Pretrained(model.eval()), model.get_output_embeddings()
+
+
+def language_policy(
+    body: Transformer | Pretrained,
+    out: nn.Module,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    frozen: int = 0,
+) -> LanguagePolicy:
+    """A policy that says what a language model would; its ``frozen`` lowest layers, with the embedding below them, are
+    learned no more.  Raises ValueError where it has not so many."""
+    if frozen > len(body.blocks):
+        raise ValueError(f"policy.language.frozen={frozen}, but the model has {len(body.blocks)} layers")
+    space = spaces.Discrete(body.vocabulary)
+    norm = Standardize(space, None, enabled=False)
+    policy = LanguagePolicy(norm, space, body=TokenBody(body, norm), head=TokenHead(space, temperature, top_p))
+    policy.out = out  # pyright: ignore[reportAttributeAccessIssue]
+    if frozen:
+        embedding = next(x for x in body.modules() if isinstance(x, nn.Embedding))
+        for part in (embedding, *body.blocks[:frozen]):
+            freeze(part)
+    return policy
+
+
+def freeze(module: nn.Module) -> None:
+    """Turn parameters into buffers of the same names: optimizers and Fisher products then know nothing of them, and a
+    ``copy_sharing_frozen`` shares them."""
+    for part in module.modules():
+        part.frozen = True  # pyright: ignore[reportArgumentType]
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
+
+
+def copy_sharing_frozen(module: M) -> M:
+    """A copy that learns apart, and shares what is frozen."""
+    frozen = (part for part in module.modules() if getattr(part, "frozen", False))
+    return copy.deepcopy(module, {id(x): x for part in frozen for x in part.buffers(recurse=False)})

@@ -1,0 +1,178 @@
+"""Training a reward model on preferences, and saying how far it can be trusted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import logsigmoid
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from pgsuite import seeding, settings
+from pgsuite.app.build import commit, versions
+from pgsuite.app.train import short
+from pgsuite.errors import UserError
+from pgsuite.nn.optim import Optimizer
+from pgsuite.rlhf import files, preferences, scorer
+from pgsuite.rlhf.grammar import Grammar
+from pgsuite.rlhf.model import WordModel
+from pgsuite.rlhf.preferences import Preference
+from pgsuite.rlhf.reward import FILE, Judge, RewardModel
+from pgsuite.rlhf.tokens import Vocabulary
+from pgsuite.settings import Count, Natural, Positive, TorchThreads
+
+PAIRS = "preferences.jsonl"
+BINS = 10  # of the reliability table, between one half and one
+REFERENCES = 1_000  # samples over which the mean reward is zero
+
+
+@dataclass(kw_only=True)
+class RewardTraining:
+    """The settings of a reward model's training."""
+
+    model: str = "runs/language/model"  # a pretrained one, which writes the pairs and whose body judges begin with
+    pairs: str | None = None  # a file of preferences; null has the hidden scorer make some
+    count: Count = 16_000  # of pairs to make
+    noise: Positive = 1.0  # of choices: the score difference that is e times as likely preferred
+    held_out: Count = 1_000  # of the pairs, the last ones
+    members: Count = 1  # judges, each trained with a seed of its own
+    seed: Natural = 0
+    epochs: Count = 2
+    batch: Count = 64  # pairs to a step
+    lr: Positive = 5e-4  # falls to zero
+    torch_threads: TorchThreads = 1
+
+    def __post_init__(self) -> None:
+        settings.check(self, label="")
+
+
+@torch.no_grad()
+def margins(reward: RewardModel, pairs: Sequence[Preference]) -> Tensor:
+    """By how much the chosen response of each pair is worth more than the rejected one [N]."""
+    prompts = [pair.prompt for pair in pairs]
+    chosen, rejected = ([getattr(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
+    return reward(prompts, chosen) - reward(prompts, rejected)
+
+
+def accuracy(margin: Tensor) -> float:
+    """How often the chosen response has the greater reward; a tie counts half."""
+    return float((margin.sign() + 1).mean() / 2)
+
+
+def reliability(margin: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """Of the predictions whose probability lies in each of some equal intervals from one half to one: the mean
+    probability, how often it came so, and how many there are.  Empty intervals are left out."""
+    confidence, right = margin.abs().sigmoid(), margin > 0
+    place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    inside = [place == i for i in range(bins)]
+    return [(float(confidence[x].mean()), float(right[x].float().mean()), int(x.sum())) for x in inside if x.any()]
+
+
+def calibration_error(table: Sequence[tuple[float, float, int]]) -> float:
+    """The expected calibration error (Guo et al., 2017): the mean distance of probability and frequency."""
+    return sum(n * abs(p - frequency) for p, frequency, n in table) / sum(n for *_, n in table)
+
+
+def fit(
+    judge: Judge, vocabulary: Vocabulary, pairs: Sequence[Preference], wanted: RewardTraining, generator: Generator
+) -> list[float]:
+    """Descend the loss of Bradley and Terry, -log sigmoid(r(chosen) - r(rejected)); its mean over each step's pairs."""
+    losses: list[float] = []
+    optimizer = Optimizer([judge], wanted.lr, max_grad_norm=1.0)
+
+    def loss(tokens: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = judge(tokens, real).chunk(2)
+        loss = -logsigmoid(chosen - rejected).mean()
+        return loss, {"loss": loss.detach()}
+
+    rounds = [torch.randperm(len(pairs), generator=generator).split(wanted.batch) for _ in range(wanted.epochs)]
+    batches = [chosen for each in rounds for chosen in each]
+    for step, chosen in enumerate(batches):
+        optimizer.lr.fill_(wanted.lr * (1 - step / len(batches)))
+        some = [pairs[i] for i in chosen.tolist()]
+        responses = [pair.chosen for pair in some] + [pair.rejected for pair in some]
+        metrics = optimizer.descend(loss, *vocabulary.encode([pair.prompt for pair in some] * 2, responses))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], object]) -> RewardModel:
+    """A reward model; leaves reward.pt, preferences.jsonl where it made them, TensorBoard events and summary.json in a
+    run directory.
+
+    Rewards are shifted so that each judge's mean over samples of the pretrained model is zero, as in the code of
+    Ziegler et al. (2019); they are not scaled, for that would undo their calibration.  Raises UserError.
+    """
+    path, began = files.vacant(folder, FILE), perf_counter()
+    torch.set_num_threads(wanted.torch_threads)
+    model = WordModel.load(wanted.model)
+    generator = seeding.generator(wanted.seed, "preferences")
+    count = wanted.count if wanted.pairs is None else REFERENCES
+    prompts = [review.prompt for review in Grammar().sample(count, seeding.number(wanted.seed, "prompts"))]
+    if wanted.pairs is None:
+        pairs = preferences.collect(model, prompts, scorer.score, wanted.noise, generator)
+        preferences.save(pairs, folder / PAIRS)
+        say(f"{len(pairs):,} pairs in {perf_counter() - began:,.0f} s | {short(folder / PAIRS)}")
+    else:
+        pairs = preferences.load(Path(wanted.pairs), model.vocabulary)
+    if wanted.held_out >= len(pairs):
+        raise UserError(f"held_out={wanted.held_out} of {len(pairs)} pairs leaves none to train on")
+    train, held = pairs[: -wanted.held_out], pairs[-wanted.held_out :]
+    references = model.vocabulary.encode(prompts[:REFERENCES], model.generate(prompts[:REFERENCES], generator))
+    judges: list[Judge] = []
+    with SummaryWriter(str(folder)) as writer:
+        for member in range(wanted.members):
+            generator = seeding.generator(wanted.seed, f"judge {member}")
+            judge = Judge(copy.deepcopy(model.body).requires_grad_(), generator)
+            for step, x in enumerate(fit(judge, model.vocabulary, train, wanted, generator), 1):
+                writer.add_scalar(f"training/loss_{member}", x, step)
+            with torch.no_grad():
+                judge.shift.copy_(judge(*references).mean())
+            judges.append(judge)
+            say(f"judge {len(judges)} of {wanted.members} | {len(train):,} pairs | {perf_counter() - began:,.0f} s")
+        reward = RewardModel(model.vocabulary, judges)
+        found = measure(reward, held)
+        for name in ("accuracy", "calibration_error"):
+            writer.add_scalar(f"held_out/{name}", found[name], 1)
+    for line in report(found):
+        say(line)
+    summary: dict[str, Any] = asdict(wanted) | found
+    summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
+    reward.save(path, **summary)
+    say(f"reward model in {summary['seconds']:,.0f} s | {short(path)}")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return reward.requires_grad_(False).eval()
+
+
+def measure(reward: RewardModel, pairs: Sequence[Preference]) -> dict[str, Any]:
+    """How well it predicts choices, and where their probabilities are known, how well anything could."""
+    margin = margins(reward, pairs)
+    table = reliability(margin)
+    found: dict[str, Any] = {"accuracy": accuracy(margin), "calibration_error": calibration_error(table)}
+    found |= {"loss": float(-logsigmoid(margin).mean()), "reliability": table}
+    if len(known := [pair.probability for pair in pairs if pair.probability is not None]) == len(pairs):
+        p = torch.tensor(known)
+        found["best_accuracy"] = float(torch.maximum(p, 1 - p).mean())
+        found["best_loss"] = float(torch.special.entr(torch.stack([p, 1 - p])).sum(0).mean())
+        found["ordering"] = accuracy(torch.where(p > 0.5, margin, -margin)[p != 0.5])
+    return found
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """What was measured, for people."""
+    lines = [f"held-out accuracy {found['accuracy']:.1%} | expected calibration error {found['calibration_error']:.3f}"]
+    if "best_accuracy" in found:
+        lines[0] = (
+            f"held-out accuracy {found['accuracy']:.1%}, of {found['best_accuracy']:.1%} that choices so noisy allow | "
+            f"{found['ordering']:.1%} in the order of the true scores | loss {found['loss']:.3f}, at best "
+            f"{found['best_loss']:.3f} | expected calibration error {found['calibration_error']:.3f}"
+        )
+    lines.append("predicted   came so   pairs")
+    return lines + [f"{p:>9.1%} {frequency:>9.1%} {n:>7,}" for p, frequency, n in found["reliability"]]

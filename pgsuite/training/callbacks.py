@@ -1,0 +1,295 @@
+"""What happens around training: progress, logs, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from pgsuite import distributed
+from pgsuite.nn.policy import Policy
+from pgsuite.settings import Checked, Count, Positive
+from pgsuite.training import checkpoint
+from pgsuite.training.loggers import Logger
+from pgsuite.training.trainer import Callback, Report, Trainer
+
+
+@dataclass(kw_only=True)
+class Checkpoint(Checked):
+    """When the state of a run is saved, and for how long."""
+
+    every: Count | None = 250_000  # steps
+    minutes: Positive | None = None  # or after this long, whichever is first
+    keep: Count = 3  # the last ones, beside the best
+
+
+@dataclass(kw_only=True)
+class Evaluation(Checked):
+    """Whole episodes in environments of their own while training, which they do not touch."""
+
+    every: Count | None = None  # steps
+    episodes: Count = 10  # one in each of as many environments
+    video_every: Count | None = None  # steps; of an evaluation's first episode
+    video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # files lie in the run's videos/
+
+
+class Window:
+    """Reports gathered between two log lines."""
+
+    def __init__(self) -> None:
+        self.returns: list[float] = []
+        self.lengths: list[float] = []
+        self.metrics: dict[str, list[float]] = {}
+
+    def add(self, report: Report) -> None:
+        self.returns += report.returns
+        self.lengths += report.lengths
+        for name, value in report.metrics.items():
+            self.metrics.setdefault(name, []).append(value)
+
+    def scalars(self) -> dict[str, float]:
+        """Means, by the names that the logs carry."""
+        scalars = {f"algorithm/{name}": statistics.fmean(values) for name, values in self.metrics.items()}
+        if self.returns:
+            scalars["episode/return"] = statistics.fmean(self.returns)
+            scalars["episode/return_std"] = statistics.pstdev(self.returns)
+            scalars["episode/length"] = statistics.fmean(self.lengths)
+            scalars["episode/count"] = float(len(self.returns))
+        return scalars
+
+
+class Log(Callback):
+    """Writes means of everything to the loggers, about ``points`` times in a run."""
+
+    def __init__(self, loggers: Sequence[Logger], points: int = 500) -> None:
+        self.loggers, self.points, self.window = loggers, points, Window()
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.logged, self.before = trainer.steps, self.clocks(trainer)
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        self.window.add(report)
+        if not report.passes(trainer.total_steps / self.points) and report.steps < trainer.total_steps:
+            return
+        scalars, now = self.window.scalars(), self.clocks(trainer)
+        spent = {name: now[name] - self.before[name] for name in now}
+        total = max(spent.pop("total"), 1e-9)
+        scalars |= {f"time/{name}": seconds / total for name, seconds in spent.items()}
+        scalars["time/steps_per_second"] = (report.steps - self.logged) / total
+        scalars["time/seconds"] = trainer.seconds["total"]
+        for logger in self.loggers:
+            logger.write(report.steps, scalars)
+        self.window, self.logged, self.before = Window(), report.steps, now
+
+    def on_end(self, trainer: Trainer) -> None:
+        results = {}
+        if trainer.steps >= trainer.total_steps:
+            speed = trainer.steps / max(trainer.seconds["total"], 1e-9)
+            results = {"return_mean": trainer.return_mean, "steps_per_second": speed}
+            played = [part.last["return"] for part in trainer.callbacks if isinstance(part, Evaluate) and part.last]
+            results |= {"evaluation_return": played[0]} if played else {}
+        for logger in self.loggers:
+            logger.close(results)
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self.window)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self.window).update(state)
+
+    @staticmethod
+    def clocks(trainer: Trainer) -> dict[str, float]:
+        return trainer.seconds | trainer.collector.seconds
+
+
+class Bar(Callback):
+    """Steps, speed, mean return of the last hundred episodes and time left: a bar in a terminal, else plain lines."""
+
+    def __init__(self, console: Console, lines: int = 20) -> None:
+        self.console, self.lines = console, lines
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.returns: list[float] = []
+        self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task("", total=trainer.total_steps, completed=trainer.steps)
+            self.bar.start()
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        self.returns = (self.returns + report.returns)[-100:]
+        elapsed = max(perf_counter() - self.began, 1e-9)
+        speed = (report.steps - self.first) / elapsed
+        mean = f"{sum(self.returns) / len(self.returns):,.1f}" if self.returns else "none yet"
+        line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {mean}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=report.steps, description=line)
+        elif report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps:
+            left = max(0.0, (trainer.total_steps - report.steps) / max(speed, 1e-9))
+            self.console.print(f"{line} | {left:,.0f} s left", highlight=False)
+            self.said = report.steps
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Checkpoints(Callback):
+    """Saves the run every so many steps or minutes, and at the end, however it comes about; keeps the last few.
+
+    The first process writes, for all.
+    """
+
+    def __init__(self, run: Path, facts: Mapping[str, Any], wanted: Checkpoint) -> None:
+        self.run, self.facts, self.wanted = run, dict(facts), wanted
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.saved, self.at = trainer.steps, perf_counter()
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        minutes, every = self.wanted.minutes, self.wanted.every
+        late = minutes is not None and distributed.any_of(perf_counter() - self.at > 60 * minutes)
+        if late or (report.passes(every or math.inf) and trainer.steps > self.saved):
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        failed = trainer.steps < trainer.total_steps and not trainer.stop
+        alone = failed and distributed.size() > 1  # for what failed here need not have failed elsewhere
+        if trainer.steps > self.saved and not alone:
+            self.save(trainer)
+        elif distributed.rank() == 0 and self.saved:
+            checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to
+
+    def save(self, trainer: Trainer) -> Path | None:
+        """Write what every process holds, and the callbacks, and the facts; the path, for the first process."""
+        self.saved, self.at = trainer.steps, perf_counter()
+        states = distributed.gather(trainer.state_dict())
+        if states is None:
+            return None
+        told = {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks}
+        state = states[0] | {"others": states[1:], "callbacks": told} | self.facts
+        path = checkpoint.path_of(self.run, trainer.steps)
+        checkpoint.save(state, path)
+        checkpoint.prune(self.run, self.wanted.keep)
+        return path
+
+
+class Evaluate(Callback):
+    """Has copies of the policy play whole episodes every so many steps, in environments and with random streams that
+    are made anew, logs what came of it, and gives the best one's checkpoint a name.
+
+    So the training run is the same bit for bit, and every evaluation begins in the same states.  The first process
+    plays, for all.
+    """
+
+    def __init__(
+        self,
+        match: Callable[[Policy, int, bool], dict[str, float]],
+        table: Logger | None,
+        loggers: Sequence[Logger],
+        checkpoints: Checkpoints,
+        wanted: Evaluation,
+    ) -> None:
+        """``match`` plays, given a policy, the steps that it learned for, and whether to film."""
+        self.match, self.table, self.loggers = match, table, loggers
+        self.checkpoints, self.wanted = checkpoints, wanted
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
+        if distributed.rank() == 0 and best.exists():
+            checkpoint.crown(best)  # which a run that was killed may not have come to
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        wanted, due = self.wanted, report.steps >= trainer.total_steps
+        if not (due or report.passes(wanted.every or math.inf)):
+            return
+        found: dict[str, float] = {}
+        if distributed.rank() == 0:
+            film = wanted.video_every is not None and (due or report.passes(wanted.video_every))
+            found = self.match(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
+            scalars = {f"evaluation/{name}": x for name, x in found.items()}
+            if self.table is not None:
+                self.table.write(report.steps, {"time/seconds": trainer.seconds["total"]} | scalars)
+            for logger in self.loggers:
+                logger.write(report.steps, scalars)
+        found = distributed.broadcast(found)
+        self.last = {"steps": report.steps} | found
+        if not self.best or found["return"] > self.best["return"]:
+            self.best = self.last
+            path = self.checkpoints.save(trainer)
+            if path is not None:
+                checkpoint.crown(path)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.table is not None:
+            self.table.close({})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last, self.best = state["last"], state["best"]
+
+
+class Summary(Callback):
+    """Keeps summary.json, from the start to the end."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], patience: float = 10.0) -> None:
+        self.path, self.facts, self.patience, self.status = path, dict(facts), patience, "running"
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.write(trainer)
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        if perf_counter() - self.at > self.patience:
+            self.write(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        done = trainer.steps >= trainer.total_steps
+        self.status = "finished" if done else "interrupted" if trainer.stop else "failed"
+        self.write(trainer)
+
+    def write(self, trainer: Trainer) -> None:
+        self.at = perf_counter()
+        mean, std = (None if math.isnan(x) else x for x in (trainer.return_mean, trainer.return_std))
+        seconds = trainer.seconds["total"]
+        evaluations = [part for part in trainer.callbacks if isinstance(part, Evaluate) and part.last]
+        summary = self.facts | {
+            "status": self.status,
+            "steps": trainer.steps,
+            "total_steps": trainer.total_steps,
+            "seconds": seconds,
+            "steps_per_second": trainer.steps / seconds if seconds else 0.0,
+            "return_mean": mean,
+            "return_std": std,
+            "episodes": len(trainer.recent),
+            "evaluation": evaluations[0].last | {"best": evaluations[0].best} if evaluations else None,
+            "recoveries": trainer.recoveries,
+        }
+        temporary = self.path.with_suffix(".writing")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(self.path)
+
+
+def console() -> Console:
+    """Where a run talks to people."""
+    return Console(file=sys.stdout, soft_wrap=True)

@@ -1,0 +1,176 @@
+"""Checkpoints: tensors, numbers and words only, written whole or not at all, loaded without running any code.
+
+A file is a zip archive as torch.save makes it, with a checksum of itself as the archive's comment, so
+``torch.load(path, weights_only=True)`` reads it as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from pgsuite.errors import UserError
+
+FORMAT = 2
+FOLDER = "checkpoints"
+BEST = "best.pt"
+SEAL = 64  # bytes of a SHA-256 in hexadecimal
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write state to path; whatever stood there stays until the new file is whole and on disk.
+
+    Raises UserError if it cannot be written.
+    """
+    temporary = path.with_suffix(".writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w+b") as file:
+            torch.save({"format": FORMAT} | state, file)
+            seal(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        settle(path.parent)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}); checkpoints saved before are intact") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what ``save`` wrote, onto the CPU.
+
+    Raises UserError if path is missing, damaged, of another format, or holds anything but data: the contents are
+    never executed.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END) - SEAL
+            sealed = size > 2 and checksum(file, size) == file.read()[2:]
+        if not sealed:
+            raise UserError(
+                f"{path} is no checkpoint of this suite, or it was altered, damaged or cut short: it does not end in "
+                "the checksum of what it holds; use an earlier one of the same run"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than tensors, numbers and words, so it is refused unopened") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read {path} ({reason}); use an earlier one of the same run") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of format {FORMAT}")
+    return state
+
+
+def seal(file: BinaryIO) -> None:
+    """Give an archive its own checksum as its comment."""
+    digest = checksum(file, file.seek(0, os.SEEK_END))
+    file.write(SEAL.to_bytes(2, "little") + digest)
+
+
+def checksum(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of an archive of ``size`` bytes as it is without a comment; the file is left where the length of one
+    would stand, in the archive's last two bytes."""
+    digest, left = hashlib.sha256(), size - 2
+    file.seek(0)
+    while left and (chunk := file.read(min(left, 1 << 20))):
+        digest.update(chunk)
+        left -= len(chunk)
+    digest.update(bytes(2))
+    file.seek(size - 2)
+    return digest.hexdigest().encode()
+
+
+def settle(folder: Path) -> None:
+    """Have the disk remember the names in a folder too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def path_of(run: Path, steps: int) -> Path:
+    return run / FOLDER / f"{steps:012d}.pt"
+
+
+def numbered(run: Path) -> list[Path]:
+    """The checkpoints of a run directory, oldest first, without the best one's second name.
+
+    Raises UserError if there is none.
+    """
+    if not (found := _numbered(run)):
+        raise UserError(f"no checkpoint in {run / FOLDER}" if run.is_dir() else f"no run directory {run}")
+    return found
+
+
+def _numbered(run: Path) -> list[Path]:
+    return sorted(path for path in (run / FOLDER).glob("*.pt") if path.stem.isdigit())
+
+
+def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run directory that is whole, or the one given; what is passed over is said.
+
+    Raises UserError if there is none.
+    """
+    if given.suffix == ".pt":
+        return given, whole(given)
+    refused: list[UserError] = []
+    for path in reversed(numbered(given)):
+        try:
+            state = whole(path)
+        except UserError as error:
+            refused.append(error)
+        else:
+            for error in refused:
+                say(f"passed over: {error}")
+            return path, state
+    raise refused[0]
+
+
+def whole(path: Path) -> dict[str, Any]:
+    """What a run saved.  Raises UserError if it is anything else."""
+    state = load(path)
+    if missing := {"config", "choices", "versions", "steps", "algorithm", "spaces"} - state.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of a run")
+    return state
+
+
+def run_of(path: Path) -> Path:
+    """The run directory that a checkpoint lies in."""
+    return path.parent.parent if path.parent.name == FOLDER else path.parent
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the last ``keep``; the best one keeps its own name."""
+    for path in _numbered(run)[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def crown(path: Path) -> None:
+    """Have the best checkpoint be this one, by a second name for the same file."""
+    temporary = path.with_name("best.writing")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # not every file system knows second names
+        shutil.copyfile(path, temporary)
+    temporary.replace(path.with_name(BEST))
+
+
+def set_aside(run: Path, steps: int) -> None:
+    """Rename the checkpoints of a run that were made after so many steps, for it goes on from there."""
+    for path in _numbered(run):
+        if int(path.stem) > steps:
+            path.replace(path.with_suffix(".aside"))

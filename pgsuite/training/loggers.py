@@ -1,0 +1,205 @@
+"""Where scalars go: TensorBoard, a CSV file, Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from pgsuite.errors import UserError
+from pgsuite.settings import Checked
+from pgsuite.training.video import Gif, log_gif
+
+# What the Custom Scalars tab shows side by side, by regular expressions, since each method has diagnostics of its own.
+EVALUATION = "evaluation return"
+CHARTS = {
+    "return": "episode/return",
+    EVALUATION: "evaluation/(return|stochastic_return)",
+    "KL": "algorithm/kl",
+    "entropy": "algorithm/entropy",
+    "explained variance": "algorithm/explained_variance",
+    "clipped, or fraction of the full step": "algorithm/(clip_fraction|step_fraction)",
+    "policy loss, or gain": "algorithm/(policy_loss|improvement)",
+    "value loss": "algorithm/value_loss",
+    "gradient norms": "algorithm/.*grad_norm",
+    "learning rate": "algorithm/learning_rate",
+    "episode length": "episode/length",
+    "steps per second": "time/steps_per_second",
+}
+ALIGNMENT = {
+    "true score, and the reference's": "language/(reference_)?true_score",
+    "reward": "language/reward",
+    "how often the better response": "language/wins",
+    "KL from the reference, nats a response": "language/kl",
+    "tokens a response": "language/length",
+    "price of the KL": "algorithm/reference_coef",
+}
+BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
+MACHINERY = re.compile(
+    r"(resume|profile|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging)\..*)$"
+)
+
+
+@dataclass(kw_only=True)
+class Wandb(Checked):
+    project: str | None = None  # on Weights & Biases; null logs nothing there
+    name: str | None = None  # null stands for the run's directory
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+class Logger(Protocol):
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        """Record named scalars at a number of environment steps."""
+        ...
+
+    def close(self, results: Mapping[str, float]) -> None:
+        """Record what the run came to, if it came to its end, and let go of the file."""
+        ...
+
+
+class TensorBoard:
+    """Event files, with the run's hyperparameters and its results in the HParams tab, and with returns beside
+    diagnostics in the Custom Scalars tab."""
+
+    def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], after: int | None = None) -> None:
+        """``after`` so many steps the run goes on, and what another process logged later is no longer shown."""
+        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.steps = max(after or 0, 0)
+        self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+        shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
+        shown = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in shown.items()}
+        # Without the summary of the experiment, for TensorBoard takes the columns of all runs from the first it finds.
+        _, session, self.end = hparams(shown, {})
+        if after is None or after < 0:
+            self.writer._get_file_writer().add_summary(session)
+            evaluated = hyperparameters.get("evaluation.every") is not None
+            drawn = {title: tag for title, tag in CHARTS.items() if evaluated or title != EVALUATION}
+            charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in drawn.items()}
+            charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # drawn last wherever it stands
+            layout = {"Returns beside diagnostics": charts}
+            if hyperparameters.get("policy.language.model") is not None:
+                held_out = {title: ["Multiline", [f"^{tag}$"]] for title, tag in ALIGNMENT.items()}
+                layout = {"Alignment, on prompts that are held out": held_out} | layout
+            self.writer.add_custom_scalars(layout)
+
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        scalars = dict(scalars)
+        if {"episode/return", "episode/return_std"} <= scalars.keys():
+            mean, std = scalars["episode/return"], scalars["episode/return_std"]
+            scalars |= dict(zip(BAND, (mean, mean - std, mean + std), strict=True))
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, steps)
+        self.writer.flush()
+        self.steps = steps
+
+    def show(self, text: str, steps: int) -> None:
+        """Show Markdown among the texts."""
+        self.writer.add_text("language/responses", text, steps)
+        self.writer.flush()
+
+    def animate(self, film: Gif, steps: int) -> None:
+        """Show a moving picture among the images."""
+        log_gif(self.writer, film, steps)
+
+    def close(self, results: Mapping[str, float]) -> None:
+        for name, value in results.items():
+            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few;
+                # a step too late, so that it is dropped where the run goes on
+                self.writer.add_scalar(f"Result/{name}", value, self.steps + 1)
+        if results:
+            self.writer._get_file_writer().add_summary(self.end)
+        self.writer.close()
+
+
+class Csv:
+    """One row a time, on disk at once.  Where a column first appears late, the file is replaced by one that has it."""
+
+    def __init__(self, path: Path, after: int | None = None) -> None:
+        """``after`` so many steps the run goes on, and what another process wrote later is dropped.
+
+        Raises UserError where what was written is no table with a column of steps.
+        """
+        self.path = path
+        self.columns: list[str] = ["steps"]
+        self.rows: list[dict[str, Any]] = []
+        if after is not None and path.is_file():
+            try:
+                with path.open(newline="") as file:
+                    reader = csv.DictReader(file)
+                    self.columns = list(reader.fieldnames or self.columns)
+                    rows = [row for row in reader if (row.get("steps") or "").isdecimal()]
+                if "steps" not in self.columns or any(None in row for row in rows):
+                    raise ValueError("its first line does not name its columns")
+            except (ValueError, csv.Error) as error:
+                raise UserError(
+                    f"{path} is damaged ({error}), so the run cannot go on with it: move it away, and another begins"
+                ) from error
+            self.rows = [row for row in rows if int(row["steps"]) <= after]
+        self.replace()
+
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        row = {"steps": steps} | dict(scalars)
+        self.rows.append(row)
+        if new := [name for name in row if name not in self.columns]:
+            self.columns += new
+            self.file.close()
+            self.replace()
+        else:
+            csv.DictWriter(self.file, self.columns).writerow(row)
+            self.file.flush()
+
+    def replace(self) -> None:
+        temporary = self.path.with_suffix(".writing")
+        with temporary.open("w", newline="") as file:
+            table = csv.DictWriter(file, self.columns)
+            table.writeheader()
+            table.writerows(self.rows)
+        temporary.replace(self.path)
+        self.file = self.path.open("a", newline="")
+
+    def close(self, results: Mapping[str, float]) -> None:
+        self.file.close()
+
+
+class WandB:
+    """A run on Weights & Biases, in the run's directory with WANDB_MODE=offline; resumed runs go on with their own."""
+
+    def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], wanted: Wandb) -> None:
+        """Raises UserError without the package, and where wandb will not begin."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("logging.wandb needs wandb: pip install 'pgsuite[wandb]'") from error
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid4().hex[:12])
+        try:
+            self.run = wandb.init(
+                project=wanted.project,
+                name=wanted.name or f"{folder.parent.name}/{folder.name}",
+                group=wanted.group,
+                tags=wanted.tags,
+                id=identity.read_text().strip(),
+                resume="allow",
+                dir=folder,
+                config=dict(hyperparameters),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise UserError(f"wandb does not begin: {error}. WANDB_MODE=offline logs without a network") from error
+        self.run.define_metric("*", step_metric="steps")  # its own count would not go back where a run is resumed
+
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        self.run.log({"steps": steps} | dict(scalars))
+
+    def close(self, results: Mapping[str, float]) -> None:
+        self.run.summary.update({f"Result/{name}": value for name, value in results.items() if math.isfinite(value)})
+        self.run.finish()

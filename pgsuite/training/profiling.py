@@ -1,0 +1,160 @@
+"""Where the time of an iteration goes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from pgsuite.training.trainer import Callback, Report, Trainer
+
+TRACE = "trace.json"
+WARM_UP, TIMED, TRACED = 8, 10, 2  # iterations; by then is captured what can be, into which nobody looks
+OPERATIONS = 8  # lines of the table
+Around = Callable[[str], AbstractContextManager[Any]]
+
+
+class Profile(Callback):
+    """Times the phases of ten iterations, has torch trace two more, and says what came of it; the run is the same
+    otherwise.
+
+    The phases are timed without the tracer, which slows down small operations.  On an accelerator each waits for
+    what it launched.  trace.json can be opened in chrome://tracing or ui.perfetto.dev.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.iterations = 0
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.calls = Counter[str]()
+        self.looking = ExitStack()  # what ends when it is closed
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        self.iterations += 1
+        if self.iterations == WARM_UP:
+            self.device = trainer.collector.env.device
+            self.looking.enter_context(surrounded(phases(trainer), self.clock))
+            self.began, self.before = self.now(), report.steps
+        elif self.iterations == WARM_UP + TIMED:
+            took, steps = self.now() - self.began, report.steps - self.before
+            self.looking.close()
+            self.lines = self.table(trainer, took, steps)
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            self.looking.enter_context(surrounded(phases(trainer), record_function))
+            self.tracer = self.looking.enter_context(profile(activities=activities, acc_events=True))
+        elif self.iterations == WARM_UP + TIMED + TRACED:
+            self.looking.close()
+            for line in (*self.lines, *self.operations(trainer), self.keep(self.folder / TRACE)):
+                self.say(line)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.iterations < (wanted := WARM_UP + TIMED + TRACED):
+            self.looking.close()
+            self.say(f"no profile: it takes {wanted} iterations, and the run had {self.iterations}")
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        began = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - began
+            self.calls[name] += 1
+
+    def table(self, trainer: Trainer, took: float, steps: int) -> list[str]:
+        """Milliseconds and share of each phase; parts of a phase stand indented below it."""
+        lines = [f"{'an iteration':<22}{'ms':>10}{'share':>8}{'calls':>8}"]
+
+        def row(name: str, seconds: float, calls: float | None = None) -> None:
+            counted = "" if calls is None else f"{calls:>8,.0f}"
+            lines.append(f"{name:<22}{1e3 * seconds / TIMED:>10.2f}{seconds / took:>8.1%}{counted}")
+
+        for name in (name for _, _, name in phases(trainer) if self.calls[name]):
+            row(name, self.seconds[name], self.calls[name] / TIMED)
+        row("the rest", took - sum(x for name, x in self.seconds.items() if not name.startswith(" ")))
+        row("all", took)
+        lines[-1] += f"{'':>8}  {steps / took:,.0f} steps/s, {memory(self.device)}"
+        return lines
+
+    def operations(self, trainer: Trainer) -> Iterator[str]:
+        """Those that cost the most by themselves."""
+        on = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        names = {name for _, _, name in phases(trainer)}
+        found = [x for x in self.tracer.key_averages() if x.key not in names]
+        total = sum(getattr(x, on) for x in found) or 1
+        yield f"{'an operation':<42}{'share':>8}{'calls':>8}"
+        for x in sorted(found, key=lambda x: getattr(x, on), reverse=True)[:OPERATIONS]:
+            yield f"{x.key[:40]:<42}{getattr(x, on) / total:>8.1%}{x.count / TRACED:>8,.0f}"
+
+    def keep(self, path: Path) -> str:
+        """Write the trace; what came of it, since a run goes on without one."""
+        with suppress(OSError):
+            self.tracer.export_chrome_trace(str(path))  # which says nothing where it could not
+        written = path.is_file() and path.stat().st_size
+        return f"traced in {path.parent.name}/{TRACE}" if written else f"no trace: cannot write {path}"
+
+
+def phases(trainer: Trainer) -> list[tuple[Any, str, str]]:
+    """Object, method and name of everything that is looked at, in the order of an iteration."""
+    algorithm, collector = trainer.algorithm, trainer.collector
+    parts = {"improve": "  policy", "search": "    line search", "regress": "  critic"}
+    inside = [(algorithm, method, name) for method, name in parts.items() if hasattr(algorithm, method)]
+    inside += [(optimizer, "descend", "  gradient steps") for optimizer in algorithm.optimizers]
+    return [
+        (collector, "collect", "collect"),
+        (algorithm.policy, "act", "  act"),
+        (collector.env, "step", "  environments"),
+        (collector.buffer, "write", "  write"),
+        (algorithm, "prepare", "prepare"),
+        (algorithm, "credit", "credit"),
+        (algorithm, "update", "update"),
+        *inside,
+        (algorithm, "watch", "watch"),
+        (algorithm, "adapt", "adapt"),
+        (algorithm, "observe", "observe"),
+        *([(trainer.guard, "on_sound", "keep the state")] if trainer.guard else []),
+    ]
+
+
+@contextmanager
+def surrounded(methods: list[tuple[Any, str, str]], around: Around) -> Iterator[None]:
+    """Each method runs inside ``around`` its name."""
+
+    def wrapped(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with around(name):
+                return method(*args, **kwargs)
+
+        return inside
+
+    before = [(owner, method, vars(owner).get(method)) for owner, method, _ in methods]
+    for owner, method, name in methods:
+        setattr(owner, method, wrapped(getattr(owner, method), name))
+    try:
+        yield
+    finally:
+        for owner, method, own in before:
+            delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
+
+
+def memory(device: torch.device) -> str:
+    """The most that was held so far."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB at most on {device}"
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB at most"

@@ -1,0 +1,109 @@
+"""What a run does when something in it is no longer finite: back to the last good state, more slowly, and on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pgsuite import distributed
+from pgsuite.algorithms.base import Algorithm
+from pgsuite.envs.base import NotFiniteError
+from pgsuite.errors import UserError
+from pgsuite.training import checkpoint
+from pgsuite.training.trainer import Report, Trainer
+from pgsuite.types import Obs, Rollout, finite_cells
+
+BUNDLE = "crash.pt"
+
+
+class Recovery:
+    """Keeps the state between iterations, and goes back to it when one was not sound: at half the learning rate, and
+    with other actions, ``attempts`` times in a run.
+
+    Then it stops the run, which is left in the last good state, with that state, the rollout and the reason in
+    crash.pt.
+    """
+
+    def __init__(self, run: Path, facts: Mapping[str, Any], attempts: int, say: Callable[[str], None]) -> None:
+        self.run, self.facts, self.attempts, self.say = run, dict(facts), attempts, say
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.keep(trainer)
+
+    def on_sound(self, trainer: Trainer) -> None:
+        self.keep(trainer)
+
+    def on_unsound(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
+        rollout = None if isinstance(report, NotFiniteError) else trainer.collector.buffer.read()
+        why = str(report) if isinstance(report, NotFiniteError) else diagnose(trainer, report)
+        trainer.place(self.good, trainer.level)
+        if trainer.recoveries < self.attempts:
+            trainer.recoveries += 1
+            trainer.algorithm.slow_down()
+            trainer.collector.divert()
+            self.keep(trainer)
+            self.say(
+                f"{why}; back at {trainer.steps:,} steps with half the learning rate "
+                f"(attempt {trainer.recoveries} of {self.attempts})"
+            )
+            return
+        hint = ""
+        if rollout is not None:
+            seen = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+            bundle = {"why": why, "steps": trainer.steps, "state": self.good, "rollout": seen} | self.facts
+            if distributed.rank() == 0:
+                checkpoint.save(clone(bundle), self.run / BUNDLE)
+            hint = f"; python scripts/replay.py crash={self.run / BUNDLE} shows the update that failed"
+        advice = "A lower learning rate, gradient clipping or scale_reward=true may help"
+        raise UserError(f"{why}, after {self.attempts} recoveries{hint}. {advice}")
+
+    def keep(self, trainer: Trainer) -> None:
+        self.good = clone(trainer.position())
+
+
+def clone(state: Any) -> Any:
+    """A state whose tensors, on the CPU or not, are nobody else's."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: clone(x) for key, x in state.items()}
+    return type(state)(map(clone, state)) if isinstance(state, list | tuple) else state
+
+
+def diagnose(trainer: Trainer, report: Report) -> str:
+    """What was not finite, and where."""
+    if found := next(filter(None, distributed.gather(unreal(trainer.collector.buffer.read())) or ()), None):
+        where = f"in the rollout that ended at {report.steps:,} steps"
+        return f"{trainer.collector.env.name} broke: {found}, {where}"
+    broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
+    return f"training diverged: {', '.join(broken or unsound(trainer.algorithm))} not finite at {report.steps:,} steps"
+
+
+def unsound(algorithm: Algorithm) -> list[str]:
+    """The parameters and statistics that are not finite."""
+    return [
+        f"{name}.{key}"
+        for name, part in algorithm.parts.items()
+        for key, x in part.state_dict().items()
+        if not bool(x.isfinite().all())
+    ]
+
+
+def unreal(rollout: Rollout) -> str | None:
+    """Which environment answered an action with what is no number, and when, if any did."""
+    asked = finite_cells(rollout.action, rollout.mask) & rollout.mask
+
+    def look(name: str, x: Obs) -> str | None:
+        if isinstance(x, dict):
+            return next(filter(None, (look(f"{name} {key!r}", part) for key, part in x.items())), None)
+        if bool((cells := ~finite_cells(x, rollout.mask) & asked).any()):
+            t, i = cells.nonzero()[0].tolist()
+            return f"environment {i} gave {name} {x[t, i].tolist()} at step {t}"
+        return None
+
+    return look("the reward", rollout.reward.unsqueeze(-1)) or look("the observation", rollout.next_obs)

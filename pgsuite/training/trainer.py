@@ -1,0 +1,203 @@
+"""The loop around an algorithm: budget, bookkeeping and callbacks."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pgsuite import distributed
+from pgsuite.algorithms.base import Algorithm
+from pgsuite.envs.base import NotFiniteError
+from pgsuite.rollout import Collector, EpisodeTracker
+from pgsuite.types import Metrics
+
+Level = Literal["exact", "episode", "weights"]
+
+
+@dataclass
+class Report:
+    """What one iteration did, on the host."""
+
+    before: int  # steps of the environments before it
+    steps: int  # and after
+    metrics: dict[str, float]
+    returns: list[float]  # of the episodes that finished in all processes; the first one knows, and the others none
+    lengths: list[float]  # in steps
+    sound: bool  # whether all that it saw and made is finite
+
+    def passes(self, every: float) -> bool:
+        """Whether it took the count of steps over a multiple of this number."""
+        return self.steps // every > self.before // every
+
+
+class Callback:
+    """Told what happens; overrides what it cares for."""
+
+    def on_start(self, trainer: Trainer) -> None: ...
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None: ...
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Training is over, finished or not."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it must know to go on in a resumed run as if nothing had been."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Guard(Protocol):
+    """Asked after each iteration, before anybody is told of it."""
+
+    def on_start(self, trainer: Trainer) -> None: ...
+
+    def on_sound(self, trainer: Trainer) -> None: ...
+
+    def on_unsound(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
+        """Put the trainer right, or raise: something in this iteration was not finite."""
+        ...
+
+
+@dataclass
+class Trainer:
+    """Runs an algorithm until its environments have made ``total_steps`` steps, or until ``stop`` is set.
+
+    Only steps that something real happened in are counted, over all processes.  ``state_dict`` holds everything that
+    the rest of the run depends on.
+    """
+
+    algorithm: Algorithm
+    collector: Collector
+    total_steps: int
+    callbacks: Sequence[Callback] = ()
+    guard: Guard | None = None
+    steps: int = 0
+    execution: str = "eager"  # how its parts run; for people
+    recoveries: int = 0  # how often a guard put it right
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
+    asked: int = 0  # the number of the signal that asked this process to stop
+    stop: int = 0  # or any of them, as all of them know at the end of an iteration
+
+    def __post_init__(self) -> None:
+        for percent in reversed(range(101)):  # settings may change in the course of the run
+            self.algorithm.progress(percent / 100)
+            self.algorithm.validate(self.collector)
+        env = self.collector.env
+        self.tracker = EpisodeTracker(env.num_envs, env.device)
+        self.finished: list[tuple[int, float]] = []  # episodes: steps by then, and return
+
+    def fit(self) -> None:
+        for part in (*self.callbacks, *([self.guard] if self.guard else [])):
+            part.on_start(self)
+        try:
+            while self.steps < self.total_steps and not self.stop:
+                self.turn()
+        finally:
+            for callback in self.callbacks:
+                callback.on_end(self)
+
+    def turn(self) -> None:
+        """One iteration, told to everybody if it was sound."""
+        try:
+            report = self.iterate()
+        except NotFiniteError as error:
+            if self.guard is None or distributed.size() > 1:
+                raise
+            self.guard.on_unsound(self, error)
+            return
+        if self.guard is not None:
+            if not report.sound:
+                self.guard.on_unsound(self, report)
+                return
+            self.guard.on_sound(self)
+        if self.steps > 0.9 * self.total_steps:
+            self.finished += [(self.steps, x) for x in report.returns]
+        for callback in self.callbacks:
+            callback.on_iteration(self, report)
+
+    def iterate(self) -> Report:
+        began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
+        self.algorithm.progress(self.steps / self.total_steps)
+        metrics = self.algorithm.iterate(self.collector)
+        digest = self.digest(metrics).cpu()  # all that an iteration reads back to the host, at once
+        values, episodes = digest[: len(metrics) + 2], digest[len(metrics) + 2 :].view(2, -1)
+        values = distributed.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
+        *read, steps, unsound, asked = values.tolist()
+        read = [x / distributed.size() for x in read]
+        self.steps += int(steps)
+        self.stop = (self.asked or signal.SIGTERM) if asked else 0
+        sound = not unsound and all(map(math.isfinite, read))
+        episodes = distributed.gather(episodes[:, episodes[1] > 0].tolist()) or [([], [])]
+        returns, lengths = ([x for part in parts for x in part] for parts in zip(*episodes, strict=True))
+        report = Report(before, self.steps, dict(zip(metrics, read, strict=True)), returns, lengths, sound)
+        took = perf_counter() - began
+        self.seconds["total"] += took
+        self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
+        return report
+
+    def digest(self, metrics: Metrics) -> Tensor:
+        """What the host is to know of an iteration, in one vector of float64 on the device: the metrics, the steps that
+        were made, whether anything is not finite, and of each cell [T, N] the return and then the length of the episode
+        that finished there, zero where none did."""
+        rollout = self.collector.buffer.read()
+        unsound = ~(rollout.finite() & self.algorithm.finite())
+        values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), unsound)]
+        return torch.cat([torch.stack(values), *(x.flatten() for x in self.tracker.follow(rollout))])
+
+    @property
+    def recent(self) -> list[float]:
+        """Undiscounted returns of the training episodes that finished in the last tenth of the steps."""
+        return [x for steps, x in self.finished if steps > 0.9 * self.total_steps]
+
+    @property
+    def return_mean(self) -> float:
+        return statistics.fmean(self.recent) if self.recent else math.nan
+
+    @property
+    def return_std(self) -> float:
+        return statistics.pstdev(self.recent) if self.recent else math.nan
+
+    @property
+    def level(self) -> Level:
+        """How much of a run of these environments can be saved."""
+        return "exact" if self.collector.env.exact else "episode"
+
+    def position(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {
+            "steps": self.steps,
+            "recoveries": self.recoveries,
+            "algorithm": self.algorithm.state_dict(),
+            "collector": self.collector.state_dict(),
+            "tracker": self.tracker.state_dict(),
+        }
+
+    def place(self, position: dict[str, Any], level: Level) -> None:
+        """Put it in a position: ``exact``ly; at ``episode`` borders, where the environments begin new ones; or with the
+        ``weights`` alone, where the random streams are new too."""
+        self.steps, self.recoveries = position["steps"], position["recoveries"]
+        self.algorithm.load_state_dict(position["algorithm"], weights_only=level == "weights")
+        if level != "weights":
+            self.collector.load_state_dict(position["collector"])
+        if level == "exact":
+            self.tracker.load_state_dict(position["tracker"])
+        else:
+            self.collector.begun = False
+        if level == "weights":
+            self.collector.divert()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.position() | {"seconds": dict(self.seconds), "finished": list(self.finished)}
+
+    def load_state_dict(self, state: dict[str, Any], level: Level = "exact") -> None:
+        self.place(state, level)
+        self.seconds, self.finished = dict(state["seconds"]), [(int(steps), x) for steps, x in state["finished"]]
