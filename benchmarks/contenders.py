@@ -157,7 +157,7 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
     settings = {
         "PPO": {"lr": LR, "epochs": work.epochs, "minibatches": work.minibatches, "max_grad_norm": MAX_GRAD_NORM},
         "A2C": {"lr": LR, "max_grad_norm": MAX_GRAD_NORM},
-        "TRPO": natural | {"shrink": SHRINK, "tries": TRIES},
+        "TRPO": natural | {"backtrack_coef": SHRINK, "max_backtracks": TRIES},
         "NPG": natural,
         "Reinforce": {"lr": LR},
     }[work.method]
@@ -165,7 +165,7 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
     collector = algorithm.collector(env, work.horizon)
     execute(algorithm, collector, execution)
     for optimizer in algorithm.optimizers:
-        optimizer.descend = counted(optimizer.descend)
+        optimizer.step = counted(optimizer.step)
 
     def iterate() -> int:
         algorithm.iterate(collector)

@@ -46,10 +46,10 @@ CONTENDERS = {
 
 def trainer(settings: str, device: str) -> Trainer:
     made = build(compose("train", [*settings.split(), f"device={device}", f"total_steps={10**12}", "~tuned"]))
-    made.guard = Recovery(Path(), {}, attempts=0, say=print)
-    made.guard.on_start(made)
+    made.failure_handler = Recovery(Path(), {}, attempts=0, say=print)
+    made.failure_handler.on_start(made)
     for _ in range(WARM_UP):
-        made.turn()
+        made.step()
     return made
 
 
@@ -57,7 +57,7 @@ def speed(run: Trainer, seconds: float) -> float:
     """Steps/s; an iteration ends when the host has read what came of it."""
     steps, began = run.steps, perf_counter()
     while (now := perf_counter()) - began < seconds:
-        run.turn()
+        run.step()
     return (run.steps - steps) / (now - began)
 
 

@@ -26,7 +26,7 @@ from pgsuite.algorithms import TRPO
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic, Policy
-from pgsuite.nn.stateless import of_vector
+from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.types import Batch, masked_mean
 
 RESULT = RESULTS / "trust-region.json"
@@ -46,7 +46,7 @@ def learner(size: int, actions: int, **look: Any) -> tuple[TRPO, Batch]:
     policy = Policy(norm, spaces.Box(-1.0, 1.0, (actions,)), generator=generator, **look)
     critic = Critic(norm, num_envs=ENVS, generator=generator)
     obs, start = torch.randn(HORIZON, ENVS, size), torch.rand(HORIZON, ENVS) < 0.02
-    memory = {name: x.expand(HORIZON, *x.shape) for name, x in policy.blank(ENVS).items()}
+    memory = {name: x.expand(HORIZON, *x.shape) for name, x in policy.initial_state(ENVS).items()}
     cells = torch.zeros(HORIZON, ENVS)
     blank = Batch(obs, memory, start, cells, cells, cells, cells, cells, torch.ones(HORIZON, ENVS, dtype=torch.bool))
     with torch.no_grad():
@@ -61,7 +61,7 @@ def learner(size: int, actions: int, **look: Any) -> tuple[TRPO, Batch]:
 def products(algorithm: TRPO, batch: Batch) -> dict[str, Callable[[], object]]:
     policy = algorithm.policy
     start = tr.flatten(list(policy.parameters())).detach()
-    dist_at = of_vector(policy, lambda: policy.dist(batch))
+    dist_at = functional_in_parameters(policy, lambda: policy.dist(batch))
     theta, v = start.clone().requires_grad_(), torch.randn_like(start)
     kl = masked_mean(dist_at(start).detach().kl(dist_at(theta)), batch.mask)
     twice = tr.fisher_product(kl, [theta], 0.1)
@@ -74,17 +74,17 @@ def searches(algorithm: TRPO, batch: Batch, accepts: bool) -> dict[str, Callable
     caught: list[tuple[Any, Tensor]] = []
 
     class Catch(TRPO):
-        def search(self, attempt: Any, whole: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def line_search(self, attempt: Any, whole: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             caught.append((attempt, whole))
             return 0 * whole, {}
 
     def search(way: Any) -> Callable[[], object]:
         parts = {"policy": algorithm.policy, "critic": algorithm.critic}
-        Catch(**parts).improve(batch)
+        Catch(**parts).update_policy(batch)
         attempt, whole = caught[-1]
         # A larger budget than the step's own takes the first try, and one that nothing meets takes none.
-        searcher = TRPO(**parts, line_search=way, max_kl=1.0 if accepts else 1e-30)
-        return lambda: searcher.search(attempt, whole)
+        searcher = TRPO(**parts, backtracking=way, max_kl=1.0 if accepts else 1e-30)
+        return lambda: searcher.line_search(attempt, whole)
 
     return {way: search(way) for way in ("sequential", "batched")}
 

@@ -21,7 +21,7 @@ from pgsuite import distributed
 
 Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
 Obs = Any  # Tensor, or dict[str, Obs]
-Memory = dict[str, Tensor]  # [..., H] under each name of a network that remembers; empty where none does
+HiddenState = dict[str, Tensor]  # [..., H] under each name of a network that remembers; empty where none does
 PRIVILEGED, ACTION_MASK = "critic_obs", "action_mask"
 
 
@@ -87,7 +87,7 @@ class Rollout(Experience):
     """What happened: [T, N] experience, as the environments and the acting policy produced it."""
 
     obs: Obs  # [T, N, *O]
-    memory: Memory  # [T, N, H] each, what was remembered before seeing obs
+    hidden_state: HiddenState  # [T, N, H] each, what was remembered before seeing obs
     start: Tensor  # [T, N] bool, an episode begins here
     action: Tensor  # [T, N, *A]
     logp: Tensor  # [T, N] under the policy that acted; where an earlier one did, see OverlappedCollector
@@ -113,7 +113,7 @@ class Batch(Experience):
     """What to learn from: the same cells, with credit assigned."""
 
     obs: Obs  # [..., *O]
-    memory: Memory  # [..., H] each
+    hidden_state: HiddenState  # [..., H] each
     start: Tensor  # [...] bool
     action: Tensor  # [..., *A]
     logp: Tensor  # [...] as in the rollout
@@ -129,7 +129,7 @@ class Batch(Experience):
         reach gradients, though no mean."""
         r = rollout
         logp, value, advantage, target = (x.where(r.mask, 0.0) for x in (r.logp, value, advantage, target))
-        return cls(r.obs, r.memory, r.start, r.action, logp, value, advantage, target, r.mask, r.extra)
+        return cls(r.obs, r.hidden_state, r.start, r.action, logp, value, advantage, target, r.mask, r.extra)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pgsuite.app import cli
-from pgsuite.app.build import construct, container
+from pgsuite.app.build import instantiate, to_dict
 from pgsuite.rlhf.reward_training import train_reward
 from pgsuite.training.callbacks import console
 
 
 def task(cfg: DictConfig) -> None:
     folder, say = Path(HydraConfig.get().runtime.output_dir), partial(console().print, highlight=False, markup=False)
-    train_reward(construct(container(cfg), "the training"), folder, say)
+    train_reward(instantiate(to_dict(cfg), "the training"), folder, say)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, PPOPenalty, Reinforce
-from pgsuite.app.evaluate import Playing
+from pgsuite.app.evaluate import EvaluateConfig
 from pgsuite.app.export import Export
 from pgsuite.app.replay import Replaying
 from pgsuite.app.schema import Run
@@ -52,10 +52,10 @@ from pgsuite.training.trainer import Trainer
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LONGEST = 600  # characters of a message
 PATIENCE = 120  # seconds for a line
-MEMORY = 8 << 30  # bytes more than there are, so that what would fill the machine fails at once
+BETA2 = 8 << 30  # bytes more than there are, so that what would fill the machine fails at once
 ALGOS = {"ppo": PPO, "a2c": A2C, "npg": NPG, "trpo": TRPO, "ppo_penalty": PPOPenalty, "reinforce": Reinforce}
 ENVS = {"CartPole": CartPole, "Pendulum": Pendulum, "HalfCheetah": HalfCheetah, "gym": Gym, "rlhf": Language}
-OTHERS = {"evaluate": Playing, "export": Export, "replay": Replaying}
+OTHERS = {"evaluate": EvaluateConfig, "export": Export, "replay": Replaying}
 OTHERS |= {"pretrain": Pretraining, "reward_model": RewardTraining}
 SMALL = ["num_envs=4", "total_steps=320"]
 TINY = {  # language models
@@ -119,22 +119,22 @@ NASTY = WORDS.split()
 NASTY += ["", " ", "a b", "[1, 2", "{a: 1", "x" * 5000, "[" * 50, "${" * 50, "\t", "1\n2", "[1, [2, [3]]]", "'a' 'b'"]
 
 
-def settings_of(cls: type, prefix: str = "") -> dict[str, Any]:
+def parse_run_config(cls: type, prefix: str = "") -> dict[str, Any]:
     """Every setting of a class, those of its parts too, with its type."""
     found: dict[str, Any] = {}
     hints = get_type_hints(cls, include_extras=True)
     for f in (f for f in fields(cls) if f.init):
         name, hint = prefix + f.name.removesuffix("_"), hints[f.name]
         if isinstance(hint, type) and is_dataclass(hint):
-            found |= {name: hint} | settings_of(hint, f"{name}.")
+            found |= {name: hint} | parse_run_config(hint, f"{name}.")
         elif hint is Any or Any not in (plain(hint), *get_args(plain(hint))):
             found[name] = hint
     return found
 
 
-SETTINGS = {name: settings_of(cls) for name, cls in OTHERS.items()} | {"train": settings_of(Run)}
-SETTINGS |= {name: settings_of(cls, "algo.") for name, cls in ALGOS.items()}
-SETTINGS |= {name: settings_of(cls, "env.") for name, cls in ENVS.items()}
+SETTINGS = {name: parse_run_config(cls) for name, cls in OTHERS.items()} | {"train": parse_run_config(Run)}
+SETTINGS |= {name: parse_run_config(cls, "algo.") for name, cls in ALGOS.items()}
+SETTINGS |= {name: parse_run_config(cls, "env.") for name, cls in ENVS.items()}
 
 
 class Writer:
@@ -234,7 +234,7 @@ class Answer:
 
 def answer(script: str, arguments: list[str], iterations: int = 0) -> Answer:
     """Run a script, here and now; a run that it begins is interrupted after so many iterations."""
-    out, err, done, turn = io.StringIO(), io.StringIO(), 0, Trainer.turn
+    out, err, done, turn = io.StringIO(), io.StringIO(), 0, Trainer.step
     raised: BaseException | None = None
 
     def counted(self: Trainer) -> None:
@@ -319,14 +319,14 @@ class Hostile:
 
 @contextlib.contextmanager
 def little_memory() -> Iterator[None]:
-    """No more than is reserved already, which may be much in a process that did other things, and ``MEMORY``.
+    """No more than is reserved already, which may be much in a process that did other things, and ``BETA2``.
 
     Where even a frame of the interpreter finds no room, CPython 3.11 raises SystemError instead of MemoryError.
     """
     gc.collect()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + BETA2, limits[1]))
     try:
         yield
     finally:

@@ -62,13 +62,13 @@ class Tape(Graphs):
                 delattr(thing, method)
 
     def begin(self) -> None:
-        self.reads, self.recorder = NothingRead(), Recorder()
-        self.reads.__enter__()
+        self.host_sync_reason, self.recorder = NothingRead(), Recorder()
+        self.host_sync_reason.__enter__()
         self.recorder.__enter__()
 
     def end(self) -> None:
         self.recorder.__exit__(None, None, None)
-        self.reads.__exit__(None, None, None)
+        self.host_sync_reason.__exit__(None, None, None)
         self.launches.append(lambda operations=self.recorder.operations: play(operations))
 
     def between(self, launch: Any, *args: Any) -> None:

@@ -39,7 +39,7 @@ from pgsuite.types import Batch
 
 def first_batch(algorithm: Any, env: Any, horizon: int = 10) -> Batch:
     with torch.no_grad():
-        return algorithm.estimate(collector(algorithm, env, horizon).collect(algorithm.policy))
+        return algorithm._compute_advantages(collector(algorithm, env, horizon).collect(algorithm.policy))
 
 
 def flat(algorithm: Any) -> Tensor:
@@ -78,7 +78,7 @@ def test_a_search_that_fails_changes_no_bit() -> None:
         return 0 * whole, {}
 
     algorithm.search = refuse
-    metrics = algorithm.improve(batch)
+    metrics = algorithm.update_policy(batch)
     assert float(metrics["accepted"]) == float(metrics["step_fraction"]) == float(metrics["step_norm"]) == 0
     assert torch.equal(before, flat(algorithm)) and tried[0] > tried[1] > 1e-3
 
@@ -91,7 +91,7 @@ def test_a_poisoned_batch_changes_no_bit(cls: type[NPG], poison: float) -> None:
     batch = first_batch(algorithm, env)
     batch.advantage.fill_(poison)
     before = flat(algorithm)
-    algorithm.improve(batch)
+    algorithm.update_policy(batch)
     assert torch.equal(before, flat(algorithm))
 
 
@@ -118,13 +118,13 @@ def test_an_iteration_reads_nothing_back(cls: type[Algorithm], optim: str) -> No
         rollouts.poll = rollouts.horizon  # its one read, every so many steps
     algorithm.iterate(rollouts)
     with NothingRead():
-        algorithm.progress(0.5)
+        algorithm.update_schedules(0.5)
         algorithm.iterate(rollouts)
 
 
 def test_trpo_reads_one_bit_per_try() -> None:
     env, reads = PointMass(16), 0
-    algorithm = build(TRPO, env, tries=4)
+    algorithm = build(TRPO, env, max_backtracks=4)
     batch = first_batch(algorithm, env)
 
     class Count(TorchDispatchMode):
@@ -134,7 +134,7 @@ def test_trpo_reads_one_bit_per_try() -> None:
             return func(*args, **(kwargs or {}))
 
     with Count():
-        metrics = algorithm.improve(batch)
+        metrics = algorithm.update_policy(batch)
     assert reads == 1 + int(metrics["backtracks"])
 
 
@@ -146,7 +146,10 @@ def test_the_hot_path_is_one_graph(cls: type[A2C]) -> None:
     whole: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}
     torch.compile(algorithm.policy.act, **whole)(rollout.obs[0], {}, rollout.start[0])
     with torch.no_grad():
-        compiled, batch = torch.compile(algorithm.estimate, **whole)(rollout), algorithm.estimate(rollout)
+        compiled, batch = (
+            torch.compile(algorithm._compute_advantages, **whole)(rollout),
+            algorithm._compute_advantages(rollout),
+        )
     assert torch.allclose(compiled.advantage, batch.advantage, atol=1e-5)
     loss, _ = torch.compile(algorithm.loss, **whole)(batch)
     loss.backward()
@@ -175,7 +178,7 @@ def test_whole_episodes_give_the_exact_gradient_and_torn_ones_do_not() -> None:
             policy.out.bias.copy_(torch.tensor([0.0, 1.0]))
         if kind == "whole":
             rollout = EpisodeCollector(env, limit, seed).collect(policy)
-            batch, count = algorithm.estimate(rollout), envs
+            batch, count = algorithm._compute_advantages(rollout), envs
             mask, advantage = batch.mask, batch.advantage
         else:
             rollout = StepCollector(env, horizon, seed).collect(policy)
@@ -204,7 +207,7 @@ def test_a_time_limit_is_not_the_end_of_the_task(terminates: bool) -> None:
     algorithm = build(A2C, env, lr={"linear": [0.05, 0]}, optim="adam", max_grad_norm=None, **options)
     rollouts = StepCollector(env, 10)
     for i in range(600):
-        algorithm.progress(i / 600)
+        algorithm.update_schedules(i / 600)
         algorithm.iterate(rollouts)
     said = float(value(algorithm.critic, torch.ones(1, 1)))
     if terminates:
@@ -238,7 +241,7 @@ def test_at_the_acting_policy_all_methods_ascend_one_direction() -> None:
         rollout.terminated.copy_(rollout.done)  # so that no method bootstraps
         rollout.truncated.fill_(False)
         with torch.no_grad():
-            batch = algorithm.estimate(rollout)
+            batch = algorithm._compute_advantages(rollout)
         gradients.append(policy_gradient(algorithm, batch))
     assert gradients[0].norm() > 1e-3
     for other in gradients[1:]:
@@ -291,7 +294,11 @@ def test_trpo_improves_within_its_budget() -> None:
     rollouts = collector(algorithm, env, 25)
     for _ in range(8):
         metrics = algorithm.iterate(rollouts)
-        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["improvement"] > 0 and metrics["step_fraction"] > 0
+        assert (
+            0 < metrics["kl"] <= algorithm.max_kl
+            and metrics["surrogate_improvement"] > 0
+            and metrics["step_fraction"] > 0
+        )
 
 
 def test_trpo_backtracks_when_the_quadratic_model_lies() -> None:
@@ -310,7 +317,7 @@ def test_the_natural_step_spends_its_budget_in_the_quadratic_model() -> None:
     env = PointMass(64)
     algorithm = build(NPG, env, max_kl=1e-4, damping=0.0)
     batch = first_batch(algorithm, env, 25)
-    assert float(algorithm.improve(batch)["kl"]) == pytest.approx(1e-4, rel=0.05)
+    assert float(algorithm.update_policy(batch)["kl"]) == pytest.approx(1e-4, rel=0.05)
 
 
 def test_kl_is_from_old_to_new() -> None:
@@ -318,7 +325,7 @@ def test_kl_is_from_old_to_new() -> None:
     algorithm = build(NPG, env, max_kl=0.1)
     batch = first_batch(algorithm, env)
     old = copy.deepcopy(algorithm.policy)
-    kl = algorithm.improve(batch)["kl"]
+    kl = algorithm.update_policy(batch)["kl"]
     before, after = old.dist(batch), algorithm.policy.dist(batch)
     assert torch.allclose(kl, before.kl(after).mean(), rtol=1e-4)
     assert not torch.allclose(kl, after.kl(before).mean(), rtol=1e-3)
@@ -375,7 +382,7 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
         theirs = torch.optim.RMSprop(params, 0.05, alpha=0.99, eps=1e-5)
     for _ in range(5):
         x = torch.randn(16, 3)
-        norm = ours.descend(lambda x: (layers[1](layers[0](x).tanh()).square().mean(), {}), x)["grad_norm"]
+        norm = ours.step(lambda x: (layers[1](layers[0](x).tanh()).square().mean(), {}), x)["grad_norm"]
         theirs.zero_grad()
         twins[1](twins[0](x).tanh()).square().mean().backward()
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(params, 0.5)), rel=1e-5)
@@ -387,9 +394,9 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
 def test_a_parameter_has_one_optimizer() -> None:
     layer = torch.nn.Linear(1, 1)
     first, second = Optimizer([layer], 0.1), Optimizer([layer], 0.1)
-    second.descend(lambda: (layer.weight.sum(), {}))
+    second.step(lambda: (layer.weight.sum(), {}))
     with pytest.raises(RuntimeError, match="left its optimizer"):
-        first.descend(lambda: (layer.weight.sum(), {}))
+        first.step(lambda: (layer.weight.sum(), {}))
 
 
 def test_credit_is_assigned_anew_before_each_epoch_where_asked() -> None:
@@ -417,7 +424,7 @@ def test_the_total_return_pays_every_action_alike() -> None:
     for baseline in ("none", "leave-one-out"):
         algorithm = build(Reinforce, env, gamma=0.9, returns="total", baseline=baseline, scale=False)
         rollout = EpisodeCollector(env, 12).collect(algorithm.policy)
-        batch = algorithm.estimate(rollout)
+        batch = algorithm._compute_advantages(rollout)
         total = (rollout.reward * rollout.mask * 0.9 ** torch.arange(12.0).unsqueeze(-1)).sum(0)
         live = rollout.mask.sum(1, keepdim=True)
         others = ((total * rollout.mask).sum(1, keepdim=True) - total) / (live - 1).clamp(min=1)
@@ -534,7 +541,9 @@ def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -
         assert torch.allclose(value, torch.ones_like(value), atol=0.1)
 
 
-@pytest.mark.parametrize("estimator", [GAE(), TDLambda(), NStep(n=1), MonteCarlo(), VTrace()], ids=lambda e: type(e))
+@pytest.mark.parametrize(
+    "estimator", [GAE(), TDLambda(), NStep(n_steps=1), MonteCarlo(), VTrace()], ids=lambda e: type(e)
+)
 def test_value_flows_back_one_step_at_the_discount(estimator: Any) -> None:
     env = TwoSteps(16)
     algorithm = build(
@@ -542,7 +551,7 @@ def test_value_flows_back_one_step_at_the_discount(estimator: Any) -> None:
     )
     rollouts = StepCollector(env, 8)
     for i in range(300):
-        algorithm.progress(i / 300)
+        algorithm.update_schedules(i / 300)
         algorithm.iterate(rollouts)
     values = value(algorithm.critic, torch.tensor([[0.0], [1.0]]))
     assert torch.allclose(values, torch.tensor([0.5, 1.0]), atol=0.03)
@@ -592,7 +601,7 @@ def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
     )
     rollouts, gains = StepCollector(env, 10), []
     for i in range(150):
-        algorithm.progress(i / 150)
+        algorithm.update_schedules(i / 150)
         algorithm.iterate(rollouts)
         gains.append(-float(policy.out.weight.detach()))
     assert sum(gains[75:]) / 75 == pytest.approx(0.58840335, abs=0.06)
@@ -635,7 +644,7 @@ def test_the_frozen_lake_is_crossed_nearly_as_well_as_can_be() -> None:
     algorithm = build(PPO, env, hidden=(), standardize=False, lr={"linear": [0.03, 0]}, epochs=4, entropy_coef=0.003)
     rollouts, ended = StepCollector(env, 32), []
     for i in range(150):
-        algorithm.progress(i / 150)
+        algorithm.update_schedules(i / 150)
         algorithm.iterate(rollouts)
         rollout = rollouts.buffer.read()
         ended.append((rollout.reward[rollout.done].sum(), rollout.done.sum()))

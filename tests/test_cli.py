@@ -96,8 +96,16 @@ ALGORITHM_SCALARS = {
     "reinforce": {"policy_loss", "entropy", "grad_norm", "explained_variance", "learning_rate"},
     "a2c": {"policy_loss", "value_loss", "entropy", "kl", "grad_norm", "explained_variance", "learning_rate"},
     "ppo": {"policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm", "explained_variance"},
-    "npg": {"improvement", "kl", "step_fraction", "cg_residual", "value_loss", "entropy", "explained_variance"},
-    "trpo": {"improvement", "kl", "step_fraction", "cg_residual", "backtracks", "value_loss", "entropy"},
+    "npg": {
+        "surrogate_improvement",
+        "kl",
+        "step_fraction",
+        "cg_residual",
+        "value_loss",
+        "entropy",
+        "explained_variance",
+    },
+    "trpo": {"surrogate_improvement", "kl", "step_fraction", "cg_residual", "backtracks", "value_loss", "entropy"},
 }
 
 
@@ -422,7 +430,7 @@ def test_a_run_that_diverges_stops_says_where_and_can_be_replayed(command: Cli) 
     summary = json.loads((command.folder / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["recoveries"]) == ("failed", 0, 2)
     bundle = checkpoint.load(command.folder / "run" / "crash.pt")
-    assert float(bundle["state"]["algorithm"]["optimizer"]["share"]) == 0.25
+    assert float(bundle["state"]["algorithm"]["optimizer"]["lr_scale"]) == 0.25
     assert bundle["config"]["algo"]["lr"] == 1e30 and bundle["versions"]["torch"] == torch.__version__
     code, out, err = command("replay", "crash=run")
     assert code == 0 and "before the update: everything is finite" in out and "nan values" in out, err
@@ -452,7 +460,9 @@ class Breaking(PointMass):
 def test_an_environment_that_breaks_is_named_and_the_last_good_state_is_kept(part: str, tmp_path: Path) -> None:
     env = Breaking(part, last=10**9)
     algorithm, said = build(PPO, env), []
-    trainer = Trainer(algorithm, collector(algorithm, env), 10_000, guard=Recovery(tmp_path, {}, 1, said.append))
+    trainer = Trainer(
+        algorithm, collector(algorithm, env), 10_000, failure_handler=Recovery(tmp_path, {}, 1, said.append)
+    )
     what = {"reward": r"the reward \[inf\]", "next_obs": r"the observation \[inf, inf, inf, inf\]"}[part]
     with pytest.raises(UserError, match=f"toy broke: environment 2 gave {what} at step 0, in the rollout .* 240 steps"):
         trainer.fit()
@@ -463,11 +473,11 @@ def test_an_environment_that_breaks_is_named_and_the_last_good_state_is_kept(par
 def test_a_run_goes_on_from_the_last_good_state_at_half_the_learning_rate(tmp_path: Path) -> None:
     env = Breaking("reward", last=47)
     algorithm, said = build(PPO, env, lr=1e-3), []
-    trainer = Trainer(algorithm, collector(algorithm, env), 800, guard=Recovery(tmp_path, {}, 3, said.append))
+    trainer = Trainer(algorithm, collector(algorithm, env), 800, failure_handler=Recovery(tmp_path, {}, 3, said.append))
     trainer.fit()
     assert trainer.steps == 800 and trainer.recoveries == 1 and bool(algorithm.finite())
     assert "back at 160 steps" in said[0]
-    assert float(algorithm.optimizer.lr * algorithm.optimizer.share) == pytest.approx(5e-4)
+    assert float(algorithm.optimizer.lr * algorithm.optimizer.lr_scale) == pytest.approx(5e-4)
 
 
 def test_an_interrupted_run_is_saved(command: Cli) -> None:
@@ -538,7 +548,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def test_a_method_from_elsewhere_trains_through_the_script_with_no_edit_here(elsewhere: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config-dir", "configs"]
-    own = ["algo=klppo", "env=CartPole", "algo.beta=0.5", "algo/estimator=n_step", "algo.estimator.n=7", *TINY]
+    own = ["algo=klppo", "env=CartPole", "algo.beta=0.5", "algo/estimator=n_step", "algo.estimator.n_steps=7", *TINY]
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"PYTHONPATH": str(elsewhere)}
     done = subprocess.run([*script, *own], cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

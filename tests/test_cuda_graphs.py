@@ -34,7 +34,7 @@ SHORT: dict[type[Algorithm], dict[str, Any]] = {
     PPO: {"epochs": 2},
     PPOPenalty: {"epochs": 2},
     NPG: {"critic_epochs": 2, "cg_iters": 3},
-    TRPO: {"critic_epochs": 2, "cg_iters": 3, "tries": 3, "line_search": "batched"},
+    TRPO: {"critic_epochs": 2, "cg_iters": 3, "max_backtracks": 3, "backtracking": "batched"},
 }
 ADAPTIVE = {"adaptive": {"start": 3e-3, "kl": 1e-3}}
 
@@ -72,7 +72,7 @@ def replays(least: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("cls", ALL)
 def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
-    """For every number that the next iteration depends on, which all stay at their addresses; and what a guard keeps
+    """For every number that the next iteration depends on, which all stay at their addresses; and what a failure_handler keeps
     between iterations reads nothing back either."""
     with replays(PARTS * (ITERATIONS - 4)):
         runs = [trainer(cls, make("CartPole", 8, max_episode_steps=16), record) for record in (None, Tape)]
@@ -82,8 +82,8 @@ def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
             run_alike(runs)
         assert addresses(runs[1]) == first
         with NothingRead():
-            clone(runs[1].position())
-    check(*(run.position() for run in runs))
+            clone(runs[1].training_state())
+    check(*(run.training_state() for run in runs))
 
 
 def addresses(run: Trainer) -> dict[str, int]:
@@ -112,16 +112,16 @@ def test_what_is_scheduled_remembered_or_put_back_is_replayed_too(
         before = Tape.made
         for _ in range(4):
             run_alike(runs)
-        kept = [clone(run.position()) for run in runs]
+        kept = [clone(run.training_state()) for run in runs]
         for _ in range(3):
             run_alike(runs)
         for run, position in zip(runs, kept, strict=True):
-            run.place(position, "exact")
+            run.load_training_state(position, "exact")
             run.algorithm.slow_down()
-            run.collector.divert()
+            run.collector.reseed()
         for _ in range(3):
             run_alike(runs)
-    check(*(run.position() for run in runs))
+    check(*(run.training_state() for run in runs))
     assert Tape.made - before == PARTS + changes
 
 
@@ -148,14 +148,14 @@ def test_physics_on_warp_is_launched_between_graphs() -> None:
         runs = [trainer(PPO, env, record) for env, record in zip(envs, (None, Tape), strict=True)]
         for _ in range(ITERATIONS):
             run_alike(runs)
-    check(*(run.position() for run in runs))
+    check(*(run.training_state() for run in runs))
 
 
 def test_what_cannot_be_captured_is_named_and_the_rest_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     env = make("CartPole", 8, max_episode_steps=16)
     alone = [
         (PPO, PointMass(8), {}, r"collecting is not captured: toy runs on toy, .*; a Task in torch can be captured"),
-        (TRPO, env, {"line_search": "sequential"}, r"learning is .*: the line search .*; algo.line_search=batched"),
+        (TRPO, env, {"backtracking": "sequential"}, r"learning is .*: the line search .*; algo.backtracking=batched"),
         (PPO, env, {"target_kl": 0.1}, r"learning is .*: target_kl .*; algo.early_stop=masked reads none"),
     ]
     for cls, world, settings, message in alone:
@@ -208,7 +208,7 @@ def train(*overrides: str) -> Trainer:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("task", ["CartPole", "HalfCheetah"])
-@pytest.mark.parametrize("method", ["ppo", "trpo algo.line_search=batched", "a2c", "npg"])
+@pytest.mark.parametrize("method", ["ppo", "trpo algo.backtracking=batched", "a2c", "npg"])
 def test_on_a_gpu_replays_are_eager_iterations_that_wait_once(task: str, method: str) -> None:
     settings = [f"algo={method.split()[0]}", *method.split()[1:], f"env={task}", "num_envs=64", "horizon=16"]
     eager, captured = train(*settings), train(*settings, "execution=cuda_graph")
@@ -219,17 +219,17 @@ def test_on_a_gpu_replays_are_eager_iterations_that_wait_once(task: str, method:
     for _ in range(2):
         written, replayed = eager.iterate().metrics, captured.iterate().metrics
         assert replayed == pytest.approx(written, rel=2e-2, abs=1e-2)
-    captured.guard = Recovery(Path(), {}, 0, print)
-    captured.guard.on_start(captured)
+    captured.failure_handler = Recovery(Path(), {}, 0, print)
+    captured.failure_handler.on_start(captured)
     for _ in range(4):
-        captured.turn()
+        captured.step()
     held = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         for _ in range(100):
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                captured.turn()
+                captured.step()
             assert sum("called a synchronizing" in str(x.message) for x in told) <= 1
     finally:
         torch.cuda.set_sync_debug_mode("default")

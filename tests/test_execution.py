@@ -31,7 +31,7 @@ CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     ),
     (Reinforce, {"baseline": "critic", "critic_minibatches": 2}, "inductor"),
     (TRPO, {"critic_epochs": 2, "critic_lr": {"linear": [1e-2, 0]}}, "aot_eager"),
-    (TRPO, {"critic_epochs": 2, "line_search": "batched", "tries": 3, "fisher": "gauss-newton"}, "aot_eager"),
+    (TRPO, {"critic_epochs": 2, "backtracking": "batched", "max_backtracks": 3, "fisher": "gauss-newton"}, "aot_eager"),
     (NPG, {"critic_epochs": 2, "max_kl": {"linear": [0.02, 0]}, "damping": {"linear": [0.1, 1.0]}}, "aot_eager"),
     (NPG, {"critic_epochs": 2, "fisher": "gauss-newton", "name": "CartPole", "shared": True}, "aot_eager"),
     (
@@ -61,7 +61,7 @@ def test_compiled_learning_is_eager_learning(
         for fraction in (0.0, 0.3, 0.6, 0.9, None):
             if fraction is None:
                 algorithm.load_state_dict(begun)
-            algorithm.progress(fraction or 0.0)
+            algorithm.update_schedules(fraction or 0.0)
             metrics = algorithm.iterate(rollouts)
             params = tr.flatten([x for part in algorithm.parts.values() for x in part.parameters()])
             found.append((params, metrics))
@@ -136,11 +136,11 @@ def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
         return {}
 
     def improve(*_: Any) -> Metrics:
-        algorithm.survey.outcome.alone()
+        algorithm.linearize.evaluate_step.alone()
         seen.append(len(regressed))
         return {}
 
-    algorithm.regress, algorithm.improve = regress, improve
+    algorithm.fit_critic, algorithm.update_policy = regress, improve
     for _ in range(2):
         algorithm.update(None)
     assert seen == [0, 2]  # in turn first, and then beside it
@@ -205,10 +205,10 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
 def test_what_a_graph_is_known_by_names_tensors_in_the_order_of_tracing() -> None:
     """Which is pytree's: another would hand a graph one tensor for another of the same shape."""
     cells = [torch.full((3,), float(i)) for i in range(15)]
-    obs, memory = {"b": cells[0], "a": {"d": cells[1], "c": cells[2]}}, {"h": cells[3], "c": cells[4]}
+    obs, hidden_state = {"b": cells[0], "a": {"d": cells[1], "c": cells[2]}}, {"h": cells[3], "c": cells[4]}
     names = ("start", "action", "logp", "value", "advantage", "target", "mask")
     plain = dict(zip(names, cells[5:12], strict=True))
-    batch = Batch(obs=obs, memory=memory, extra={"z": cells[12], "y": cells[13]}, **plain)
+    batch = Batch(obs=obs, hidden_state=hidden_state, extra={"z": cells[12], "y": cells[13]}, **plain)
     args = ("word", [2, batch], (cells[14], None))
     about, tensors = described(args)
     theirs = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]

@@ -29,8 +29,8 @@ REINFORCE: list[Case] = [(Reinforce, {"baseline": "none"}), (Reinforce, {"baseli
 WHOLE: Case = (Reinforce, {"baseline": "none", "returns": "total"})  # the same mean, if undiscounted
 CRITICS: list[Case] = [
     *((A2C, {"estimator": estimator}) for estimator in (GAE(lam=0.0), GAE(), GAE(lam=1.0), TDLambda(), MonteCarlo())),
-    *((A2C, {"estimator": estimator}) for estimator in (NStep(n=1), NStep(n=2), VTrace(), VTrace(lam=0.7))),
-    (A2C, {"huber": 0.1}),
+    *((A2C, {"estimator": estimator}) for estimator in (NStep(n_steps=1), NStep(n_steps=2), VTrace(), VTrace(lam=0.7))),
+    (A2C, {"huber_delta": 0.1}),
     (PPO, {}),
     (PPO, {"clip": 1e-3, "clip_high": 0.5}),
     (PPO, {"dual_clip": 3.0}),
@@ -78,11 +78,11 @@ def put(module: torch.nn.Module, *values: Tensor | float) -> None:
 def first_gradient(algorithm: Any, rollout: Rollout) -> Tensor:
     """[P], what the method ascends on its first step."""
     with torch.no_grad():
-        batch: Batch = algorithm.estimate(rollout)
+        batch: Batch = algorithm._compute_advantages(rollout)
     params = list(algorithm.policy.parameters())
     if isinstance(algorithm, NPG):
         before = tr.flatten(params).detach().clone()
-        norm = algorithm.improve(batch)["grad_norm"]
+        norm = algorithm.update_policy(batch)["grad_norm"]
         step = tr.flatten(params).detach() - before
         return norm * step / step.norm()
     step, taken = algorithm.optimizer.step, []
@@ -105,8 +105,8 @@ def rollout_of(algorithm: Any, rows: list[dict[str, Any]], mask: Tensor) -> Roll
             if isinstance(first, dict)
             else torch.stack([row[key] for row in rows])
         )
-    blank = map_obs(lambda x: x.expand(len(rows), *x.shape), algorithm.policy.blank(mask.shape[1]))
-    whole = Rollout(memory=blank, logp=joined["reward"], mask=mask, **joined)
+    blank = map_obs(lambda x: x.expand(len(rows), *x.shape), algorithm.policy.initial_state(mask.shape[1]))
+    whole = Rollout(hidden_state=blank, logp=joined["reward"], mask=mask, **joined)
     with torch.no_grad():
         logp = algorithm.policy.dist(whole).log_prob(whole.action)
     return Rollout(**(vars(whole) | {"logp": logp}))
@@ -324,7 +324,7 @@ def test_where_another_policy_acted_the_gradient_is_of_the_one_that_learns(
     exact = weighed_as_visited(place, theta, gamma, truncated, steps)
     of_the_other = weighed_as_visited(place, place.theta, gamma, truncated, steps)
     assert float((exact - of_the_other).norm()) > 0.1 * float(exact.norm())
-    batch = algorithm.credit(rollout)
+    batch = algorithm.compute_advantages(rollout)
     surprise = torch.einsum("tn,tnc->c", batch.target - batch.value, batch.obs) / batch.mask.sum()
     assert float(surprise.abs().max()) < 1e-9
     check(algorithm, first_gradient(algorithm, rollout)[: exact.numel()], exact)
@@ -367,7 +367,7 @@ def test_leaving_one_out_is_unbiased_over_every_pair_of_episodes() -> None:
     weight = (count[one] * count[two]).double() / count.sum() ** 2
     credit = torch.zeros(2, len(first), dtype=torch.float64)
     for i, j, w in zip(one.tolist(), two.tolist(), weight.tolist(), strict=True):
-        advantage = algorithm.estimate(rollout[:, first[[i, j]]]).advantage
+        advantage = algorithm._compute_advantages(rollout[:, first[[i, j]]]).advantage
         credit[:, i] += w * advantage[:, 0] / 2
         credit[:, j] += w * advantage[:, 1] / 2
     distinct = rollout[:, first]

@@ -19,7 +19,7 @@ from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import BrokenEnvError, Gym, GymEnv, make
 from pgsuite.envs.gym_env import Maker
 from pgsuite.rollout import EpisodeCollector, EpisodeTracker, StepCollector
-from pgsuite.types import Memory
+from pgsuite.types import HiddenState
 
 LIMIT, ENVS, STEPS = 13, 3, 60
 CARTPOLE = Gym(id="CartPole-v1", max_episode_steps=LIMIT)
@@ -86,13 +86,13 @@ class Fixed:
 
     sequential = False
 
-    def blank(self, num_envs: int) -> Memory:
+    def initial_state(self, num_envs: int) -> HiddenState:
         return {}
 
-    def act(self, obs: Tensor, memory: Memory, start: Tensor, generator: Any = None) -> Any:
-        from pgsuite.nn.policy import Choice
+    def act(self, obs: Tensor, hidden_state: HiddenState, start: Tensor, generator: Any = None) -> Any:
+        from pgsuite.nn.policy import PolicyOutput
 
-        return Choice(torch.tensor([act(x.tolist()) for x in obs]), torch.zeros(len(obs)), memory)
+        return PolicyOutput(torch.tensor([act(x.tolist()) for x in obs]), torch.zeros(len(obs)), hidden_state)
 
 
 def test_steps_spent_on_restarting_teach_nothing() -> None:

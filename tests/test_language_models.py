@@ -78,7 +78,7 @@ def test_a_model_learns_a_small_grammar_to_its_own_entropy() -> None:
     optimizer = Optimizer([model], 0.0)
     for start in range(0, len(corpus), 64):
         optimizer.lr.fill_(2e-2 * (1 - start / len(corpus)))
-        optimizer.descend(partial(loss, model), *encode(vocabulary, corpus[start : start + 64]))
+        optimizer.step(partial(loss, model), *encode(vocabulary, corpus[start : start + 64]))
     texts = list(dict.fromkeys(corpus))
     exact = torch.tensor([grammar.log_probability(review) for review in texts])
     found = model.log_probability(*encode(vocabulary, texts)).detach().sum(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo
 from pgsuite.functional import objectives, trust_region
-from pgsuite.nn.stateless import of_vector
+from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.generation import Generated
 from pgsuite.types import Rollout, masked_mean
@@ -42,7 +42,7 @@ def every_response() -> Rollout:
     blank = torch.zeros(2, 7)
     return Rollout(
         obs=text.tokens[:-1],
-        memory={},
+        hidden_state={},
         start=start,
         action=text.tokens[1:],
         logp=blank,
@@ -88,13 +88,13 @@ WAYS: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
 
 def first_gradient(algorithm: Any, rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What a method would ascend, as a sum over each response and a mean over responses [P]."""
-    batch = algorithm.credit(algorithm.prepare(rollout))
+    batch = algorithm.compute_advantages(algorithm.preprocess(rollout))
     each = batch.mask.sum() / batch.mask.shape[1]  # of the mean over cells, that over responses
     if isinstance(algorithm, NPG):
         found: list[Tensor] = []
         with monkeypatch.context() as patch:
             patch.setattr(trust_region, "conjugate_gradient", lambda a, b, *_: found.append(b) or torch.zeros_like(b))
-            algorithm.improve(batch)
+            algorithm.update_policy(batch)
         return found[0] * each
     loss, _ = algorithm.loss(batch)
     gradient = trust_region.flat_grad(-loss, list(algorithm.policy.parameters()))
@@ -146,7 +146,7 @@ def test_each_method_comes_within_two_percent_of_the_optimum(way: str) -> None:
     algorithm = build(cls, env, coef=BETA, **fields)
     reference, rollouts = algorithm.reference.policy, collector(env)
     for i in range(iterations):
-        algorithm.progress(i / iterations)
+        algorithm.update_schedules(i / iterations)
         algorithm.iterate(rollouts)
     with torch.no_grad():
         began, reached = float(objective(reference, reference)), float(objective(algorithm.policy, reference))
@@ -170,7 +170,7 @@ def test_k1_is_unbiased_and_k3_too_and_never_negative() -> None:
     logp, ref = log_probabilities(algorithm.policy), log_probabilities(algorithm.reference.policy)
     exact = (logp.exp() * (logp - ref)).sum()
     r = algorithm.reference.compare(collector(env).collect(algorithm.policy))
-    k1 = algorithm.reference.strayed(r)
+    k1 = algorithm.reference.log_ratio_to_reference(r)
     k3 = objectives.reverse_kl(k1).where(r.mask, 0.0)
     assert exact > 0.1 and (k3 >= 0).all() and (k1 < 0).any()
     for estimate in (k1, k3):
@@ -184,15 +184,15 @@ def test_the_penalty_is_paid_by_each_token_in_the_reward_or_in_the_loss_and_nowh
     algorithm, env = strayed_pair(64)
     r = collector(env).collect(algorithm.policy)
     compared = algorithm.reference.compare(r)
-    k1 = algorithm.reference.strayed(compared)
+    k1 = algorithm.reference.log_ratio_to_reference(compared)
     assert torch.allclose(compared.reward, r.reward - BETA * k1)
-    batch = algorithm.credit(compared)
-    assert torch.equal(algorithm.objective(batch.advantage, batch.logp, batch), batch.advantage)
+    batch = algorithm.compute_advantages(compared)
+    assert torch.equal(algorithm.policy_objective(batch.advantage, batch.logp, batch), batch.advantage)
     other, _ = strayed_pair(64, penalty="loss")
     compared = other.reference.compare(r)
     assert torch.equal(compared.reward, r.reward)
-    batch = other.credit(compared)
-    less = batch.advantage - other.objective(batch.advantage, batch.logp, batch)
+    batch = other.compute_advantages(compared)
+    less = batch.advantage - other.policy_objective(batch.advantage, batch.logp, batch)
     assert torch.allclose(less[r.mask], (BETA * ((-k1).exp() - 1 + k1))[r.mask], atol=1e-5)
 
 
@@ -258,7 +258,7 @@ def test_fisher_products_through_the_transformer_are_those_of_the_explicit_hessi
     algorithm = build(NPG, env, look={"width": 4})
     policy = algorithm.policy.double()
     r = collector(env).collect(policy)
-    dist_at = of_vector(policy, lambda: policy.dist(r))
+    dist_at = functional_in_parameters(policy, lambda: policy.dist(r))
     start = trust_region.flatten(list(policy.parameters())).detach()
     old = dist_at(start)
 

@@ -26,7 +26,7 @@ def test_a_rollout_holds_texts_and_its_mask_what_was_chosen() -> None:
     env = world(64)
     _, r = collected(env)
     stop, width = env.stop, env.width
-    assert r.obs.shape == (width + env.length - 1, 64) and not r.memory
+    assert r.obs.shape == (width + env.length - 1, 64) and not r.hidden_state
     assert not r.mask[: width - 1].any() and r.mask[width - 1].all()
     assert (r.start.sum(0) == 1).all() and (r.obs[r.start] != env.pad).all()
     assert (r.start.long().argmax(0) == width - torch.tensor([len(env.texts[i]) for i in env.chosen])).all()
@@ -86,7 +86,7 @@ def test_padding_changes_not_a_bit_of_what_is_learned() -> None:
     assert (obs != r.obs).sum() > 20
     fields: dict[str, Any] = vars(r) | {"obs": obs, "action": torch.where(r.mask, r.action, noise)}
     for each, rollout in ((algorithm, r), (twin, Rollout(**fields))):
-        each.absorb(rollout)
+        each.train_on(rollout)
     pairs = zip(algorithm.policy.parameters(), twin.policy.parameters(), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
 
@@ -124,15 +124,15 @@ def test_critics_see_the_true_successor_of_every_token(shared: bool) -> None:
     env = world()
     algorithm = build(A2C, env, shared=shared)
     r = collector(env).collect(algorithm.policy)
-    value, following = algorithm.critic.bootstrap(r)
+    value, following = algorithm.critic.values_and_next_values(r)
     real = r.start.cumsum(0) > 0
     assert torch.allclose(value, algorithm.critic(r), atol=1e-5)
     assert torch.allclose(following[:-1][real[:-1]], value[1:][real[:-1]], atol=1e-5)
-    memory, cells = algorithm.critic.body.blank(16), []
+    hidden_state, cells = algorithm.critic.body.initial_state(16), []
     for t in range(len(r.obs)):
-        features, memory = algorithm.critic.body.step(r.obs[t], memory, r.start[t])
+        features, hidden_state = algorithm.critic.body.step(r.obs[t], hidden_state, r.start[t])
         cells.append(algorithm.critic.read(features))
-    last, _ = algorithm.critic.body.step(r.next_obs[-1], memory, torch.zeros(16, dtype=torch.bool))
+    last, _ = algorithm.critic.body.step(r.next_obs[-1], hidden_state, torch.zeros(16, dtype=torch.bool))
     assert torch.allclose(torch.stack(cells)[real], value[real], atol=1e-5)
     assert torch.allclose(algorithm.critic.read(last), following[-1], atol=1e-5)
 
@@ -155,7 +155,7 @@ def test_ensembles_are_as_doubtful_as_asked_and_unfinished_responses_pay() -> No
         return lambda prompts, responses: torch.full((len(prompts),), x)
 
     for ensemble, worth in (("mean", 2.0), ("minimum", 1.0)):
-        options: Any = {"num_envs": 8, "length": 3, "ensemble": ensemble, "unfinished": 0.5}
+        options: Any = {"num_envs": 8, "length": 3, "ensemble": ensemble, "truncation_penalty": 0.5}
         env = LanguageEnv(["a", "bb"], Letters(), [constant(1.0), constant(3.0)], **options)
         _, r = collected(env)
         ended = ((r.action == env.stop) & r.mask).any(0)

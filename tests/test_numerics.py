@@ -308,9 +308,9 @@ class Taxi(Probe):
 SWITCHES: list[tuple[type[Algorithm], dict[str, Any]]] = [
     *((A2C, {"estimator": e}) for e in (GAE(), NStep(), TDLambda(), MonteCarlo(), VTrace(lam=0.9, c_clip=0.8))),
     *((A2C, {"normalize_advantage": "none", "optim": optim, "max_grad_norm": None}) for optim in ("adam", "rmsprop")),
-    (A2C, {"huber": 0.5, "entropy_coef": 0.01}),
+    (A2C, {"huber_delta": 0.5, "entropy_coef": 0.01}),
     *((PPO, {"normalize_advantage": where}) for where in ("none", "batch", "minibatch")),
-    (PPO, {"value_clip": 0.2, "huber": 0.5, "clip_high": 0.3, "dual_clip": 3.0, "estimator": VTrace()}),
+    (PPO, {"value_clip": 0.2, "huber_delta": 0.5, "clip_high": 0.3, "dual_clip": 3.0, "estimator": VTrace()}),
     (PPO, {"recompute_advantage": True}),
     (PPOPenalty, {"value_clip": 0.2}),
     (NPG, {"estimator": VTrace()}),
@@ -324,7 +324,7 @@ def reads_nothing(algorithm: Any, env: Any) -> None:
         rollouts.poll = max(cls_polls, rollouts.horizon)  # pyright: ignore[reportAttributeAccessIssue]
     algorithm.iterate(rollouts)
     with NothingRead():
-        algorithm.progress(0.5)
+        algorithm.update_schedules(0.5)
         algorithm.iterate(rollouts)
 
 

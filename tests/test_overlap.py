@@ -56,9 +56,9 @@ def test_two_threads_do_what_one_would_that_collects_before_it_learns(cls: type[
             logp = algorithm.policy.dist(ready).log_prob(ready.action)
         weight = (logp - ready.logp).exp()
         assert (float((weight - 1).abs().max()) < 1e-5) == (i == 0)
-        algorithm.progress(beside.steps / beside.total_steps)
-        algorithm.absorb(replace(ready, logp=logp, extra={"weight": weight}))
-        beside.turn()
+        algorithm.update_schedules(beside.steps / beside.total_steps)
+        algorithm.train_on(replace(ready, logp=logp, extra={"weight": weight}))
+        beside.step()
         assert not kills.differences(algorithm.state_dict(), beside.algorithm.state_dict())
         ready = following
 
@@ -72,8 +72,8 @@ def test_a_seed_decides_everything(cls: type[Algorithm]) -> None:
         algorithm = build(cls, env, **BRIEF[cls])
         trainer = Trainer(algorithm, overlapped(algorithm, env), 10_000)
         for _ in range(5):
-            trainer.turn()
-        ends.append(trainer.position())
+            trainer.step()
+        ends.append(trainer.training_state())
     assert not kills.differences(*ends)
 
 
@@ -83,7 +83,7 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type[Algorithm], r
     one, two = trainer_of(cls, recurrent, 1), trainer_of(cls, recurrent, 2)
     for turns in (0, 3):
         for _ in range(turns):
-            one.turn()
+            one.step()
         put_back_alike(one, two, tmp_path / "x.pt")
 
 
@@ -117,26 +117,26 @@ def breaking(raises: bool, **parts: Any) -> Trainer:
 def test_what_was_raised_while_learning_is_raised_by_the_next_rollout() -> None:
     trainer = breaking(raises=True)
     for _ in range(3):
-        trainer.turn()
-    before = clone(trainer.position())
+        trainer.step()
+    before = clone(trainer.training_state())
     with pytest.raises(NotFiniteError, match="toy broke at step 70 in collecting"):
-        trainer.turn()
-    assert not kills.differences(before, trainer.position())
+        trainer.step()
+    assert not kills.differences(before, trainer.training_state())
 
 
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_run_goes_back_behind_what_is_not_finite_and_on_with_other_actions(raises: bool, tmp_path: Path) -> None:
     said: list[str] = []
-    guard = Recovery(tmp_path, {}, 1, said.append)
-    trainer = breaking(raises, guard=guard)
-    guard.on_start(trainer)
+    failure_handler = Recovery(tmp_path, {}, 1, said.append)
+    trainer = breaking(raises, failure_handler=failure_handler)
+    failure_handler.on_start(trainer)
     for _ in range(3):
-        trainer.turn()
-    before = clone(trainer.position())
-    trainer.turn()
+        trainer.step()
+    before = clone(trainer.training_state())
+    trainer.step()
     allowed = ["/algorithm/optimizer/share differs", "/collector/inner/generator differs", "/recoveries: 0 is not 1"]
-    assert sorted(kills.differences(before, trainer.position())) == allowed and len(said) == 1
-    trainer.turn()
+    assert sorted(kills.differences(before, trainer.training_state())) == allowed and len(said) == 1
+    trainer.step()
     assert trainer.steps > before["steps"] and bool(trainer.algorithm.finite()) and len(said) == 1
 
 
@@ -144,15 +144,15 @@ def test_a_run_goes_back_behind_what_is_not_finite_and_on_with_other_actions(rai
 def test_the_ratio_is_one_before_the_first_step_and_the_step_is_around_the_policy_that_learns(cls: Any) -> None:
     trainer = trainer_of(cls, "none")
     for _ in range(3):
-        trainer.turn()
+        trainer.step()
     algorithm = trainer.algorithm
-    rollout = algorithm.prepare(trainer.collector.collect(algorithm.policy))
-    assert float(algorithm.strayed(rollout)) < 1e-9
+    rollout = algorithm.preprocess(trainer.collector.collect(algorithm.policy))
+    assert float(algorithm.kl_from_behavior(rollout)) < 1e-9
     assert float((rollout.extra["weight"] - 1).abs().max()) > 1e-3
     metrics = algorithm.learn(rollout)
-    assert 0 < float(metrics["effective_share"]) < 1
+    assert 0 < float(metrics["effective_sample_fraction"]) < 1
     if issubclass(cls, NPG):
-        assert 0 < float(metrics["kl"]) < 0.02 and float(metrics["improvement"]) > 0
+        assert 0 < float(metrics["kl"]) < 0.02 and float(metrics["surrogate_improvement"]) > 0
 
 
 def test_cells_where_nothing_happened_have_no_weight_of_their_own() -> None:
@@ -170,7 +170,7 @@ def test_cells_where_nothing_happened_have_no_weight_of_their_own() -> None:
     for _ in range(2):
         rollout = rollouts.collect(algorithm.policy)
         assert bool((rollout.extra["weight"][5:, 0] == 1).all()) and bool(rollout.extra["weight"].isfinite().all())
-        assert bool(algorithm.credit(algorithm.prepare(rollout)).logp.isfinite().all())
+        assert bool(algorithm.compute_advantages(algorithm.preprocess(rollout)).logp.isfinite().all())
 
 
 @pytest.mark.parametrize("estimator", [NStep(), MonteCarlo(), RLOO(group=2), GRPO(group=2)])
@@ -195,7 +195,7 @@ def test_whole_episodes_are_refused() -> None:
     algorithm = build(Reinforce, env := PointMass(4))
     with pytest.raises(ValueError, match="Reinforce is right only about what its own policy did: leave it out"):
         algorithm.validate(overlapped(algorithm, env))
-    assert [cls for cls in ALL if not cls.corrects] == [Reinforce]
+    assert [cls for cls in ALL if not cls.supports_off_policy] == [Reinforce]
 
 
 @pytest.mark.parametrize("estimator", [TDLambda(lam=0.9), VTrace(lam=0.9)])
@@ -203,7 +203,7 @@ def test_where_the_ratio_is_one_the_correction_is_none(estimator: Any) -> None:
     algorithm = build(A2C, env := PointMass(4), estimator=estimator)
     rollout = collector(algorithm, env).collect(algorithm.policy)
     with torch.no_grad():
-        values = algorithm.critic.bootstrap(rollout)
+        values = algorithm.critic.values_and_next_values(rollout)
     parts = rollout, *values, torch.ones_like(values[0])
     for plain, corrected in zip(estimator(*parts, gamma=0.9), estimator.correct(*parts, gamma=0.9), strict=True):
         assert torch.allclose(plain, corrected, atol=1e-5)
@@ -242,4 +242,4 @@ def test_a_run_says_that_it_collects_beside_learning_and_can_be_looked_into(comm
     assert code == 0 and "collecting beside learning" in out and "  environments" in out
     (run,) = (command.folder / "runs" / "ppo-CartPole").iterdir()
     columns = (run / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"time/waiting", "algorithm/effective_share"} <= {*columns}
+    assert {"time/waiting", "algorithm/effective_sample_fraction"} <= {*columns}

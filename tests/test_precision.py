@@ -39,11 +39,11 @@ def test_only_layers_are_lowered(cls: type[Algorithm], recurrent: str) -> None:
     rollouts = collector(algorithm, env, 8)
     with Types() as seen:
         metrics = algorithm.iterate(rollouts)
-        batch = algorithm.credit(algorithm.prepare(rollouts.collect(algorithm.policy)))
+        batch = algorithm.compute_advantages(algorithm.preprocess(rollouts.collect(algorithm.policy)))
     assert {"mm", "addmm"} & seen.names
     precise = {"log", "exp", "expm1", "mean", "clamp", "where", "normal_", "linalg_vector_norm", "addcmul_", "sub_"}
     assert not precise & seen.names  # what credit, log-probabilities, losses and steps are made of
-    held = [batch.logp, batch.value, batch.advantage, *batch.memory.values(), *metrics.values()]
+    held = [batch.logp, batch.value, batch.advantage, *batch.hidden_state.values(), *metrics.values()]
     held += algorithm.policy.state_dict().values()
     assert {x.dtype for x in held if x.is_floating_point()} == {torch.float32, torch.float64}  # counts are float64
 

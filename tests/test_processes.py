@@ -63,7 +63,7 @@ CASES: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     "TRPO, remembering": (TRPO, {"recurrent": "gru"}),
     "A2C on one body": (A2C, {"shared": True}),
     "NPG on one body, remembering": (NPG, {"recurrent": "gru", "shared": True}),
-    "TRPO, its switches the other way": (TRPO, {"fisher": "gauss-newton", "line_search": "batched"}),
+    "TRPO, its switches the other way": (TRPO, {"fisher": "gauss-newton", "backtracking": "batched"}),
 }
 
 
@@ -73,12 +73,12 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     cls, given = CASES[name]
     options: dict[str, Any] = {"minibatches": 2, "epochs": 3} if issubclass(cls, PPO) else {}
     options |= {"critic_minibatches": 2, "critic_epochs": 2} if issubclass(cls, NPG | Reinforce) else {}
-    memory = {key: x for key, x in given.items() if key == "recurrent"}
+    hidden_state = {key: x for key, x in given.items() if key == "recurrent"}
     env, rank, world = PointMass(8, max_episode_steps=20), distributed.rank(), distributed.size()
-    algorithm = build(cls, env, look=memory | {"recurrent_size": 8}, **options | given)
+    algorithm = build(cls, env, look=hidden_state | {"recurrent_size": 8}, **options | given)
     acting = collector(algorithm, env)
     for part in (algorithm.reward_scale, *algorithm.critics):
-        part.carry = part.carry[rank::world]
+        part.hidden_state = part.hidden_state[rank::world]
 
     class Share:
         def collect(self, policy: Any) -> Any:

@@ -177,24 +177,24 @@ def test_policies_act_in_every_space(
     space = tensor_space(observed) if tensors or not isinstance(observed, spaces.Dict) else nest(observed)
     policy = Policy(Standardize(space), actions, hidden=(4,), distribution=distribution, generator=g)
     obs, start = drawn(space, (envs,), g), torch.ones(envs, dtype=torch.bool)
-    choice = policy.act(obs, policy.blank(envs), start, g)
-    likeliest = policy.act(obs, policy.blank(envs), start, g, deterministic=True)
+    choice = policy.act(obs, policy.initial_state(envs), start, g)
+    likeliest = policy.act(obs, policy.initial_state(envs), start, g, deterministic=True)
     for found in (choice, likeliest):
         assert found.action.shape == (envs, *width(actions)) and found.logp.shape == (envs,)
         assert found.logp.isfinite().all()
     many = drawn(space, (steps, envs), g)
-    blank = map_obs(lambda x: x.expand(steps, *x.shape), policy.blank(envs))
+    blank = map_obs(lambda x: x.expand(steps, *x.shape), policy.initial_state(envs))
     zeros = torch.zeros(steps, envs)
     rest = dict.fromkeys(("reward", "logp", "action"), zeros) | dict.fromkeys(
         ("start", "terminated", "truncated", "mask"), zeros.bool()
     )
-    rollout = Rollout(obs=many, next_obs=many, memory=blank, **rest)
+    rollout = Rollout(obs=many, next_obs=many, hidden_state=blank, **rest)
     dist = policy.dist(rollout)
     action = dist.sample(g)
     assert action.shape == (steps, envs, *width(actions))
     for found in (dist.log_prob(action), dist.entropy(), dist.kl(dist.detach())):
         assert found.shape == (steps, envs) and found.isfinite().all()
-    again = policy.act(map_obs(lambda x: x[0], many), policy.blank(envs), start, generator(seed))
+    again = policy.act(map_obs(lambda x: x[0], many), policy.initial_state(envs), start, generator(seed))
     first = policy.dist(rollout[:1]).log_prob(again.action.unsqueeze(0))[0]
     assert torch.allclose(first, again.logp, atol=1e-5)
 
@@ -275,7 +275,7 @@ def test_no_method_looks_at_what_never_happened(cls: type[Algorithm], junk: floa
         options: dict[str, Any] = {"critic_minibatches": 1} if issubclass(cls, NPG) else once
         algorithm = build(cls, env, hidden=(4,), **options)
         with torch.no_grad():
-            batch = algorithm.estimate(algorithm.collector(env, 6).collect(algorithm.policy))
+            batch = algorithm._compute_advantages(algorithm.collector(env, 6).collect(algorithm.policy))
         mask = batch.mask & (torch.rand(6, 4, generator=generator(seed)) < 0.6)
         mask[0, 0] = True
         dead = {name: getattr(batch, name).where(mask, value) for name in ("advantage", "target", "value")}

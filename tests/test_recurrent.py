@@ -60,13 +60,13 @@ def test_recurrences_are_torchs_own_and_forget_where_episodes_start(ours: type[R
             layer.bias.normal_()
             getattr(cell, bias).copy_(layer.bias)
     x, start = torch.randn(9, 4, 3, dtype=torch.float64), torch.rand(9, 4) < 0.3
-    memory = first = torch.randn(4, mine.width, dtype=torch.float64)
+    hidden_state = first = torch.randn(4, mine.width, dtype=torch.float64)
     expected = []
     for t in range(9):
-        memory = memory * ~start[t].unsqueeze(-1)
-        after = cell(x[t], memory if ours is GRU else tuple(memory.chunk(2, -1)))
-        memory = after if ours is GRU else torch.cat(after, -1)
-        expected.append(memory)
+        hidden_state = hidden_state * ~start[t].unsqueeze(-1)
+        after = cell(x[t], hidden_state if ours is GRU else tuple(hidden_state.chunk(2, -1)))
+        hidden_state = after if ours is GRU else torch.cat(after, -1)
+        expected.append(hidden_state)
     out, memories = mine(x, first, start)
     assert torch.allclose(memories, torch.stack(expected)) and torch.equal(out, memories[..., :5])
 
@@ -101,19 +101,19 @@ def test_what_a_critic_says_is_what_it_would_have_said_step_by_step(kind: Any) -
     env = PointMass(6, max_episode_steps=7)
     algorithm = remembering(A2C, env, kind)
     critic, rollouts = algorithm.critic, StepCollector(env, 10)
-    memory = critic.body.blank(6)
+    hidden_state = critic.body.initial_state(6)
     for _ in range(3):
         rollout = rollouts.collect(algorithm.policy)
-        value, next_value = critic.bootstrap(critic.recall(rollout))
+        value, next_value = critic.values_and_next_values(critic.recall(rollout))
         for t in range(10):
-            features, memory = critic.body.step(rollout.obs[t], memory, rollout.start[t])
+            features, hidden_state = critic.body.step(rollout.obs[t], hidden_state, rollout.start[t])
             assert torch.allclose(critic.read(features), value[t], atol=1e-6)
-            following, _ = critic.body.step(rollout.next_obs[t], memory, torch.zeros(6, dtype=torch.bool))
+            following, _ = critic.body.step(rollout.next_obs[t], hidden_state, torch.zeros(6, dtype=torch.bool))
             assert torch.allclose(critic.read(following), next_value[t], atol=1e-6)
         going = ~rollout.done[:-1]
         assert torch.allclose(next_value[:-1][going], value[1:][going], atol=1e-6)
         assert rollout.truncated.any() and not torch.allclose(next_value[:-1][~going], value[1:][~going], atol=1e-3)
-        critic.observe(rollout)
+        critic.update_statistics(rollout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +126,7 @@ def test_minibatches_of_sequences_are_whole_columns(cls: type[Algorithm], kind: 
     for _ in range(2):
         algorithm.iterate(rollouts)
     rollout = rollouts.collect(algorithm.policy)
-    batch = algorithm.credit(algorithm.prepare(rollout))
+    batch = algorithm.compute_advantages(algorithm.preprocess(rollout))
     for part in minibatches(batch, 4, columns=algorithm.sequential, generator=torch.Generator().manual_seed(0)):
         assert part.logp.shape == (20, 2)
         assert torch.allclose(algorithm.policy.dist(part).log_prob(part.action), part.logp, atol=1e-5)
@@ -185,7 +185,7 @@ def test_a_trust_region_holds_for_a_policy_that_remembers(kind: Any) -> None:
     rollouts = collector(algorithm, env, 25)
     for _ in range(6):
         metrics = algorithm.iterate(rollouts)
-        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["improvement"] > 0
+        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["surrogate_improvement"] > 0
 
 
 @pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, PPOPenalty, NPG])
@@ -213,10 +213,10 @@ def test_a_memory_is_restored_with_the_rest(cls: type[Algorithm]) -> None:
     for _ in range(2):
         algorithm.iterate(one)
     assert addresses == [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
-    assert cls is Reinforce or algorithm.critic.carry.any()
+    assert cls is Reinforce or algorithm.critic.hidden_state.any()
     resume_alike((algorithm, one), (twin, two))
     assert torch.equal(flat(algorithm), flat(twin))
-    assert torch.equal(algorithm.critic.carry, twin.critic.carry)
+    assert torch.equal(algorithm.critic.hidden_state, twin.critic.hidden_state)
 
 
 # Bodies that are shared
@@ -237,7 +237,7 @@ def test_a_shared_body_learns_and_only_a_joint_loss_moves_it_for_the_critic(cls:
     for _ in range(2):
         assert all(x.isfinite() for x in algorithm.iterate(rollouts).values())
     algorithm = sharing(cls, env, kind, **options)  # with no momentum yet
-    batch = algorithm.credit(algorithm.prepare(collector(algorithm, env).collect(algorithm.policy)))
+    batch = algorithm.compute_advantages(algorithm.preprocess(collector(algorithm, env).collect(algorithm.policy)))
     batch = replace(batch, advantage=torch.zeros_like(batch.advantage), target=batch.value + 1)
     before, said = flat(algorithm), algorithm.critic(batch).detach()
     algorithm.update(batch)
@@ -251,7 +251,7 @@ def test_a_shared_trust_region_is_the_policys_alone() -> None:
     rollouts = collector(algorithm, env, 25)
     for _ in range(5):
         metrics = algorithm.iterate(rollouts)
-        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["improvement"] > 0
+        assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["surrogate_improvement"] > 0
 
 
 def test_what_is_for_the_critic_alone_is_not_shared() -> None:
@@ -288,7 +288,7 @@ def test_the_gradient_flows_back_through_time() -> None:
 def test_critics_without_a_memory_of_their_own_carry_nothing() -> None:
     env = PointMass(4)
     for critic in (build(A2C, env).critic, sharing(A2C, env, "gru").critic):
-        assert isinstance(critic, Critic) and critic.carry.numel() == 0 and not critic.remembers
+        assert isinstance(critic, Critic) and critic.hidden_state.numel() == 0 and not critic.remembers
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])
@@ -305,15 +305,15 @@ def test_an_exported_policy_takes_its_statistics_and_its_memory_along(kind: Any)
             super().__init__()
             self.policy = policy
 
-        def forward(self, obs: Tensor, memory: Any, start: Tensor) -> Any:
-            features, memory = self.policy.body.step(obs, memory, start)
-            return self.policy.distribution(features, obs).mode(), memory
+        def forward(self, obs: Tensor, hidden_state: Any, start: Tensor) -> Any:
+            features, hidden_state = self.policy.body.step(obs, hidden_state, start)
+            return self.policy.distribution(features, obs).mode(), hidden_state
 
-    seen = (rollouts.obs.clone(), dict(rollouts.memory), rollouts.start.clone())
+    seen = (rollouts.obs.clone(), dict(rollouts.hidden_state), rollouts.start.clone())
     exported = torch.export.export(Acting(), seen).module()
     assert any("moments.mean" in name for name, _ in exported.named_buffers())
     expected = policy.act(*seen, deterministic=True)
-    action, memory = exported(*seen)
-    assert torch.allclose(action, expected.action) and memory.keys() == expected.memory.keys()
-    assert all(torch.allclose(memory[name], x) for name, x in expected.memory.items())
+    action, hidden_state = exported(*seen)
+    assert torch.allclose(action, expected.action) and hidden_state.keys() == expected.hidden_state.keys()
+    assert all(torch.allclose(hidden_state[name], x) for name, x in expected.hidden_state.items())
     assert not torch.allclose(action, exported(seen[0] + 1, *seen[1:])[0])

@@ -24,7 +24,7 @@ from pgsuite.envs.render import camera, choose_gl, drawn, picture
 from pgsuite.envs.tasks.mujoco import ASSETS, unwarned
 from pgsuite.errors import UserError
 from pgsuite.testing import random_actions
-from pgsuite.training.video import Gif, filming
+from pgsuite.training.video import Gif, record_video
 
 pytest.importorskip("pygame", reason="needs the video extra")
 
@@ -47,13 +47,13 @@ def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) ->
         other: Any = gymnasium.make("HalfCheetah-v5", render_mode="rgb_array", camera_name="track").unwrapped
     env.reset()
     other.set_state(env.task.physics.qpos[0].numpy(), env.task.physics.qvel[0].numpy())
-    lens, frames = camera(env), []
+    open_camera, frames = camera(env), []
     for action in random_actions(env, 5):
         mujoco.mj_forward(other.model, other.data)  # a step leaves what is drawn one substep behind
-        frames.append((lens.shoot().astype(int), other.render().astype(int)))
+        frames.append((open_camera.shoot().astype(int), other.render().astype(int)))
         env.step(action)
         other.step(action[0].numpy())
-    assert lens.fps == pytest.approx(20)
+    assert open_camera.fps == pytest.approx(20)
     for ours, theirs in frames:
         assert ours.shape == (480, 480, 3) and np.abs(ours - theirs).mean() < 0.05
     assert np.abs(frames[0][0] - frames[-1][0]).mean() > 1
@@ -64,10 +64,10 @@ def test_the_floor_goes_along() -> None:
     """gymnasium's ends 40 m from the start, and a good cheetah runs 200 m."""
     env: Any = make("HalfCheetah", 1)
     env.reset()
-    lens, frames = camera(env), []
+    open_camera, frames = camera(env), []
     for x in (0.0, 100.0, 100.7):
         env.task.physics.qpos[0, 0] = x
-        frames.append(lens.shoot().astype(int))
+        frames.append(open_camera.shoot().astype(int))
     begun, far, farther = frames
     assert np.abs(far - begun).mean() < 3 < np.abs(farther - begun).mean()  # but for the shadow; half a pattern on
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_filmed(tmp_path: Path
         (tmp_path / f".{name.replace('.', '.writing.')}").mkdir()  # root may write everywhere else
     env = make("CartPole", 1)
     for name, message in (("taken.gif", "is a directory"), ("film.mp4", "cannot write"), ("film.gif", "cannot write")):
-        with pytest.raises(UserError, match=message), filming(env, str(tmp_path / name), lambda film: None):
+        with pytest.raises(UserError, match=message), record_video(env, str(tmp_path / name), lambda film: None):
             pytest.fail(f"{name} was to be filmed")
 
 
@@ -210,7 +210,7 @@ def test_a_film_that_does_not_fit_on_the_disk_is_said_and_leaves_nothing(tmp_pat
     env = make("CartPole", 1)
     with (
         pytest.raises(UserError, match=r"cannot write video=.*film\.mp4: ffmpeg failed"),
-        filming(env, str(tmp_path / "film.mp4"), lambda film: None) as watch,
+        record_video(env, str(tmp_path / "film.mp4"), lambda film: None) as watch,
     ):
         watch()
     assert not list(tmp_path.iterdir())
@@ -221,7 +221,7 @@ def test_a_film_that_is_interrupted_leaves_the_one_before(tmp_path: Path, name: 
     (tmp_path / name).write_text("before")
     with (
         pytest.raises(KeyboardInterrupt),
-        filming(make("CartPole", 1), str(tmp_path / name), lambda film: None) as watch,
+        record_video(make("CartPole", 1), str(tmp_path / name), lambda film: None) as watch,
     ):
         watch()
         raise KeyboardInterrupt

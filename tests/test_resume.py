@@ -37,7 +37,7 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type, tmp_path: Pa
 
     one, two = trainer(1), trainer(2)
     for _ in range(3):
-        one.turn()
+        one.step()
     put_back_alike(one, two, tmp_path / "x.pt")
 
 
@@ -56,21 +56,21 @@ def test_a_directory_whose_settings_cannot_be_read_is_left_alone(command: Cli, w
 def test_going_back_takes_everything_back_but_the_pace_and_the_actions_to_come(cls: type, tmp_path: Path) -> None:
     env = PointMass(4)
     algorithm, said = build(cls, env, recurrent="gru", **BRIEF[cls]), []
-    guard = Recovery(tmp_path, {}, 1, said.append)
-    trainer = Trainer(algorithm, collector(algorithm, env), 10_000, guard=guard)
-    guard.on_start(trainer)
-    trainer.turn()
-    trainer.turn()
-    before = clone(trainer.position())
+    failure_handler = Recovery(tmp_path, {}, 1, said.append)
+    trainer = Trainer(algorithm, collector(algorithm, env), 10_000, failure_handler=failure_handler)
+    failure_handler.on_start(trainer)
+    trainer.step()
+    trainer.step()
+    before = clone(trainer.training_state())
     with torch.no_grad():
         next(iter(algorithm.policy.parameters())).flatten()[0] = torch.nan
-    trainer.turn()
+    trainer.step()
     paces = {"/algorithm/optimizer/share", "/algorithm/critic_optimizer/share"}
     allowed = {f"{path} differs" for path in (*paces, "/collector/generator")} | {"/recoveries: 0 is not 1"}
-    changed = set(kills.differences(before, trainer.position()))
+    changed = set(kills.differences(before, trainer.training_state()))
     assert changed <= allowed and len(changed) == 2 + len(algorithm.optimizers) and len(said) == 1
-    assert not kills.differences(trainer.position(), guard.good)
-    trainer.turn()
+    assert not kills.differences(trainer.training_state(), failure_handler.good)
+    trainer.step()
     assert trainer.steps > before["steps"] and bool(algorithm.finite())
 
 

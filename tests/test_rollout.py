@@ -111,7 +111,7 @@ def example(steps: int = 4, envs: int = 6) -> Batch:
     """A batch in which every field of cell (t, n) holds t * N + n."""
     cell = torch.arange(steps * envs).view(steps, envs)
     values: dict[str, Any] = {
-        f.name: cell.unsqueeze(-1) if f.name in ("obs", "memory", "action") else cell for f in fields(Batch)
+        f.name: cell.unsqueeze(-1) if f.name in ("obs", "hidden_state", "action") else cell for f in fields(Batch)
     }
     values["obs"] = {"a": cell.unsqueeze(-1), "b": cell}
     return Batch(**values)
@@ -164,8 +164,8 @@ def test_a_collector_restored_from_its_state_goes_on_identically() -> None:
     two.load_state_dict(one.state_dict())
     a = one.collect(algorithm.policy)
     b = two.collect(algorithm.policy)
-    assert a.memory == b.memory == {}
-    named = [f.name for f in fields(a) if f.name not in ("memory", "extra")]
+    assert a.hidden_state == b.hidden_state == {}
+    named = [f.name for f in fields(a) if f.name not in ("hidden_state", "extra")]
     assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in named)
 
 

@@ -117,10 +117,10 @@ def test_any_number_of_any_method_may_be_scheduled(cls: type[Algorithm]) -> None
         metrics = algorithm.iterate(rollouts)
         if scheduled and cls is not TRPO:
             with NothingRead():
-                algorithm.progress(0.3)
+                algorithm.update_schedules(0.3)
                 metrics = algorithm.iterate(rollouts)
         else:
-            algorithm.progress(0.3)
+            algorithm.update_schedules(0.3)
             metrics = algorithm.iterate(rollouts)
         ends.append(torch.cat([p.flatten() for p in algorithm.policy.parameters()]).detach())
         for name, x in numbers(cls).items() if scheduled else ():
@@ -136,7 +136,7 @@ def test_the_learning_rate_of_a_step_is_that_of_the_schedule(optim: str) -> None
         env = PointMass(8)
         algorithm = build(A2C, env, optim=optim, lr={"linear": [1e-2, 0]})
         before = algorithm.optimizer.flat.detach().clone()
-        algorithm.progress(fraction)
+        algorithm.update_schedules(fraction)
         metrics = algorithm.iterate(collector(algorithm, env))
         moved[fraction] = algorithm.optimizer.flat.detach() - before
         assert float(metrics["lr"]) == float(metrics["learning_rate"]) == pytest.approx(1e-2 * (1 - fraction))
@@ -162,7 +162,7 @@ def test_whole_numbers_are_rounded() -> None:
     algorithm = build(PPO, PointMass(8), epochs={"linear": [10, 1]})
     seen = []
     for fraction in (0.0, 0.05, 0.06, 0.5, 1.0):
-        algorithm.progress(fraction)
+        algorithm.update_schedules(fraction)
         seen.append(algorithm.epochs)
     assert seen == [10, 10, 9, 6, 1] and all(type(x) is int for x in seen)
 
@@ -187,11 +187,11 @@ def test_a_number_that_moves_does_not_compile_anew() -> None:
     env = PointMass(8)
     algorithm = build(PPO, env, entropy_coef={"linear": [0.01, 0]}, clip={"linear": [0.2, 0]})
     with torch.no_grad():
-        batch = algorithm.estimate(collector(algorithm, env).collect(algorithm.policy))
+        batch = algorithm._compute_advantages(collector(algorithm, env).collect(algorithm.policy))
     torch.compiler.reset()
     loss = torch.compile(algorithm.loss, backend="eager", fullgraph=True, dynamic=False)
     first = loss(batch)[0]
     with torch._dynamo.config.patch(error_on_recompile=True):  # pyright: ignore[reportAttributeAccessIssue]
-        algorithm.progress(0.9)
+        algorithm.update_schedules(0.9)
         assert float(loss(batch)[0]) == pytest.approx(float(algorithm.loss(batch)[0]))
     assert float(first) != float(loss(batch)[0])

@@ -64,7 +64,7 @@ def test_the_fastest_pair_is_taken_whatever_disturbs_a_single_iteration(
             clock[0] += 100.0 if disturbed else abs(pair[0] - 2) + abs(pair[1] - 4) + 1
 
     cfg, said = DictConfig({"torch_threads": "measure", "env_threads": 0, "seed": 7}), []
-    monkeypatch.setattr(threads, "settings_of", lambda cfg: SimpleNamespace(**cfg))
+    monkeypatch.setattr(threads, "parse_run_config", lambda cfg: SimpleNamespace(**cfg))
     monkeypatch.setattr(threads, "build", Copy)
     monkeypatch.setattr(threads, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(mujoco_batch, "usable_cores", lambda: 6)

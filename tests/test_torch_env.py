@@ -226,7 +226,7 @@ def test_discrete_actions_start_where_the_space_says() -> None:
 
 def test_environments_without_a_state_go_on_with_episodes_that_were_never_seen() -> None:
     env = make(world("Points", critic=False), 2)
-    assert not env.exact
+    assert not env.is_resumable
     first, state = env.reset(), env.state_dict()
     for _ in range(2):
         env.load_state_dict(state)

@@ -23,7 +23,7 @@ from pgsuite.functional import trust_region as tr
 from pgsuite.nn.distributions import Categorical, Gaussian
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
-from pgsuite.nn.stateless import of_vector
+from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.types import ACTION_MASK, masked_mean
 
 FISHER = pytest.mark.parametrize("fisher", ["double-backward", "gauss-newton"])
@@ -67,9 +67,11 @@ def look(policy: Policy, steps: int = 5, envs: int = 4) -> Any:
         allowed = torch.rand(steps, envs, policy.head.inputs) < 0.6
         allowed[..., ::2] = True  # of every choice, something
         obs = {"obs": obs, ACTION_MASK: allowed}
-    memory = {name: torch.rand(steps, *x.shape, dtype=torch.float64) for name, x in policy.blank(envs).items()}
+    hidden_state = {
+        name: torch.rand(steps, *x.shape, dtype=torch.float64) for name, x in policy.initial_state(envs).items()
+    }
     start = torch.rand(steps, envs) < 0.3
-    return SimpleNamespace(obs=obs, memory=memory, start=start, mask=torch.rand(steps, envs) < 0.8)
+    return SimpleNamespace(obs=obs, hidden_state=hidden_state, start=start, mask=torch.rand(steps, envs) < 0.8)
 
 
 def kl_of(seen: Any) -> Callable[[Any, Any], Tensor]:
@@ -88,7 +90,7 @@ def test_both_fisher_products_are_the_hessian_of_the_kl(name: str) -> None:
         for p in params:
             p.add_(0.3 * torch.randn_like(p))  # off the symmetric start
     start, old = tr.flatten(params).detach(), policy.dist(seen).detach()
-    dist_at, kl = of_vector(policy, lambda: policy.dist(seen)), kl_of(seen)
+    dist_at, kl = functional_in_parameters(policy, lambda: policy.dist(seen)), kl_of(seen)
     hessian: Any = torch.autograd.functional.hessian(lambda x: kl(old, dist_at(x)), start)
     twice = matrix(tr.fisher_product(kl(old, policy.dist(seen)), params, damping=0.3), len(start))
     once = matrix(tr.gauss_newton_product(dist_at, kl, start, damping=0.3), len(start))
@@ -102,7 +104,7 @@ def test_the_fisher_matrix_is_the_mean_square_of_the_score() -> None:
     """By enumeration of the actions, and without any divergence."""
     policy = POLICIES["categorical, masked"]().double()
     seen, params = look(policy), list(policy.parameters())
-    start, dist_at = tr.flatten(params).detach(), of_vector(policy, lambda: policy.dist(seen))
+    start, dist_at = tr.flatten(params).detach(), functional_in_parameters(policy, lambda: policy.dist(seen))
     logp: Any = dist_at(start)
     slopes = torch.autograd.functional.jacobian(lambda x: dist_at(x).logits, start)  # pyright: ignore
     squares = torch.einsum("tna,tnap,tnaq->tnpq", logp.logits.exp(), slopes, slopes)
@@ -191,7 +193,7 @@ def test_numbers_kept_twice_do_not_count_twice_and_hidden_ones_are_refused() -> 
 def test_a_policy_of_a_vector_is_the_policy_with_these_parameters() -> None:
     policy = POLICIES["gaussian, sigma of the state"]().double()
     seen, params = look(policy), list(policy.parameters())
-    start, dist_at = tr.flatten(params).detach(), of_vector(policy, lambda: policy.dist(seen))
+    start, dist_at = tr.flatten(params).detach(), functional_in_parameters(policy, lambda: policy.dist(seen))
     elsewhere = start + torch.randn_like(start)
     there: Any = dist_at(elsewhere)
     assert torch.equal(tr.flatten(params), start) and all(isinstance(p, nn.Parameter) for p in policy.parameters())
@@ -217,7 +219,7 @@ def test_the_step_spends_the_budget_to_second_order(fisher: Any) -> None:
         return whole, {}
 
     algorithm.search = search
-    algorithm.improve(batch)
+    algorithm.update_policy(batch)
     over = [abs(kl - 1e-3 / 4**i) for i, kl in enumerate(kls)]
     orders = [math.log2(one / half) for one, half in itertools.pairwise(over)]
     assert over[0] > 1e-6 and all(order > 2.7 for order in orders)
@@ -229,7 +231,7 @@ def test_a_loose_tolerance_leaves_a_residual_and_a_tight_one_none() -> None:
     for tol in (1e-2, 1e-10):
         algorithm = build(NPG, env, cg_tol=tol, cg_iters=30)
         batch = first_batch(algorithm, env, 25)
-        residuals.append(float(algorithm.improve(batch)["cg_residual"]))
+        residuals.append(float(algorithm.update_policy(batch)["cg_residual"]))
     assert residuals[0] > 0.01 > 10 * residuals[1]
 
 
@@ -250,7 +252,7 @@ def cart_pole() -> Any:
 def test_every_step_that_is_taken_improves_within_the_budget(world: Any, switches: tuple[str, str]) -> None:
     """And one that is refused changes no bit; over a run, at least nine in ten are taken."""
     env = world()
-    algorithm = build(TRPO, env, fisher=switches[0], line_search=switches[1])
+    algorithm = build(TRPO, env, fisher=switches[0], backtracking=switches[1])
     rollouts, taken = collector(algorithm, env, 32), []
     for _ in range(12):
         before = flat(algorithm)
@@ -258,7 +260,7 @@ def test_every_step_that_is_taken_improves_within_the_budget(world: Any, switche
         taken.append(float(metrics["accepted"]))
         if taken[-1]:
             # All at once, products are rounded differently from one at a time.
-            assert 0 < metrics["kl"] <= algorithm.max_kl * (1 + 1e-5) and metrics["improvement"] > 0
+            assert 0 < metrics["kl"] <= algorithm.max_kl * (1 + 1e-5) and metrics["surrogate_improvement"] > 0
         assert bool(taken[-1]) == (metrics["step_fraction"] > 0) == (not torch.equal(before, flat(algorithm)))
     assert sum(taken) / len(taken) >= 0.9
 
@@ -291,7 +293,7 @@ def test_the_batched_search_is_the_sequential_one(world: Any, parts: dict[str, A
 @pytest.mark.parametrize("world", [point_mass, cart_pole])
 def test_the_batched_search_reads_nothing_back(world: Any, fisher: Any) -> None:
     env = world()
-    algorithm = build(TRPO, env, fisher=fisher, line_search="batched")
+    algorithm = build(TRPO, env, fisher=fisher, backtracking="batched")
     rollouts = collector(algorithm, env, 10)
     algorithm.iterate(rollouts)
     batch = first_batch(algorithm, env)
@@ -324,7 +326,7 @@ def test_a_failed_search_and_a_poisoned_batch_change_no_bit(
     if poison is not None:
         batch.advantage.fill_(poison)
     before, addresses = bits(algorithm), [p.data_ptr() for p in algorithm.policy.parameters()]
-    metrics = algorithm.improve(batch)
+    metrics = algorithm.update_policy(batch)
     assert all(map(torch.equal, before, bits(algorithm)))
     assert addresses == [p.data_ptr() for p in algorithm.policy.parameters()]
     assert float(metrics["accepted"]) == 0 and float(metrics["backtracks"]) == 10
@@ -341,6 +343,6 @@ def test_hyperparameters_may_be_tensors(fisher: Any, line_search: Any) -> None:
     for name in ("max_kl", "damping", "cg_tol", "shrink"):
         setattr(twin, name, torch.tensor(getattr(algorithm, name)))
     for each in (algorithm, twin):
-        each.improve(batch)
+        each.update_policy(batch)
         ends.append(flat(each))
     assert torch.allclose(ends[0], ends[1], atol=1e-6)

@@ -42,7 +42,7 @@ class Toy:
     name = "toy"
     backend = "toy"
     description = "toy"
-    exact = True
+    is_resumable = True
     device = torch.device("cpu")
     action_space: spaces.Space[Any] = spaces.Discrete(2)
     observation_space: spaces.Space[Any]
@@ -84,7 +84,7 @@ class Toy:
 
 
 class PointMass(Toy):
-    """Push a point to the origin of the plane; leaving the arena ends the episode."""
+    """Push a point to the origin of the plane; leaving the make_eval_env ends the episode."""
 
     obs_size = 4
     action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (2,))
@@ -118,11 +118,11 @@ class Probe(Toy):
     """One step; the reward is ``pays(obs, action)``; the observation is -1 or 1 at random, or 0 if ``blank``."""
 
     def __init__(self, num_envs: int, pays: Any, *, blank: bool = False, seed: int = 0) -> None:
-        self.pays, self.blank = pays, blank
+        self.pays, self.initial_state = pays, blank
         super().__init__(num_envs, 1, seed)
 
     def fresh(self) -> Tensor:
-        if self.blank:
+        if self.initial_state:
             return torch.zeros(self.num_envs, 1)
         return 2.0 * torch.randint(2, (self.num_envs, 1), generator=self.generator) - 1
 
@@ -201,9 +201,9 @@ def put_back_alike(one: Trainer, two: Trainer, path: Path) -> None:
     checkpoint.save(one.state_dict(), path)
     two.load_state_dict(checkpoint.load(path))
     for _ in range(3):
-        one.turn()
-        two.turn()
-    assert not kills.differences(one.position(), two.position())
+        one.step()
+        two.step()
+    assert not kills.differences(one.training_state(), two.training_state())
 
 
 @torch.no_grad()

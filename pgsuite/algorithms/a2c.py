@@ -20,7 +20,7 @@ class A2C(ActorCritic):
     lr: Positive = 7e-4
     value_coef: NonNegative = 0.5
     value_clip: Positive | None = None  # how far from what it said when credit was assigned the critic is moved
-    huber: Positive | None = None  # where the critic's squared error goes over into a straight line
+    huber_delta: Positive | None = None  # where the critic's squared error goes over into a straight line
     entropy_coef: NonNegative = 0.0
     max_grad_norm: Positive | None = 0.5
 
@@ -29,7 +29,7 @@ class A2C(ActorCritic):
         self.optimizer = Optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
 
     def update(self, batch: Batch) -> Metrics:
-        return self.optimizer.descend(self.loss, batch)
+        return self.optimizer.step(self.loss, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and what to watch."""
@@ -38,12 +38,14 @@ class A2C(ActorCritic):
         log_ratio = objectives.log_ratio(logp, batch.logp)
         ratio = self.ratio_of(log_ratio, batch.mask)
         cells = {
-            "policy_loss": -self.objective(self.surrogate(ratio, batch.advantage), logp, batch),
+            "policy_loss": -self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch),
             "value_loss": self.value_error(self.critic(batch), batch),
             "entropy": dist.entropy(),
         }
         with torch.no_grad():
-            cells |= {"kl": self.weighed(objectives.sampled_kl(log_ratio), batch)} | self.watch_ratio(ratio)
+            cells |= {"kl": self.importance_weighted(objectives.sampled_kl(log_ratio), batch)} | self.ratio_metrics(
+                ratio
+            )
         means = masked_means(cells, batch.mask)
         loss = means["policy_loss"] + self.value_coef * means["value_loss"] - self.entropy_coef * means["entropy"]
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
@@ -51,9 +53,9 @@ class A2C(ActorCritic):
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
         """What the critic descends [...], cell by cell."""
         if self.value_clip is None:
-            return objectives.squared_error(value, batch.target, self.huber)
-        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber)
+            return objectives.squared_error(value, batch.target, self.huber_delta)
+        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber_delta)
 
-    def watch_ratio(self, ratio: Tensor) -> Metrics:
+    def ratio_metrics(self, ratio: Tensor) -> Metrics:
         """What is worth knowing about how far the policy has moved [...], cell by cell."""
         return {}

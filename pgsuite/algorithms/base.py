@@ -34,7 +34,7 @@ class Algorithm(Scheduled, ABC):
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
-    corrects: ClassVar[bool] = False  # whether it can learn from what an earlier policy than its own did
+    supports_off_policy: ClassVar[bool] = False  # whether it can learn from what an earlier policy than its own did
 
     policy: Policy
     reference: Reference | None = None
@@ -54,18 +54,18 @@ class Algorithm(Scheduled, ABC):
 
     def iterate(self, collector: Collector) -> Metrics:
         """One turn: collect, assign credit, learn."""
-        return self.absorb(collector.collect(self.policy))
+        return self.train_on(collector.collect(self.policy))
 
-    def absorb(self, rollout: Rollout) -> Metrics:
+    def train_on(self, rollout: Rollout) -> Metrics:
         """Learn from what this policy did.  Statistics and memories move last, so that the policy that learns is the
         policy that acted."""
-        prepared = self.prepare(rollout)
+        prepared = self.preprocess(rollout)
         metrics = self.learn(prepared)
         metrics |= self.adapt(prepared)
-        self.observe(rollout)
+        self.update_statistics(rollout)
         return metrics
 
-    def prepare(self, rollout: Rollout) -> Rollout:
+    def preprocess(self, rollout: Rollout) -> Rollout:
         """The rollout compared with the reference, with its rewards brought to unit scale, where that is asked for, and
         with what the critic remembers."""
         if self.reference is not None:
@@ -73,29 +73,31 @@ class Algorithm(Scheduled, ABC):
         if self.reward_scale is not None:
             rollout = replace(rollout, reward=self.reward_scale(rollout.reward, rollout.mask))
         for critic in self.critics:
-            rollout = critic.recall(rollout)
+            rollout = critic.attach_critic_state(rollout)
         return rollout
 
     def learn(self, rollout: Rollout) -> Metrics:
         """Assign credit and improve."""
-        batch = self.credit(rollout)
-        return self.update(batch) | self.watch(batch)
+        batch = self.compute_advantages(rollout)
+        return self.update(batch) | self.metrics(batch)
 
     @torch.no_grad()
-    def credit(self, rollout: Rollout) -> Batch:
-        return self.estimate(rollout)
+    def compute_advantages(self, rollout: Rollout) -> Batch:
+        return self._compute_advantages(rollout)
 
     @abstractmethod
-    def estimate(self, rollout: Rollout) -> Batch:
+    def _compute_advantages(self, rollout: Rollout) -> Batch:
         """Assign credit to every step [T, N]; called without gradient."""
 
-    def objective(self, gain: Tensor, logp: Tensor, batch: Batch) -> Tensor:
+    def policy_objective(self, gain: Tensor, logp: Tensor, batch: Batch) -> Tensor:
         """What to ascend [...], cell by cell: the method's gain, less what log-probabilities far from the reference's
         cost in the loss, weighed where an earlier policy acted."""
-        return self.weighed(gain if self.reference is None else gain - self.reference.price(logp, batch), batch)
+        return self.importance_weighted(
+            gain if self.reference is None else gain - self.reference.kl_penalty(logp, batch), batch
+        )
 
     @staticmethod
-    def weighed(x: Tensor, seen: Rollout | Batch) -> Tensor:
+    def importance_weighted(x: Tensor, seen: Rollout | Batch) -> Tensor:
         """x [...], whose means are then those over what the policy that learns would have done, whoever acted."""
         return seen.extra["weight"] * x if "weight" in seen.extra else x
 
@@ -107,41 +109,43 @@ class Algorithm(Scheduled, ABC):
         """Let what follows the KL follow that of this update, and say where every schedule stands."""
         metrics: Metrics = {} if self.reference is None else self.reference.adapt(rollout)
         if adaptive := [schedule for part in self.scheduled.values() for schedule in part.adaptive]:
-            metrics["kl"] = kl = self.strayed(rollout)
+            metrics["kl"] = kl = self.kl_from_behavior(rollout)
             for schedule in adaptive:
                 schedule.react(kl)
         for prefix, part in self.scheduled.items():
             metrics |= {f"{prefix}{name}": schedule.value.clone() for name, schedule in part.schedules.items()}
         return metrics
 
-    def observe(self, rollout: Rollout) -> None:
+    def update_statistics(self, rollout: Rollout) -> None:
         """Take in what was seen, between one update and the next rollout."""
-        self.policy.observe(rollout)
+        self.policy.update_statistics(rollout)
         for critic in self.critics:
-            critic.observe(rollout)
+            critic.update_statistics(rollout)
         if self.reward_scale is not None:
             self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
 
-    def watch(self, batch: Batch) -> Metrics:
+    def metrics(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
-            "learning_rate": self.optimizer.lr * self.optimizer.share,
+            "learning_rate": self.optimizer.lr * self.optimizer.lr_scale,
             "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
         }
         if (weight := batch.extra.get("weight")) is not None:  # Kish, 1965
             mean, variance = moments(weight, batch.mask)
-            metrics["effective_share"] = mean**2 / (mean**2 + variance)
-        return metrics | self.policy.watch()
+            metrics["effective_sample_fraction"] = mean**2 / (mean**2 + variance)
+        return metrics | self.policy.metrics()
 
     @torch.no_grad()
-    def strayed(self, seen: Rollout | Batch) -> Tensor:
+    def kl_from_behavior(self, seen: Rollout | Batch) -> Tensor:
         """How far the policy has moved from the one that began to learn: their mean KL over real cells, estimated from
         the actions."""
         log_ratio = objectives.log_ratio(self.policy.dist(seen).log_prob(seen.action), seen.logp)
-        return distributed.mean(masked_mean(self.weighed(objectives.sampled_kl(log_ratio), seen), seen.mask))
+        return distributed.mean(
+            masked_mean(self.importance_weighted(objectives.sampled_kl(log_ratio), seen), seen.mask)
+        )
 
     @property
-    def reads(self) -> str | None:
+    def host_sync_reason(self) -> str | None:
         """What learning reads back to the host, and what to set so that it does not; None where it reads nothing."""
         return None
 
@@ -160,21 +164,21 @@ class Algorithm(Scheduled, ABC):
 
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if rollouts of this collector cannot be learned from."""
-        if collector.stale and not self.corrects:
+        if collector.is_off_policy and not self.supports_off_policy:
             raise ValueError(
                 f"overlap=true has an earlier policy act, and {type(self).__name__} is right only about what its own "
                 "policy did: leave it out, or take algo=a2c, npg, trpo, ppo or ppo_penalty"
             )
 
-    def progress(self, fraction: float) -> None:
+    def update_schedules(self, fraction: float) -> None:
         """Told before each iteration what fraction of the run is behind."""
         for part in self.scheduled.values():
-            part.follow(fraction)
+            part.set_progress(fraction)
 
     def slow_down(self) -> None:
         """Halve the learning rate from here on, whatever schedule it has."""
         for optimizer in self.optimizers:
-            optimizer.share.mul_(0.5)
+            optimizer.lr_scale.mul_(0.5)
 
     def finite(self) -> Tensor:
         """Whether all parameters and statistics [] are."""
@@ -220,7 +224,7 @@ class ActorCritic(Algorithm):
     the gain of every cell is weighed by the ratio between the two (for PPO, Hilton et al., 2022).
     """
 
-    corrects = True
+    supports_off_policy = True
 
     critic: Critic
     estimator: Estimator = field(default_factory=GAE)
@@ -231,14 +235,14 @@ class ActorCritic(Algorithm):
         super().validate(collector)
         if self.ratio == "sequence" and not (self.sequential and collector.whole_episodes):
             raise ValueError("algo.ratio=sequence is for whole episodes of policies that see them as such: env=rlhf")
-        if collector.stale and not self.estimator.corrects:
+        if collector.is_off_policy and not self.estimator.supports_off_policy:
             raise ValueError(
                 f"overlap=true has an earlier policy act, and {type(self.estimator).__name__} counts what it was paid "
                 "as it came: leave it out, or take algo/estimator=gae, td_lambda or vtrace"
             )
 
-    def estimate(self, rollout: Rollout) -> Batch:
-        value, next_value = self.critic.bootstrap(rollout)
+    def _compute_advantages(self, rollout: Rollout) -> Batch:
+        value, next_value = self.critic.values_and_next_values(rollout)
         ratio = torch.ones_like(value)
         if self.estimator.off_policy:
             ratio = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
@@ -261,7 +265,7 @@ class ActorCritic(Algorithm):
 
 
 @dataclass(kw_only=True, eq=False)
-class Regression(Algorithm):
+class CriticRegressionMixin(Algorithm):
     """A critic with an optimizer of its own, regressed on a batch's targets over several epochs."""
 
     critic_lr: Positive = 1e-3
@@ -274,15 +278,15 @@ class Regression(Algorithm):
             split = self.critic_minibatches
             check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
 
-    def regress(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
+    def fit_critic(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
         steps: list[Metrics] = []
         for _ in range(self.critic_epochs):
             parts = self.split(batch, self.critic_minibatches)
-            steps += [optimizer.descend(self.misfit, critic, part) for part in parts]
+            steps += [optimizer.step(self.critic_loss, critic, part) for part in parts]
         metrics = average(steps)
         return metrics | {"critic_grad_norm": metrics.pop("grad_norm")}
 
-    def misfit(self, critic: Critic, batch: Batch) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, critic: Critic, batch: Batch) -> tuple[Tensor, Metrics]:
         """The critic's mean squared error over real cells, to descend and to watch."""
         error = masked_mean(objectives.squared_error(critic(batch), batch.target), batch.mask)
         return error, {"value_loss": error.detach()}

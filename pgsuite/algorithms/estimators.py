@@ -20,7 +20,7 @@ class Estimator(Scheduled, ABC):
     """Turns a rollout and the critic's opinion of it into credit."""
 
     off_policy: ClassVar[bool] = False  # whether it wants the ratio
-    corrects: ClassVar[bool] = False  # whether it has a form for what an earlier policy did
+    supports_off_policy: ClassVar[bool] = False  # whether it has a form for what an earlier policy did
 
     @abstractmethod
     def __call__(
@@ -33,7 +33,7 @@ class Estimator(Scheduled, ABC):
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
         """The same of the policy that learns, where an earlier one acted.  An advantage is right about what follows its
-        action; by how likely that action was, it is weighed by whoever ascends it."""
+        action; by how likely that action was, it is importance_weighted by whoever ascends it."""
         raise NotImplementedError
 
     def truncate(self, weight: Tensor) -> Tensor:
@@ -53,14 +53,16 @@ class Lambda(Estimator, ABC):
     """Credit that fades with lam; where an earlier policy acted, faster by what it was likelier to do (Munos et al.,
     2016), which keeps the sums of unlikely actions from growing."""
 
-    corrects = True
+    supports_off_policy = True
 
     lam: Fraction = 0.95
 
     def correct(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        return trace(rollout, value, next_value, ratio, gamma=gamma, lam=self.lam, rho_clip=math.inf, weighed=False)
+        return trace(
+            rollout, value, next_value, ratio, gamma=gamma, lam=self.lam, rho_clip=math.inf, importance_weighted=False
+        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,13 +93,13 @@ class TDLambda(Lambda):
 class NStep(Estimator):
     """n rewards, then the critic (Mnih et al., 2016)."""
 
-    n: Count = 5
+    n_steps: Count = 5
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
         r = rollout
-        target = estimators.n_step(r.reward, next_value, r.terminated, r.done, gamma=gamma, n=self.n)
+        target = estimators.n_step(r.reward, next_value, r.terminated, r.done, gamma=gamma, n=self.n_steps)
         return target - value, target
 
 
@@ -117,21 +119,28 @@ class MonteCarlo(Estimator):
 class VTrace(Estimator):
     """Importance-corrected lambda returns (Espeholt et al., 2018)."""
 
-    off_policy = corrects = True
+    off_policy = supports_off_policy = True
     lam: Fraction = 1.0
     rho_clip: Positive = 1.0
     c_clip: Positive = 1.0
 
     def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float, weighed: bool = True
+        self,
+        rollout: Rollout,
+        value: Tensor,
+        next_value: Tensor,
+        ratio: Tensor,
+        *,
+        gamma: float,
+        importance_weighted: bool = True,
     ) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"lam": self.lam, "rho_clip": self.rho_clip, "c_clip": self.c_clip}
-        return trace(rollout, value, next_value, ratio, gamma=gamma, weighed=weighed, **options)
+        return trace(rollout, value, next_value, ratio, gamma=gamma, importance_weighted=importance_weighted, **options)
 
     def correct(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        return self(rollout, value, next_value, ratio, gamma=gamma, weighed=False)
+        return self(rollout, value, next_value, ratio, gamma=gamma, importance_weighted=False)
 
     def truncate(self, weight: Tensor) -> Tensor:
         return weight.clamp(max=self.rho_clip)
@@ -149,12 +158,12 @@ class RLOO(Estimator):
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
         r = rollout
-        advantage = self.compare(estimators.totals(r.reward, r.mask, self.group)).view(1, -1)
+        advantage = self.compare(estimators.group_returns(r.reward, r.mask, self.group)).view(1, -1)
         return advantage.expand_as(r.reward), estimators.reward_to_go(r.reward, r.done, gamma=gamma)
 
     def compare(self, score: Tensor) -> Tensor:
         """Advantages [K, G] of K groups' scores."""
-        return estimators.less_others(score)
+        return estimators.leave_one_out_baseline(score)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -8,28 +8,30 @@ import torch
 from torch import Tensor
 
 from pgsuite import distributed
-from pgsuite.algorithms.base import ActorCritic, Regression
+from pgsuite.algorithms.base import ActorCritic, CriticRegressionMixin
 from pgsuite.functional import objectives, trust_region
 from pgsuite.nn.optim import Optimizer
-from pgsuite.nn.stateless import of_vector
+from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_mean
 
 # Fractions [] or [K] of the step -> improvement and KL(old || new) there, of the same shape; the policy stays put.
-Attempt = Callable[[Tensor], tuple[Tensor, Tensor]]
+StepEvaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Surroundings(NamedTuple):
+class LocalModel(NamedTuple):
     """What a batch says of the policy where it is, and around it."""
 
     gradient: Tensor  # [P] of the objective
     entropy: Tensor  # []
     product: trust_region.Product  # with the Fisher matrix
-    outcome: Attempt  # parameters [P] or [K, P] -> improvement and KL(old || new) of them, this process's share
+    evaluate_step: (
+        StepEvaluator  # parameters [P] or [K, P] -> improvement and KL(old || new) of them, this process's share
+    )
 
 
 @dataclass(kw_only=True, eq=False)
-class NPG(ActorCritic, Regression):
+class NPG(ActorCritic, CriticRegressionMixin):
     """One step along the natural gradient, as long as the KL budget allows (Kakade, 2001).
 
     The step is sqrt(2 max_kl / d'Fd) d, with F d = gradient solved by conjugate gradient: the quadratic model of
@@ -50,67 +52,67 @@ class NPG(ActorCritic, Regression):
         self.optimizer = Optimizer([self.critic.own], self.critic_lr)
 
     def update(self, batch: Batch) -> Metrics:
-        return self.improve(batch) | self.regress(self.critic, self.optimizer, batch)
+        return self.update_policy(batch) | self.fit_critic(self.critic, self.optimizer, batch)
 
-    def improve(self, batch: Batch) -> Metrics:
+    def update_policy(self, batch: Batch) -> Metrics:
         """Move the policy, or leave it bit for bit where it was if the step is refused or not finite."""
         params = list(self.policy.parameters())
         start = trust_region.flatten(params).detach()
-        gradient, entropy, product, outcome = self.survey(start, batch)
+        gradient, entropy, product, evaluate_step = self.linearize(start, batch)
 
         @torch.no_grad()
-        def attempt(fraction: Tensor) -> tuple[Tensor, Tensor]:
-            gain, kl = outcome(start + fraction.unsqueeze(-1) * step)
-            return distributed.mean(gain), distributed.mean(kl)
+        def evaluate_fraction(fraction: Tensor) -> tuple[Tensor, Tensor]:
+            improvement, kl = evaluate_step(start + fraction.unsqueeze(-1) * step)
+            return distributed.mean(improvement), distributed.mean(kl)
 
         direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
-        image = product(direction)
-        step = direction * (2 * self.max_kl / (direction @ image).clamp(min=1e-12)).sqrt()
+        fisher_direction = product(direction)
+        step = direction * (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
 
-        fraction, metrics = self.search(attempt, start.new_ones(()))
+        fraction, metrics = self.line_search(evaluate_fraction, start.new_ones(()))
         accepted = (fraction > 0) & step.isfinite().all()
         moved = torch.where(accepted, start + fraction * step, start)
         trust_region.assign(params, moved)
         with torch.no_grad():
-            gain, kl = outcome(moved)
+            improvement, kl = evaluate_step(moved)
         return metrics | {
-            "improvement": distributed.mean(gain),
+            "surrogate_improvement": distributed.mean(improvement),
             "kl": distributed.mean(kl),
             "accepted": accepted.to(start.dtype),
             "step_fraction": fraction.where(accepted, 0.0),
             "step_norm": (moved - start).norm(),
-            "cg_residual": (image - gradient).norm() / gradient.norm().clamp(min=1e-12),
+            "cg_residual": (fisher_direction - gradient).norm() / gradient.norm().clamp(min=1e-12),
             "entropy": entropy,
             "grad_norm": gradient.norm(),
         }
 
-    def survey(self, start: Tensor, batch: Batch) -> Surroundings:
+    def linearize(self, start: Tensor, batch: Batch) -> LocalModel:
         """Of the policy's parameters [P], and of others.  Execution may put a compiled one in its place."""
-        dist_at = of_vector(self.policy, lambda: self.policy.dist(batch))
+        dist_at = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))
         with torch.no_grad():
             old = dist_at(start)
-            before = self.objective(batch.advantage, old.log_prob(batch.action), batch)
+            before = self.policy_objective(batch.advantage, old.log_prob(batch.action), batch)
 
-        def outcome(vector: Tensor) -> tuple[Tensor, Tensor]:
+        def evaluate_step(vector: Tensor) -> tuple[Tensor, Tensor]:
             if vector.ndim > 1:
-                return torch.vmap(outcome)(vector)
+                return torch.vmap(evaluate_step)(vector)
             new = dist_at(vector)
             logp = new.log_prob(batch.action)
             ratio = self.ratio_of(objectives.log_ratio(logp, batch.logp), batch.mask)
-            gain = self.objective(self.surrogate(ratio, batch.advantage), logp, batch) - before
-            return masked_mean(gain, batch.mask), masked_mean(old.kl(new), batch.mask)
+            improvement = self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch) - before
+            return masked_mean(improvement, batch.mask), masked_mean(old.kl(new), batch.mask)
 
         theta = start.clone().requires_grad_()
-        gain, kl = outcome(theta)
-        gradient = trust_region.flat_grad(gain, [theta], retain_graph=True)
+        improvement, kl = evaluate_step(theta)
+        gradient = trust_region.flat_grad(improvement, [theta], retain_graph=True)
         if self.fisher == "gauss-newton":
             product = trust_region.gauss_newton_product(
                 dist_at, lambda p, q: masked_mean(p.kl(q), batch.mask), start, self.damping
             )
         else:
             product = trust_region.fisher_product(kl, [theta], self.damping)
-        return Surroundings(gradient, masked_mean(old.entropy(), batch.mask), product, outcome)
+        return LocalModel(gradient, masked_mean(old.entropy(), batch.mask), product, evaluate_step)
 
-    def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
-        """Which fraction of the step to take, ``whole`` being 1 on the device, and what is worth knowing about it."""
-        return whole, {}
+    def line_search(self, evaluate_fraction: StepEvaluator, full_step: Tensor) -> tuple[Tensor, Metrics]:
+        """Which fraction of the step to take, ``full_step`` being 1 on the device, and what is worth knowing about it."""
+        return full_step, {}

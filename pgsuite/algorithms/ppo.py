@@ -33,9 +33,13 @@ class PPO(A2C):
     normalize_advantage: Literal["none", "batch", "minibatch"] = "minibatch"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
-    def reads(self) -> str | None:
+    def host_sync_reason(self) -> str | None:
         stops = self.target_kl is not None and self.early_stop == "read"
-        return "target_kl reads one bit of each epoch; algo.early_stop=masked reads none" if stops else super().reads
+        return (
+            "target_kl reads one bit of each epoch; algo.early_stop=masked reads none"
+            if stops
+            else super().host_sync_reason
+        )
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
@@ -52,28 +56,28 @@ class PPO(A2C):
 
     def learn(self, rollout: Rollout) -> Metrics:
         """Epoch after epoch, until the last or one that strays too far."""
-        batch, epochs = self.credit(rollout), []
-        strayed = torch.zeros_like(batch.mask[0, 0])
+        batch, epochs = self.compute_advantages(rollout), []
+        stopped = torch.zeros_like(batch.mask[0, 0])
         while len(epochs) < self.epochs:
             if epochs and self.target_kl is not None:
-                strayed = strayed | (distributed.mean(epochs[-1]["kl"]) > self.target_kl)
-                if self.early_stop == "read" and bool(strayed):
+                stopped = stopped | (distributed.mean(epochs[-1]["kl"]) > self.target_kl)
+                if self.early_stop == "read" and bool(stopped):
                     break
-            batch = self.credit(rollout) if epochs and self.recompute_advantage else batch
-            self.optimizer.frozen = strayed if self.early_stop == "masked" else None
-            epochs.append(self.update(batch) | {"epochs": ~strayed})
+            batch = self.compute_advantages(rollout) if epochs and self.recompute_advantage else batch
+            self.optimizer.skip_mask = stopped if self.early_stop == "masked" else None
+            epochs.append(self.update(batch) | {"epochs": ~stopped})
         live = torch.stack([metrics.pop("epochs") for metrics in epochs])
-        return average(epochs, live) | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.watch(batch)
+        return average(epochs, live) | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.metrics(batch)
 
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a step on each of the minibatches."""
-        return average([self.optimizer.descend(self.loss, part) for part in self.split(batch, self.minibatches)])
+        return average([self.optimizer.step(self.loss, part) for part in self.split(batch, self.minibatches)])
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         if self.normalize_advantage == "minibatch":
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
         return super().loss(batch)
 
-    def watch_ratio(self, ratio: Tensor) -> Metrics:
+    def ratio_metrics(self, ratio: Tensor) -> Metrics:
         low, high = self.clips
         return {"clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)}

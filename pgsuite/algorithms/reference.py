@@ -51,14 +51,14 @@ class Reference(nn.Module):
         rollout = replace(rollout, extra=rollout.extra | {"reference": logp})
         if self.penalty == "loss":
             return rollout
-        return replace(rollout, reward=rollout.reward - self.coef * self.strayed(rollout))
+        return replace(rollout, reward=rollout.reward - self.coef * self.log_ratio_to_reference(rollout))
 
     @staticmethod
-    def strayed(rollout: Rollout) -> Tensor:
+    def log_ratio_to_reference(rollout: Rollout) -> Tensor:
         """log pi - log ref of each real action [T, N], and zero elsewhere."""
         return (rollout.logp - rollout.extra["reference"]).where(rollout.mask, 0.0)
 
-    def price(self, logp: Tensor, batch: Batch) -> Tensor | float:
+    def kl_penalty(self, logp: Tensor, batch: Batch) -> Tensor | float:
         """What the loss pays for log-probabilities [...]."""
         if self.penalty == "reward":
             return 0.0
@@ -68,9 +68,9 @@ class Reference(nn.Module):
     def adapt(self, rollout: Rollout) -> Metrics:
         """Let the price follow what was strayed in a rollout that was compared, and say how much that was."""
         episodes = distributed.total((rollout.done & rollout.mask).sum().to(rollout.reward))
-        strayed = distributed.total(self.strayed(rollout).sum()) / episodes.clamp(min=1.0)
-        metrics = {"reference_kl": strayed, "reference_coef": self.coef.clone()}
+        kl = distributed.total(self.log_ratio_to_reference(rollout).sum()) / episodes.clamp(min=1.0)
+        metrics = {"reference_kl": kl, "reference_coef": self.coef.clone()}
         if self.target is not None:
-            error = (strayed / self.target - 1).clamp(-0.2, 0.2)
+            error = (kl / self.target - 1).clamp(-0.2, 0.2)
             self.coef.mul_(1 + error * episodes / self.horizon)
         return metrics

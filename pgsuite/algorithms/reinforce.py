@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgsuite.algorithms.base import Regression
+from pgsuite.algorithms.base import CriticRegressionMixin
 from pgsuite.algorithms.estimators import Estimator
 from pgsuite.functional import estimators
 from pgsuite.nn.optim import Kind, Optimizer
@@ -17,7 +17,7 @@ from pgsuite.types import Batch, Metrics, Rollout, masked_mean, standardize
 
 
 @dataclass(kw_only=True, eq=False)
-class Reinforce(Regression):
+class Reinforce(CriticRegressionMixin):
     """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
 
     The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  An action is paid
@@ -51,7 +51,7 @@ class Reinforce(Regression):
         if not collector.whole_episodes:
             raise ValueError("REINFORCE needs whole episodes: collect them with EpisodeCollector")
 
-    def estimate(self, rollout: Rollout) -> Batch:
+    def _compute_advantages(self, rollout: Rollout) -> Batch:
         returns = estimators.reward_to_go(rollout.reward, rollout.done, gamma=self.gamma)
         returns = returns[0].expand_as(returns) if self.returns == "total" else returns
         value = torch.zeros_like(returns)
@@ -66,12 +66,12 @@ class Reinforce(Regression):
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 
     def update(self, batch: Batch) -> Metrics:
-        metrics = self.optimizer.descend(self.loss, batch)
-        return metrics if self.critic is None else metrics | self.regress(self.critic, self.critic_optimizer, batch)
+        metrics = self.optimizer.step(self.loss, batch)
+        return metrics if self.critic is None else metrics | self.fit_critic(self.critic, self.critic_optimizer, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Minus the gain, summed over each episode's steps and averaged over episodes, and what to watch."""
         logp = (dist := self.policy.dist(batch)).log_prob(batch.action)
-        gain = self.objective(logp * batch.advantage, logp, batch)
+        gain = self.policy_objective(logp * batch.advantage, logp, batch)
         loss = -gain.where(batch.mask, 0.0).sum() / batch.logp.shape[1]
         return loss, {"policy_loss": loss.detach(), "entropy": masked_mean(dist.entropy().detach(), batch.mask)}

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgsuite.algorithms.npg import NPG, Attempt
+from pgsuite.algorithms.npg import NPG, StepEvaluator
 from pgsuite.functional.trust_region import backtrack, backtrack_at_once
 from pgsuite.settings import Count, Shrink
 from pgsuite.types import Metrics
@@ -17,25 +17,27 @@ class TRPO(NPG):
     """The natural step, shortened until it truly improves within the KL budget (Schulman et al., 2015).
 
     The sequential search stops at the first step that does, and reads one bit per try back to the host.  The batched
-    one tries all at once, in ``tries`` times the memory, and reads nothing.
+    one tries all at once, in ``max_backtracks`` times the memory, and reads nothing.
     """
 
-    shrink: Shrink = 0.8
-    tries: Count = 10
-    line_search: Literal["sequential", "batched"] = "sequential"
+    backtrack_coef: Shrink = 0.8
+    max_backtracks: Count = 10
+    backtracking: Literal["sequential", "batched"] = "sequential"
 
     @property
-    def reads(self) -> str | None:
-        if self.line_search == "batched":
-            return super().reads
-        return "the line search reads one bit of each try; algo.line_search=batched reads none"
+    def host_sync_reason(self) -> str | None:
+        if self.backtracking == "batched":
+            return super().host_sync_reason
+        return "the line search reads one bit of each try; algo.backtracking=batched reads none"
 
-    def search(self, attempt: Attempt, whole: Tensor) -> tuple[Tensor, Metrics]:
+    def line_search(self, evaluate_fraction: StepEvaluator, full_step: Tensor) -> tuple[Tensor, Metrics]:
         def accept(fraction: Tensor) -> Tensor:
-            gain, kl = attempt(fraction)
-            return (gain > 0) & (kl <= self.max_kl)
+            improvement, kl = evaluate_fraction(fraction)
+            return (improvement > 0) & (kl <= self.max_kl)
 
-        fractions = self.shrink ** torch.arange(self.tries, dtype=whole.dtype, device=whole.device)
-        find = backtrack_at_once if self.line_search == "batched" else backtrack
+        fractions = self.backtrack_coef ** torch.arange(
+            self.max_backtracks, dtype=full_step.dtype, device=full_step.device
+        )
+        find = backtrack_at_once if self.backtracking == "batched" else backtrack
         fraction = find(accept, fractions)
-        return fraction, {"backtracks": (fractions > fraction).sum(dtype=whole.dtype)}
+        return fraction, {"backtracks": (fractions > fraction).sum(dtype=full_step.dtype)}

@@ -37,14 +37,14 @@ from pgsuite.settings import closest
 from pgsuite.training.trainer import Trainer
 
 
-def container(cfg: DictConfig) -> dict[str, Any]:
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as plain dictionaries, lists, words and numbers."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def construct(settings: Any, where: str, **parts: Any) -> Any:
+def instantiate(settings: Any, where: str, **parts: Any) -> Any:
     """The dataclass that settings name in ``_target_``, made from them and from the parts that it has fields for.
 
     Null where the class makes its own default, such as an estimator that no group has filled, stands for that default.
@@ -59,7 +59,7 @@ def construct(settings: Any, where: str, **parts: Any) -> Any:
     for key, value in settings.items():
         name = f"{key}_" if keyword.iskeyword(key) else key
         if isinstance(value, dict) and "_target_" in value:
-            arguments[name] = construct(value, f"{where}.{key}")
+            arguments[name] = instantiate(value, f"{where}.{key}")
         elif name in known and not (value is None and known[name].default_factory is not MISSING):
             arguments[name] = value
         elif name not in known and key != "_target_":
@@ -70,12 +70,12 @@ def construct(settings: Any, where: str, **parts: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def settings_of(cfg: DictConfig) -> Run:
+def parse_run_config(cfg: DictConfig) -> Run:
     """The settings outside method and environment, checked.  Raises UserError."""
-    plain = container(cfg)
+    plain = to_dict(cfg)
     parts = [f.name for f in fields(Run) if f.default_factory is not MISSING and f.name in plain]
-    nodes = {name: construct(plain.pop(name), name) for name in parts}
-    return construct(plain | {"algo": None, "env": None}, "the configuration", **nodes)
+    nodes = {name: instantiate(plain.pop(name), name) for name in parts}
+    return instantiate(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 
 def pick_device(name: str) -> torch.device:
@@ -121,7 +121,7 @@ def share(num_envs: int) -> int:
 
 def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) -> VectorEnv:
     """The environments of a configuration.  Raises UserError for options that make no sense."""
-    task = construct(container(cfg.env), "env")
+    task = instantiate(to_dict(cfg.env), "env")
     try:
         seed = seeding.of_process(run.seed, distributed.rank())
         return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
@@ -173,7 +173,7 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
 
 def build(cfg: DictConfig) -> Trainer:
     """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
-    run = settings_of(cfg)
+    run = parse_run_config(cfg)
     torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
     env = build_env(cfg, run, share(run.num_envs), device)
@@ -184,8 +184,8 @@ def build(cfg: DictConfig) -> Trainer:
         kind = WhitenReward if run.whiten_reward else RewardScale
         reward_scale = kind(env.num_envs, run.clip_reward).to(device)
     reference = dict(vars(run.reference))
-    algorithm: Algorithm = construct(
-        container(cfg.algo),
+    algorithm: Algorithm = instantiate(
+        to_dict(cfg.algo),
         "algo",
         policy=policy,
         critic=critic,
@@ -222,9 +222,9 @@ def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
     digest = hashlib.sha256()
     for module in trainer.algorithm.parts.values():
         for name, x in module.state_dict().items():
-            if name.split(".")[-1] != "carry":  # what its own environments are at
+            if name.split(".")[-1] != "hidden_state":  # what its own environments are at
                 digest.update(name.encode() + x.cpu().numpy().tobytes())
-    mine = {"settings": container(cfg), "steps": trainer.steps, "parameters": digest.hexdigest()}
+    mine = {"settings": to_dict(cfg), "steps": trainer.steps, "parameters": digest.hexdigest()}
     theirs = distributed.broadcast(mine)
     for what, value in mine.items():
         if distributed.any_of(value != theirs[what]):

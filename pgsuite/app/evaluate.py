@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from pgsuite import seeding, settings
-from pgsuite.app.build import build_env, construct, container, settings_of, versions
+from pgsuite.app.build import build_env, instantiate, parse_run_config, to_dict, versions
 from pgsuite.app.policy_io import restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
@@ -22,13 +22,13 @@ from pgsuite.nn.policy import Policy
 from pgsuite.settings import Count, Natural
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
-from pgsuite.training.video import Gif, filming, lens, log_gif
+from pgsuite.training.video import Gif, log_gif, open_camera, record_video
 
 Match = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
 
 
 @dataclass(kw_only=True)
-class Playing:
+class EvaluateConfig:
     """The settings of an evaluation."""
 
     run: str = ""  # a run directory, or one checkpoint of it
@@ -57,24 +57,24 @@ def play(
     One each, rather than the first that happen to finish, so that short episodes are not favoured.  ``watch`` is
     called before each step of the first environment's.
     """
-    obs, memory = env.reset(), policy.blank(env.num_envs)
+    obs, hidden_state = env.reset(), policy.initial_state(env.num_envs)
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
     lengths = torch.zeros_like(returns)
     while bool(live.any()):
         if bool(live[0]):
             watch()
-        choice = policy.act(obs, memory, start, generator, deterministic=deterministic)
+        choice = policy.act(obs, hidden_state, start, generator, deterministic=deterministic)
         step = env.step(choice.action)
         returns += step.reward.double().where(live, 0.0)
         lengths += live
         start = step.done
         live = live & ~start
-        obs, memory = step.obs, choice.memory
+        obs, hidden_state = step.obs, choice.hidden_state
     return returns, lengths
 
 
-def arena(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> VectorEnv:
+def make_eval_env(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> VectorEnv:
     """Environments to play in: on a CPU, where auto is the float64 back end, and seeing themselves if they are to be
     filmed."""
     run, cpu = replace(run, backend="auto"), torch.device("cpu")
@@ -87,7 +87,7 @@ def arena(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> VectorEnv:
     return build_env(cfg, run, episodes, cpu)
 
 
-def match(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
+def make_evaluator(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
     """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
     made."""
     wanted, stream = run.evaluation, "evaluation"
@@ -99,13 +99,13 @@ def match(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], No
     if wanted.video_every is not None:
         if wanted.video != "tensorboard":
             folder.mkdir(exist_ok=True)
-        lens(arena(cfg, own, 1, film=True), place(0))
+        open_camera(make_eval_env(cfg, own, 1, film=True), place(0))
 
     def play_both(policy: Policy, steps: int, film: bool) -> dict[str, float]:
-        env, generator = arena(cfg, own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
+        env, generator = make_eval_env(cfg, own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
         policy, found = policy.to(env.device), {}
         for prefix, deterministic in (("", True), ("stochastic_", False)):
-            shot = filming(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
+            shot = record_video(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
             with shot as watch:
                 returns, lengths = play(policy, env, generator, deterministic=deterministic, watch=watch)
             found |= {
@@ -124,13 +124,13 @@ def unseen() -> nullcontext[Callable[[], None]]:
 
 def evaluate(cfg: DictConfig) -> None:
     """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
-    wanted: Playing = construct(container(cfg), "the evaluation")
+    wanted: EvaluateConfig = instantiate(to_dict(cfg), "the evaluation")
     say = console().print
     restored = restore(wanted.run, say)
     trained = DictConfig(restored.config)
-    run = replace(settings_of(trained), seed=wanted.seed)
+    run = replace(parse_run_config(trained), seed=wanted.seed)
     torch.set_num_threads(int(run.torch_threads))
-    env = arena(trained, run, wanted.episodes, film=wanted.video is not None)
+    env = make_eval_env(trained, run, wanted.episodes, film=wanted.video is not None)
     generator = seeding.generator(wanted.seed, "acting")
     folder = checkpoint.run_of(restored.path)
 
@@ -140,7 +140,7 @@ def evaluate(cfg: DictConfig) -> None:
         with SummaryWriter(str(folder)) as writer:
             log_gif(writer, film, restored.steps)
 
-    with filming(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
+    with record_video(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
         returns, lengths = play(restored.policy, env, generator, deterministic=wanted.deterministic, watch=watch)
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pgsuite import seeding, settings
-from pgsuite.app.build import construct, container, versions
+from pgsuite.app.build import instantiate, to_dict, versions
 from pgsuite.app.policy_io import Restored, restore
 from pgsuite.envs.spaces import is_image, leaves, native_action, to_data
 from pgsuite.errors import UserError
@@ -29,9 +29,9 @@ from pgsuite.nn.distributions import (
     Beta,
     Categorical,
     Distribution,
-    Drawn,
     Gaussian,
     MultiCategorical,
+    Reparameterized,
     Squashed,
 )
 from pgsuite.settings import Natural, Positive
@@ -81,24 +81,24 @@ class Portable(nn.Module):
         if taken:
             raise UserError(f"an observation's part is named {taken.pop()!r}, as is what the file takes or gives")
         dist = self.look(self.example(2))[0]
-        self.law = dist.law if isinstance(dist, Drawn) else None
-        self.noises = dist.noise().shape[1:] if isinstance(dist, Drawn) else None
+        self.law = dist.law if isinstance(dist, Reparameterized) else None
+        self.noises = dist.noise().shape[1:] if isinstance(dist, Reparameterized) else None
 
     def forward(self, inputs: Named) -> Named:
-        dist, memory = self.look(inputs)
+        dist, hidden_state = self.look(inputs)
         outputs = {"action": self.interface.action(dist.mode())}
-        if isinstance(dist, Drawn):
+        if isinstance(dist, Reparameterized):
             outputs["sample"] = self.interface.action(dist.draw(inputs["noise"]))
         outputs |= parameters(dist)
-        return outputs | ({"next_memory": memory} if memory is not None else {})
+        return outputs | ({"next_memory": hidden_state} if hidden_state is not None else {})
 
     def look(self, inputs: Named) -> tuple[Distribution, Tensor | None]:
         """The distribution over actions, and what is remembered."""
         obs = self.interface.read(nested(self.interface.observation_space, inputs))
-        memory, start = {}, torch.zeros(1, dtype=torch.bool)
+        hidden_state, start = {}, torch.zeros(1, dtype=torch.bool)
         if self.remembers:
-            memory = {self.policy.body.name: inputs["memory"]}
-        features, after = self.policy.body.step(obs, memory, start)
+            hidden_state = {self.policy.body.name: inputs["memory"]}
+        features, after = self.policy.body.step(obs, hidden_state, start)
         return self.policy.distribution(features, obs), after.get(self.policy.body.name)
 
     def example(self, count: int, seed: int = 0) -> Named:
@@ -110,7 +110,7 @@ class Portable(nn.Module):
             for path, part, x in leaves(self.interface.observation_space, space.sample())
         }
         if self.remembers:
-            given |= {"memory": self.policy.blank(count)[self.policy.body.name]}
+            given |= {"memory": self.policy.initial_state(count)[self.policy.body.name]}
         return given
 
     def metadata(self, restored: Restored) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Portable(nn.Module):
             "action_space": to_data(self.interface.action_space),
             "normalizer": "inside" if restored.config["standardize_obs"] else "none",
             "noise": self.law,
-            "memory": list(self.policy.blank(1)[self.policy.body.name].shape[1:]) if self.remembers else None,
+            "memory": list(self.policy.initial_state(1)[self.policy.body.name].shape[1:]) if self.remembers else None,
             "checkpoint": restored.path.name,
             "versions": versions(),
         }
@@ -164,7 +164,7 @@ def as_input(space: spaces.Space[Any], x: Tensor) -> Tensor:
 
 def export(cfg: DictConfig) -> None:
     """Write the newest policy of a run as one file and hold the file against it.  Raises UserError."""
-    wanted: Export = construct(container(cfg), "the export")
+    wanted: Export = instantiate(to_dict(cfg), "the export")
     needed = ("onnx", "onnxscript", "onnxruntime") if wanted.format == "onnx" else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"format=onnx needs {', '.join(missing)}: pip install 'pgsuite[onnx]', or take format=torch")
@@ -217,7 +217,7 @@ def with_noise(portable: Portable, inputs: Named, generator: torch.Generator | N
         return inputs
     with torch.no_grad():
         dist = portable.look(inputs)[0]
-    assert isinstance(dist, Drawn)
+    assert isinstance(dist, Reparameterized)
     return inputs | {"noise": dist.noise(generator)}
 
 
@@ -294,8 +294,8 @@ def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agre
     """A file against the policy itself, as it acts in training, with memories carried over several steps."""
     policy, interface, found = restored.policy, restored.interface, Agreement()
     for size in SIZES:
-        memory = policy.blank(size)
-        carried = next(iter(memory.values()), None)
+        hidden_state = policy.initial_state(size)
+        carried = next(iter(hidden_state.values()), None)
         for step in range(STEPS):
             inputs = portable.example(size, seeding.number(seed, f"{size} {step}"))
             if carried is not None:
@@ -306,17 +306,17 @@ def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agre
             )
             draws = [seeding.generator(seed, f"noise {size} {step}") for _ in range(2)]
             theirs = run(with_noise(portable, inputs, draws[0]))
-            choice = policy.act(obs, memory, start, deterministic=True)
+            choice = policy.act(obs, hidden_state, start, deterministic=True)
             expected = {"action": choice.action}
             if portable.law is not None:
-                expected["sample"] = policy.act(obs, memory, start, draws[1]).action
+                expected["sample"] = policy.act(obs, hidden_state, start, draws[1]).action
             for name, action in expected.items():
                 found.note(name, torch.as_tensor(native_action(interface.action_space, action)), theirs[name])
             for name, x in parameters(portable.look(inputs)[0]).items():
                 found.note(name, x, theirs[name])
-            memory = choice.memory
+            hidden_state = choice.hidden_state
             if carried is not None:
                 carried = theirs["next_memory"]
-                found.note("next_memory", next(iter(memory.values())), carried)
+                found.note("next_memory", next(iter(hidden_state.values())), carried)
             found.observations += size
     return found

@@ -16,12 +16,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pgsuite import seeding
-from pgsuite.app.build import build_policy, settings_of
+from pgsuite.app.build import build_policy, parse_run_config
 from pgsuite.envs.spaces import first_action, leaves, of_data, place, split, tensor_space, tensors
 from pgsuite.errors import UserError
 from pgsuite.nn.policy import Policy
 from pgsuite.training import checkpoint
-from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs
+from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs
 
 
 class Interface(nn.Module):
@@ -83,7 +83,7 @@ def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Re
     """
     path, state = checkpoint.newest(Path(run), say)
     try:
-        config, settings = state["config"], settings_of(DictConfig(state["config"]))
+        config, settings = state["config"], parse_run_config(DictConfig(state["config"]))
         observation_space, action_space = (of_data(state["spaces"][key]) for key in ("observation", "action"))
         interface = Interface(observation_space, action_space)
         generator = seeding.generator(settings.seed, "networks")
@@ -106,7 +106,7 @@ class Actor:
         self.restored, self.deterministic, self.device = restored, deterministic, torch.device(device)
         self.policy, self.interface = restored.policy.to(self.device), restored.interface.to(self.device)
         self.generator = seeding.generator(seed, "acting", self.device)
-        self.memory: Memory | None = None
+        self.hidden_state: HiddenState | None = None
 
     @property
     def observation_space(self) -> spaces.Space[Any]:
@@ -123,10 +123,10 @@ class Actor:
         Only policies that remember need it, at the start of every episode.
         """
         if done is None:
-            self.memory = None
-        elif self.memory is not None:
+            self.hidden_state = None
+        elif self.hidden_state is not None:
             keep = ~torch.as_tensor(done, dtype=torch.bool, device=self.device)
-            self.memory = {name: x.where(keep.unsqueeze(-1), 0.0) for name, x in self.memory.items()}
+            self.hidden_state = {name: x.where(keep.unsqueeze(-1), 0.0) for name, x in self.hidden_state.items()}
 
     def act(self, obs: Any) -> Any:
         """The action that ``env.step`` takes after one observation, or the actions [N, *A] after a batch [N, *O].
@@ -137,13 +137,13 @@ class Actor:
         size, like = self._measure(obs)
         batch = obs if size is not None else _each(lambda x: x[None], obs)
         count = size or 1
-        if self.memory is not None and any(len(x) != count for x in self.memory.values()):
+        if self.hidden_state is not None and any(len(x) != count for x in self.hidden_state.values()):
             raise ValueError(f"the policy remembers another number of environments than {count}: call reset() first")
-        memory = self.memory if self.memory is not None else self.policy.blank(count)
+        hidden_state = self.hidden_state if self.hidden_state is not None else self.policy.initial_state(count)
         start = torch.zeros(count, dtype=torch.bool, device=self.device)
         seen = self.interface.read(batch, self.device)
-        choice = self.policy.act(seen, memory, start, self.generator, deterministic=self.deterministic)
-        self.memory = choice.memory
+        choice = self.policy.act(seen, hidden_state, start, self.generator, deterministic=self.deterministic)
+        self.hidden_state = choice.hidden_state
         action = self.interface.action(choice.action)
         action = action if size is not None else action[0]
         if isinstance(like, Tensor):

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from pgsuite.app.build import build, construct, container
+from pgsuite.app.build import build, instantiate, to_dict
 from pgsuite.errors import UserError
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
-from pgsuite.training.recovery import BUNDLE, unreal, unsound
+from pgsuite.training.recovery import BUNDLE, find_nonfinite, nonfinite_parameters
 from pgsuite.types import Rollout
 
 
@@ -34,7 +34,7 @@ def replay(cfg: DictConfig) -> None:
 
     Raises UserError.
     """
-    wanted: Replaying = construct(container(cfg), "the replay")
+    wanted: Replaying = instantiate(to_dict(cfg), "the replay")
     given, say = Path(wanted.crash), console().print
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
@@ -43,13 +43,13 @@ def replay(cfg: DictConfig) -> None:
     algorithm, env = trainer.algorithm, trainer.collector.env
     say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
     algorithm.load_state_dict(bundle["state"]["algorithm"])
-    algorithm.progress(bundle["steps"] / trainer.total_steps)
+    algorithm.update_schedules(bundle["steps"] / trainer.total_steps)
     rollout = Rollout(**bundle["rollout"]).map(lambda x: x.to(env.device))
-    before = [*unsound(algorithm), *filter(None, [unreal(rollout)])]
+    before = [*nonfinite_parameters(algorithm), *filter(None, [find_nonfinite(rollout)])]
     say(f"before the update: {'; '.join(before) or 'everything is finite'}", highlight=False)
     with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
         try:
-            metrics = algorithm.absorb(rollout)
+            metrics = algorithm.train_on(rollout)
         except RuntimeError as error:
             say(f"in the update: {error}", highlight=False)
             for line in filter(None, map(origin, told)):
@@ -57,7 +57,7 @@ def replay(cfg: DictConfig) -> None:
             return
     for name, value in metrics.items():
         say(f"{'  ' if bool(value.isfinite()) else '! '}{name} = {float(value):.6g}", highlight=False)
-    after = unsound(algorithm)
+    after = nonfinite_parameters(algorithm)
     say(f"after it: {', '.join(after)} not finite" if after else "after it: everything is finite", highlight=False)
 
 

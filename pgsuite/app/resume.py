@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from pgsuite import distributed
-from pgsuite.app.build import container, versions
+from pgsuite.app.build import to_dict, versions
 from pgsuite.errors import UserError
 from pgsuite.training import checkpoint
 from pgsuite.training.trainer import Level, Trainer
@@ -29,7 +29,7 @@ MEANING: dict[Level, str] = {
 
 
 @dataclass
-class Past:
+class ResumePoint:
     """What a run left behind."""
 
     folder: Path
@@ -45,12 +45,12 @@ class Past:
         return self.state["steps"]
 
 
-def past(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past | None:
+def find_run_to_resume(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint | None:
     """What the setting ``resume`` asks to go on with; None to begin.  The first process looks, for all.
 
     Raises UserError for a run that is not there or not whole, and for changes that would make another run of it.
     """
-    found: Past | UserError | None = None
+    found: ResumePoint | UserError | None = None
     if cfg.resume is not None and distributed.rank() == 0:
         try:
             home = Path(hydra.runtime.output_dir)
@@ -63,7 +63,7 @@ def past(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past 
     return found
 
 
-def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past:
+def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint:
     """The run that ``resume`` names, or one checkpoint of it."""
     path, state = checkpoint.newest(Path(cfg.resume), say)
     own, choices = OmegaConf.create(state["config"]), hydra.runtime.choices
@@ -84,10 +84,10 @@ def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Past
         if not same:
             OmegaConf.update(own, key, new)
     assert isinstance(own, DictConfig)
-    return Past(checkpoint.run_of(path), container(own), state)
+    return ResumePoint(checkpoint.run_of(path), to_dict(own), state)
 
 
-def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past | None:
+def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> ResumePoint | None:
     """The newest run of the same settings, in or beside the directory that this one would have."""
     beside = home.parent.iterdir() if home.parent.is_dir() else []
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
@@ -99,7 +99,7 @@ def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> Past
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, OSError):
             continue  # nothing that could be gone on with
-        return Past(path.parent, wanted, state)
+        return ResumePoint(path.parent, wanted, state)
     return None
 
 
@@ -114,7 +114,7 @@ def written(path: Path) -> dict[str, Any]:
 
 def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
     """The settings of cfg; where it would measure threads, with those that were measured for another run."""
-    wanted = container(cfg)
+    wanted = to_dict(cfg)
     if wanted["torch_threads"] == "measure":
         wanted |= {key: config.get(key) for key in ("torch_threads", "env_threads")}
     return wanted
@@ -135,7 +135,7 @@ def holds_another(folder: Path, cfg: DictConfig) -> bool:
     return cfg.resume != "auto" or identity(config) != identity(with_threads_of(config, cfg))
 
 
-def put_back(trainer: Trainer, state: dict[str, Any], say: Callable[[str], None]) -> None:
+def resume_trainer(trainer: Trainer, state: dict[str, Any], say: Callable[[str], None]) -> None:
     """Have a trainer, with its callbacks, go on where a checkpoint was made."""
     states = [state, *state["others"]]
     alike = state["device"] == trainer.collector.env.device.type and len(states) == distributed.size()

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from pgsuite import distributed
-from pgsuite.app.build import build, container, settings_of
+from pgsuite.app.build import build, parse_run_config, to_dict
 
 WARM, ROUNDS = 2, 5  # iterations of each
 
@@ -31,12 +31,12 @@ def measured(cfg: DictConfig, say: Callable[[str], None]) -> DictConfig:
     """
     from pgsuite.envs.physics.mujoco_batch import usable_cores
 
-    run, some = settings_of(cfg), counts(usable_cores())
+    run, some = parse_run_config(cfg), counts(usable_cores())
     if run.torch_threads != "measure":
         return cfg
 
     def having(torch_threads: int, env_threads: int) -> DictConfig:
-        return DictConfig(container(cfg) | {"torch_threads": torch_threads, "env_threads": env_threads})
+        return DictConfig(to_dict(cfg) | {"torch_threads": torch_threads, "env_threads": env_threads})
 
     copies = {run.env_threads: build(having(1, run.env_threads))}
     if not run.env_threads and copies[0].collector.env.backend == "mujoco":
@@ -47,7 +47,7 @@ def measured(cfg: DictConfig, say: Callable[[str], None]) -> DictConfig:
             torch.set_num_threads(torch_threads)
             began, trainer = perf_counter(), copies[env_threads]
             trainer.iterate()
-            trainer.collector.settle()
+            trainer.collector.wait()
             found.append(perf_counter() - began)
     took = {pair: statistics.median(found[WARM:]) for pair, found in seconds.items()}
     chosen: Any = distributed.broadcast(min(took, key=lambda pair: took[pair]))

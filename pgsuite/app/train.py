@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from pgsuite import distributed
-from pgsuite.app.build import build, check_alike, commit, container, describe, settings_of, spaces_of, versions
-from pgsuite.app.evaluate import match
-from pgsuite.app.resume import holds_another, past, put_back
+from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
+from pgsuite.app.evaluate import make_evaluator
+from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError
 from pgsuite.rlhf.env import LanguageEnv
@@ -57,9 +57,9 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         if distributed.rank() == 0:
             console.print(line, highlight=False)
 
-    settings_of(cfg)  # complains before anything is looked for
+    parse_run_config(cfg)  # complains before anything is looked for
     folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
-    before = past(cfg, hydra, say)
+    before = find_run_to_resume(cfg, hydra, say)
     if before is not None:
         folder, cfg = before.folder, before.cfg
         if before.steps >= cfg.total_steps and distributed.broadcast(finished(folder)):
@@ -69,18 +69,18 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
     else:
         cfg = measured(cfg, say)
-    trainer, run = build(cfg), settings_of(cfg)
+    trainer, run = build(cfg), parse_run_config(cfg)
     if before is not None and distributed.rank() == 0:
-        checkpoint.set_aside(folder, before.steps)
+        checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
-    facts = {"config": container(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
+    facts = {"config": to_dict(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
     trainer.callbacks = recorders(trainer, cfg, folder, facts, before.steps if before else None, console)
-    trainer.guard = Recovery(folder, facts, run.recover.attempts, say)
+    trainer.failure_handler = Recovery(folder, facts, run.recover.attempts, say)
     for line in (*describe(trainer, run), *_recipe(hydra)):
         say(line)
     if before is not None:
-        put_back(trainer, before.state, say)
+        resume_trainer(trainer, before.state, say)
     check_alike(trainer, cfg)
     with answering_signals(trainer):
         trainer.fit()
@@ -103,7 +103,7 @@ def recorders(
     trainer: Trainer, cfg: DictConfig, folder: Path, facts: dict[str, Any], begun: int | None, console: Console
 ) -> list[Callback]:
     """What writes down a run that begins, or goes on after the ``begun`` steps that it made; config.yaml at once."""
-    run, env, config = settings_of(cfg), trainer.collector.env, facts["config"]
+    run, env, config = parse_run_config(cfg), trainer.collector.env, facts["config"]
     names = {key: facts["choices"][key] for key in ("algo", "env")}
     described = _flatten(config) | names
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
@@ -118,11 +118,11 @@ def recorders(
         logs = [loggers.Csv(folder / "metrics.csv", begun), board]
         if run.logging.wandb.project is not None:
             logs.append(loggers.WandB(folder, described, run.logging.wandb))
-        parts = [callbacks.Log(logs, run.logging.points), callbacks.Bar(console)]
+        parts = [callbacks.MetricLogger(logs, run.logging.points), callbacks.ProgressBar(console)]
         if run.profile:
             parts.append(Profile(folder, partial(console.print, highlight=False)))
     if run.evaluation.every is not None:
-        play = match(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
+        play = make_evaluator(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
         parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
     if isinstance(env, LanguageEnv) and trainer.algorithm.reference is not None and board is not None:

@@ -36,7 +36,7 @@ class VectorEnv(Protocol):
     action_space: spaces.Space[Any]  # of one environment
 
     @property
-    def exact(self) -> bool:
+    def is_resumable(self) -> bool:
         """Whether ``state_dict`` holds everything that the future depends on.  If not, ``load_state_dict`` gives the
         next ``reset`` a seed that was never used, and no more."""
         ...
@@ -59,7 +59,7 @@ class VectorEnv(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Foreign(ABC):
+class VectorEnvConfig(ABC):
     """The settings of environments that somebody else vectorizes, and how to make them."""
 
     backends: ClassVar[tuple[str, ...]]

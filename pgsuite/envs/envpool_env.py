@@ -12,7 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import Foreign
+from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.gym_env import GymEnv
 from pgsuite.settings import Count, WorldThreads, closest
 from pgsuite.types import write_obs
@@ -21,7 +21,7 @@ UNLIMITED = 2**31 - 1  # what envpool says of episodes that have no limit
 
 
 @dataclass(kw_only=True, eq=False)
-class EnvPool(Foreign):
+class EnvPool(VectorEnvConfig):
     """Which of envpool's environments, and how to make it."""
 
     backends = ("envpool",)

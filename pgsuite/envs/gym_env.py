@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, Foreign, NotFiniteError
+from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig
 from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest, imported
@@ -23,7 +23,7 @@ from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 
 @dataclass(kw_only=True, eq=False)
-class Gym(Foreign):
+class Gym(VectorEnvConfig):
     """Which environment of gymnasium's registry, and how to make it."""
 
     backends = ("gymnasium",)
@@ -150,7 +150,7 @@ class GymEnv:
     observations."""
 
     backend = "gymnasium"
-    exact = False
+    is_resumable = False
 
     def __init__(
         self,

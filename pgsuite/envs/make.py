@@ -9,7 +9,7 @@ import gymnasium
 import torch
 
 from pgsuite.envs import tasks
-from pgsuite.envs.base import Foreign, VectorEnv
+from pgsuite.envs.base import VectorEnv, VectorEnvConfig
 from pgsuite.envs.gym_env import Gym
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.base import Task
@@ -17,7 +17,7 @@ from pgsuite.settings import closest
 
 
 def make(
-    world: Task | Foreign | str,
+    world: Task | VectorEnvConfig | str,
     num_envs: int,
     *,
     device: str | torch.device = "cpu",
@@ -29,7 +29,7 @@ def make(
 ) -> VectorEnv:
     """N environments of a world, with tensors of ``dtype`` on ``device``.
 
-    ``world`` is a Task or its name, with or without gymnasium's version, or a Foreign one or an id that gymnasium
+    ``world`` is a Task or its name, with or without gymnasium's version, or a VectorEnvConfig one or an id that gymnasium
     knows; with a name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises ValueError
     for an unknown world, option or back end.
     """
@@ -47,7 +47,7 @@ def make(
     return TaskEnv(world, device=device, dtype=dtype, seed=seed)
 
 
-def _named(world: str, options: dict[str, Any]) -> Task | Foreign:
+def _named(world: str, options: dict[str, Any]) -> Task | VectorEnvConfig:
     name, names = world.split("-v")[0], set(tasks.__all__) - {"Task"}
     if name not in names:
         if world in gymnasium.registry:

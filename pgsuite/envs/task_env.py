@@ -16,7 +16,7 @@ from pgsuite.types import Step
 class TaskEnv:
     """A placed task, speaking ``dtype`` on ``device`` whatever its back end computes in and on."""
 
-    exact = True
+    is_resumable = True
 
     def __init__(self, task: Task, *, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.task, self.device, self.dtype = task, device, dtype

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import make
 from pgsuite.envs.spaces import first_action, place, tensor_space, tensors
 from pgsuite.settings import Count
@@ -25,7 +25,7 @@ GROUPS = {"policy": "policy", PRIVILEGED: "critic"}  # our names, and Isaac Lab'
 
 
 @dataclass(kw_only=True, eq=False)
-class TorchNative(Foreign):
+class TorchNative(VectorEnvConfig):
     """What makes the environments, and what to tell it."""
 
     backends = ("torch-native",)
@@ -162,18 +162,18 @@ class TorchNativeEnv:
             raise BrokenEnvError(f"{self.name} {what} {type(error).__name__}: {error}") from error
 
     @property
-    def exact(self) -> bool:
+    def is_resumable(self) -> bool:
         """Those that have a state_dict of their own can be saved."""
         return find(self.env, "state_dict") is not None and find(self.env, "load_state_dict") is not None
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.exact:
+        if not self.is_resumable:
             return {"seed": seeding.number(self.origin, "resumed")}
         return {"env": copy.deepcopy(find(self.env, "state_dict")()), "last": self.last, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed = state["seed"]
-        if not self.exact:
+        if not self.is_resumable:
             self.origin = state["seed"]
             return
         find(self.env, "load_state_dict")(copy.deepcopy(state["env"]))

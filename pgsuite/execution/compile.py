@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 from pgsuite import distributed
 from pgsuite.algorithms import NPG
 from pgsuite.algorithms.base import Algorithm
-from pgsuite.algorithms.npg import Surroundings
+from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
 from pgsuite.execution.graph_split import Staged, built, compiled, described, traced
-from pgsuite.nn.distributions import Distribution, Drawn
-from pgsuite.nn.policy import Choice, Policy
+from pgsuite.nn.distributions import Distribution, Reparameterized
+from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector
 from pgsuite.types import Batch, Metrics
 
@@ -59,14 +59,14 @@ class CompiledSurvey:
     """What a natural step needs to know, each thing in graphs of its own: conjugate gradient calls that of the Fisher
     product, and is not unrolled."""
 
-    def __init__(self, survey: Callable[..., Surroundings], alone: Callable[[], None]) -> None:
-        self.numbers = Compiled(lambda *seen: survey(*seen)[:2], alone)
-        self.product = Staged(lambda *seen: survey(*seen).product, alone)
-        self.outcome = Staged(lambda *seen: survey(*seen).outcome, alone)
+    def __init__(self, linearize: Callable[..., LocalModel], alone: Callable[[], None]) -> None:
+        self.numbers = Compiled(lambda *seen: linearize(*seen)[:2], alone)
+        self.product = Staged(lambda *seen: linearize(*seen).product, alone)
+        self.evaluate_step = Staged(lambda *seen: linearize(*seen).evaluate_step, alone)
 
-    def __call__(self, start: Tensor, batch: Batch) -> Surroundings:
+    def __call__(self, start: Tensor, batch: Batch) -> LocalModel:
         gradient, entropy = self.numbers(start, batch)
-        return Surroundings(gradient, entropy, self.product(start, batch), self.outcome(start, batch))
+        return LocalModel(gradient, entropy, self.product(start, batch), self.evaluate_step(start, batch))
 
 
 class SideBySide:
@@ -86,8 +86,8 @@ class SideBySide:
         if about not in self.known:
             self.known.add(about)
             return self.update(batch)
-        self.regression = self.other.submit(a.regress, a.critic, a.optimizer, batch)
-        return a.improve(batch) | self.regression.result()
+        self.regression = self.other.submit(a.fit_critic, a.critic, a.optimizer, batch)
+        return a.update_policy(batch) | self.regression.result()
 
     def alone(self) -> None:
         """Return when no other thread runs, for what is new to the policy's half alone, as another number of tries."""
@@ -104,20 +104,22 @@ class CompiledActing:
         self.dist: Distribution | None = None
 
     @torch.no_grad()
-    def __call__(self, policy: Policy) -> Choice:
+    def __call__(self, policy: Policy) -> PolicyOutput:
         c = self.collector
         if self.dist is None:
-            self.dist = policy.distribution(policy.body.step(c.obs, c.memory, c.start)[0], c.obs)
+            self.dist = policy.distribution(policy.body.step(c.obs, c.hidden_state, c.start)[0], c.obs)
             self.choose = Compiled(
-                lambda policy, obs, memory, start, noise: policy.choose(obs, memory, start, lambda d: d.draw(noise))
+                lambda policy, obs, hidden_state, start, noise: policy.choose(
+                    obs, hidden_state, start, lambda d: d.draw(noise)
+                )
             )
-        if not isinstance(self.dist, Drawn):
+        if not isinstance(self.dist, Reparameterized):
             return self.act(policy)
         noise = self.dist.noise(c.generator)  # of whose numbers the law and the shape alone count
-        return self.choose(policy, c.obs, c.memory, c.start, noise)
+        return self.choose(policy, c.obs, c.hidden_state, c.start, noise)
 
 
-def obstacle(device: torch.device) -> str | None:
+def why_not_compilable(device: torch.device) -> str | None:
     """Why nothing can be compiled here, and what would help."""
     if distributed.size() > 1:
         return "is for one process: leave torchrun"
@@ -143,20 +145,20 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     if how == "cuda_graph" and env.device.type != "cuda":
         raise ValueError("execution=cuda_graph is for a GPU: give device=cuda, or leave it out")
     if how == "auto":
-        how = "eager" if env.device.type == "cuda" or obstacle(env.device) else "compile"
+        how = "eager" if env.device.type == "cuda" or why_not_compilable(env.device) else "compile"
     if how != "compile":  # whole iterations are captured, in cuda_graphs
         return how
-    if (why := obstacle(env.device)) is not None:
+    if (why := why_not_compilable(env.device)) is not None:
         raise ValueError(f"execution=compile {why}, or leave it out")
     torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
     for optimizer in algorithm.optimizers:
-        optimizer.look = Compiled(optimizer.look, collector.settle)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.propose_step = Compiled(optimizer.propose_step, collector.wait)  # pyright: ignore[reportAttributeAccessIssue]
     for critic in algorithm.critics:
         if not critic.sequential:  # or its steps through time would be unrolled
-            critic.bootstrap = compiled(critic.bootstrap)
+            critic.values_and_next_values = compiled(critic.values_and_next_values)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
-        beside = SideBySide(algorithm, collector.settle)
-        algorithm.survey = CompiledSurvey(algorithm.survey, beside.alone)  # pyright: ignore[reportAttributeAccessIssue]
+        beside = SideBySide(algorithm, collector.wait)
+        algorithm.linearize = CompiledSurvey(algorithm.linearize, beside.alone)  # pyright: ignore[reportAttributeAccessIssue]
         apart = set(algorithm.policy.parameters()).isdisjoint(algorithm.critic.parameters())
         if apart and type(algorithm).update is NPG.update and env.device.type == "cpu":
             algorithm.update = beside  # pyright: ignore[reportAttributeAccessIssue]

@@ -289,9 +289,16 @@ def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
     physics = getattr(getattr(env, "task", None), "physics", None)
     outside = [(physics, "launch")] if isinstance(physics, WarpPhysics) else []
     parts = (
-        (collector, "collect", (collector, algorithm.policy), "collecting", distant(env) or collector.reads, outside),
-        (algorithm, "absorb", (algorithm,), "learning", algorithm.reads, ()),
-        (trainer, "digest", (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
+        (
+            collector,
+            "collect",
+            (collector, algorithm.policy),
+            "collecting",
+            distant(env) or collector.host_sync_reason,
+            outside,
+        ),
+        (algorithm, "train_on", (algorithm,), "learning", algorithm.host_sync_reason, ()),
+        (trainer, "pack_host_data", (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
     )
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)  # of the streams that graphs are captured on

@@ -81,12 +81,12 @@ def vtrace(
     lam: float = 1.0,
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
-    weighed: bool = True,
+    importance_weighted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and targets [T, N] for a policy other than the one that acted (Espeholt et al., 2018, equation 1).
 
     ``ratio`` [T, N] is the target policy's probability of each action over the acting policy's.  With ratio one the
-    targets are the lambda returns and the advantages those of ``gae``.  Advantages come weighed by their action's own
+    targets are the lambda returns and the advantages those of ``gae``.  Advantages come importance_weighted by their action's own
     ratio, up to rho_clip, unless whoever ascends them does that.
     """
     rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
@@ -95,7 +95,7 @@ def vtrace(
     target = value + reverse_scan(delta, gamma * c * (~done).to(delta.dtype))
     following = bootstrap.where(ends, lam * _shift(target) + (1 - lam) * bootstrap)
     advantage = reward + gamma * following - value
-    return rho * advantage if weighed else advantage, target
+    return rho * advantage if importance_weighted else advantage, target
 
 
 def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
     return others / count.clamp(min=1.0)
 
 
-def totals(reward: Tensor, mask: Tensor, group: int) -> Tensor:
+def group_returns(reward: Tensor, mask: Tensor, group: int) -> Tensor:
     """The sum of each column's rewards [T, N] over its real cells, in groups of adjacent columns: [N / group, group].
 
     Raises ValueError if they do not divide into groups of at least two.
@@ -118,7 +118,7 @@ def totals(reward: Tensor, mask: Tensor, group: int) -> Tensor:
     return reward.where(mask, 0.0).sum(0).view(-1, group)
 
 
-def less_others(score: Tensor) -> Tensor:
+def leave_one_out_baseline(score: Tensor) -> Tensor:
     """Scores [..., G], each less the mean of the others in its group (Kool et al., 2019)."""
     return (score - score.mean(-1, keepdim=True)) * (score.shape[-1] / (score.shape[-1] - 1))
 

@@ -50,7 +50,7 @@ def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Prod
     return product
 
 
-def remake(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
+def map_tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
     """x, a nest of dataclasses, tuples, lists, dictionaries and tensors, with fn applied to every tensor in it."""
 
     def node(y: Any) -> Any:
@@ -60,16 +60,16 @@ def remake(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
             return y
         twin = copy.copy(y)  # not constructed anew, which might compute something
         for name, value in vars(y).items():
-            object.__setattr__(twin, name, remake(fn, value))  # frozen ones too
+            object.__setattr__(twin, name, map_tensors(fn, value))  # frozen ones too
         return twin
 
     return pytree.tree_map(node, x)
 
 
 def tensors(x: Any) -> list[Tensor]:
-    """Every tensor that remake reaches, in its order."""
+    """Every tensor that map_tensors reaches, in its order."""
     found: list[Tensor] = []
-    remake(lambda y: found.append(y) or y, x)
+    map_tensors(lambda y: found.append(y) or y, x)
     return found
 
 
@@ -84,7 +84,7 @@ def gauss_newton_product(
     another, as normalized logits are: the divergence in q alone is linear in those.  The model is differentiated once
     in each direction, and its backward never.
 
-    Raises TypeError if fn's result depends on the parameters through anything but tensors that ``remake`` reaches.
+    Raises TypeError if fn's result depends on the parameters through anything but tensors that ``map_tensors`` reaches.
     """
     at = at.detach().requires_grad_()
     model = fn(at)
@@ -93,7 +93,7 @@ def gauss_newton_product(
     def numbers(x: D) -> list[Tensor]:
         return [y for y, moving in zip(tensors(x), moves, strict=True) if moving]
 
-    p, q = (remake(lambda x: x.detach().requires_grad_(x.requires_grad), model) for _ in range(2))
+    p, q = (map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), model) for _ in range(2))
     value = divergence(p, q)
     if not any(moves) or torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)[0] is not None:
         raise TypeError(f"a Gauss-Newton product needs a dataclass of tensors, which {type(model).__name__} is not")

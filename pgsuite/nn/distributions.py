@@ -43,7 +43,7 @@ class Distribution(Protocol):
 Law = Literal["standard_normal", "standard_exponential", "uniform"]
 
 
-class Drawn:
+class Reparameterized:
     """Whose samples are a function of noise: independent numbers [...] that follow ``law``, uniform ones in [0, 1)."""
 
     law: ClassVar[Law]
@@ -63,7 +63,7 @@ LOG_SIGMA_RANGE = (-20.0, 20.0)
 
 
 @dataclass(frozen=True)
-class Gaussian(Drawn):
+class Gaussian(Reparameterized):
     """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held within +-20, so that sigma, which is its
     exponential, is positive and its square representable in float32 whatever an optimizer does."""
 
@@ -100,7 +100,7 @@ class Gaussian(Drawn):
 
 
 @dataclass(frozen=True)
-class Categorical(Drawn):
+class Categorical(Reparameterized):
     """``logits`` must be normalized: their exponentials sum to one."""
 
     logits: Tensor  # [..., A]
@@ -129,7 +129,7 @@ class Categorical(Drawn):
 
 
 @dataclass(frozen=True)
-class MultiCategorical(Drawn):
+class MultiCategorical(Reparameterized):
     """Independent choices, one for each of ``logits``, which must be normalized."""
 
     logits: tuple[Tensor, ...]  # [..., n] each
@@ -164,7 +164,7 @@ class MultiCategorical(Drawn):
 
 
 @dataclass(frozen=True)
-class Bernoulli(Drawn):
+class Bernoulli(Reparameterized):
     """Independent choices of 0 or 1.  Written with softplus, which no logit overflows."""
 
     logits: Tensor  # [..., A] log of the odds of a 1
@@ -216,7 +216,7 @@ HERMITE = hermite(32)
 
 
 @dataclass(frozen=True)
-class Squashed(Drawn):
+class Squashed(Reparameterized):
     """A Gaussian, sent through tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
 
     base: Gaussian

@@ -47,7 +47,7 @@ class Head(nn.Module, ABC):
         """The distribution for numbers [..., inputs]; where actions are discrete, over those that are allowed, one
         bool for each in the order of the logits."""
 
-    def watch(self) -> Metrics:
+    def metrics(self) -> Metrics:
         """What a practitioner keeps an eye on."""
         return {}
 
@@ -77,7 +77,7 @@ class GaussianHead(Head):
         mean, more = numbers.chunk(2, -1)
         return Gaussian(mean, self.log_sigma + more)
 
-    def watch(self) -> Metrics:
+    def metrics(self) -> Metrics:
         return {"sigma": self.log_sigma.detach().exp().mean()}
 
 

@@ -14,16 +14,16 @@ from torch import Generator, Tensor, nn
 from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
 from pgsuite.nn.normalize import Standardize, is_image
 from pgsuite.nn.recurrent import RECURRENCES, Kind
-from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Obs, Rollout, leaves
+from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves
 
 
-class Seen(Protocol):
+class PolicyInput(Protocol):
     """What a network may look at; a Rollout and a Batch both are one."""
 
     @property
     def obs(self) -> Obs: ...
     @property
-    def memory(self) -> Memory: ...
+    def hidden_state(self) -> HiddenState: ...
     @property
     def start(self) -> Tensor: ...
 
@@ -51,16 +51,16 @@ class Body(nn.Module, ABC):
     carries: bool  # whether its memory goes on from rollout to rollout
 
     @abstractmethod
-    def blank(self, num_envs: int) -> Memory:
+    def initial_state(self, num_envs: int) -> HiddenState:
         """The memory of having seen nothing."""
 
     @abstractmethod
-    def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
+    def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         """Features [..., size] of all that was seen, with the memories after each step where they are carried.  A
         ``sequential`` body wants [T, N] cells, and goes by the memories of the first row."""
 
     @abstractmethod
-    def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
+    def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         """Features [..., size] of single observations, each with a memory of its own, and the memories after them."""
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -124,23 +124,23 @@ class Features(Body):
         self.size = (features, *hidden)[-1]
         self.shape += "".join(f"-{size}" for size in hidden)
 
-    def blank(self, num_envs: int) -> Memory:
+    def initial_state(self, num_envs: int) -> HiddenState:
         if self.recurrence is None:
             return {}
         return {self.name: self.recurrence.read.weight.new_zeros(num_envs, self.recurrence.width)}
 
-    def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
+    def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         x = self.encode(seen.obs)
         if self.recurrence is None:
             return self.low(self.hidden, x), {}
-        x, after = self.recurrence(x, seen.memory[self.name][0], seen.start)
+        x, after = self.recurrence(x, seen.hidden_state[self.name][0], seen.start)
         return self.low(self.hidden, x), {self.name: after}
 
-    def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
+    def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         x = self.encode(obs)
         if self.recurrence is None:
             return self.low(self.hidden, x), {}
-        x, after = self.recurrence(x.unsqueeze(0), memory[self.name], start.unsqueeze(0))
+        x, after = self.recurrence(x.unsqueeze(0), hidden_state[self.name], start.unsqueeze(0))
         return self.low(self.hidden, x.squeeze(0)), {self.name: after.squeeze(0)}
 
     def encode(self, obs: Obs) -> Tensor:

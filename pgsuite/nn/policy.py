@@ -14,17 +14,17 @@ from torch import Generator, Tensor, nn
 
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
-from pgsuite.nn.network import Body, Features, Network, Seen, Shape
+from pgsuite.nn.network import Body, Features, Network, PolicyInput, Shape
 from pgsuite.nn.normalize import Standardize
-from pgsuite.types import ACTION_MASK, PRIVILEGED, Memory, Metrics, Obs, Rollout
+from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Metrics, Obs, Rollout
 
 
-class Choice(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What a policy does about one observation of each environment."""
 
     action: Tensor  # [N, *A]
     logp: Tensor  # [N]
-    memory: Memory  # to carry on with
+    hidden_state: HiddenState  # to hidden_state on with
 
 
 class Policy(Network):
@@ -52,15 +52,15 @@ class Policy(Network):
     def obs_norm(self) -> Standardize:
         return self.body.obs_norm
 
-    def observe(self, rollout: Rollout) -> None:
+    def update_statistics(self, rollout: Rollout) -> None:
         """Take in what was seen.  Statistics move only here, between one update and the next rollout."""
         self.obs_norm.update(rollout.obs, rollout.mask)
 
-    def blank(self, num_envs: int) -> Memory:
+    def initial_state(self, num_envs: int) -> HiddenState:
         """The memory of having seen nothing."""
-        return self.body.blank(num_envs)
+        return self.body.initial_state(num_envs)
 
-    def dist(self, seen: Seen) -> Distribution:
+    def dist(self, seen: PolicyInput) -> Distribution:
         return self.distribution(self.body.sequence(seen)[0], seen.obs)
 
     def distribution(self, features: Tensor, obs: Obs) -> Distribution:
@@ -71,29 +71,31 @@ class Policy(Network):
     def act(
         self,
         obs: Obs,
-        memory: Memory,
+        hidden_state: HiddenState,
         start: Tensor,
         generator: Generator | None = None,
         *,
         deterministic: bool = False,
-    ) -> Choice:
+    ) -> PolicyOutput:
         """Sample an action for each environment, or take the likeliest."""
-        return self.choose(obs, memory, start, lambda d: d.mode() if deterministic else d.sample(generator))
+        return self.choose(obs, hidden_state, start, lambda d: d.mode() if deterministic else d.sample(generator))
 
-    def choose(self, obs: Obs, memory: Memory, start: Tensor, pick: Callable[[Distribution], Tensor]) -> Choice:
+    def choose(
+        self, obs: Obs, hidden_state: HiddenState, start: Tensor, pick: Callable[[Distribution], Tensor]
+    ) -> PolicyOutput:
         """What to do in each environment, where ``pick`` takes an action [N, *A] from a distribution of them."""
-        features, memory = self.body.step(obs, memory, start)
+        features, hidden_state = self.body.step(obs, hidden_state, start)
         dist = self.distribution(features, obs)
         action = pick(dist)
-        return Choice(action, dist.log_prob(action), memory)
+        return PolicyOutput(action, dist.log_prob(action), hidden_state)
 
     def frozen_copy(self) -> Policy:
         """A copy that stays as it is: without gradients, and untouched by later updates of this policy."""
         return copy.deepcopy(self).requires_grad_(False)
 
-    def watch(self) -> Metrics:
+    def metrics(self) -> Metrics:
         """What a practitioner keeps an eye on."""
-        return self.head.watch()
+        return self.head.metrics()
 
 
 class Critic(Network):
@@ -105,7 +107,7 @@ class Critic(Network):
     the critic alone.
     """
 
-    carry: Tensor
+    hidden_state: Tensor
 
     def __init__(
         self,
@@ -124,7 +126,9 @@ class Critic(Network):
         body = body or Features(obs_norm, "critic", privileged=True, **shape)
         super().__init__(body, 1, 0.0 if zero_init else 1.0, shape.get("generator"))
         self.shared = shared is not None
-        self.register_buffer("carry", body.blank(num_envs)["critic"] if self.remembers else torch.zeros(0))
+        self.register_buffer(
+            "hidden_state", body.initial_state(num_envs)["critic"] if self.remembers else torch.zeros(0)
+        )
 
     @property
     def remembers(self) -> bool:
@@ -136,26 +140,26 @@ class Critic(Network):
         """What of it is no policy's, and may be fitted without moving one."""
         return self.out if self.shared else self
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: PolicyInput) -> Tensor:
         return self.read(self.body.sequence(seen)[0])
 
     def read(self, features: Tensor) -> Tensor:
         return self.out(features).squeeze(-1)
 
-    def bootstrap(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The value [T, N] of each step and of its true successor."""
         features, following = self.body.successors(rollout)
         return self.read(features), self.read(following)
 
-    def recall(self, rollout: Rollout) -> Rollout:
+    def attach_critic_state(self, rollout: Rollout) -> Rollout:
         """The rollout, with what the critic remembers of those before it."""
         if not self.remembers:
             return rollout
-        carry = self.carry.expand(len(rollout.start), *self.carry.shape)
-        return replace(rollout, memory=rollout.memory | {"critic": carry})
+        hidden_state = self.hidden_state.expand(len(rollout.start), *self.hidden_state.shape)
+        return replace(rollout, hidden_state=rollout.hidden_state | {"critic": hidden_state})
 
     @torch.no_grad()
-    def observe(self, rollout: Rollout) -> None:
+    def update_statistics(self, rollout: Rollout) -> None:
         """Remember to the end of a rollout."""
         if self.remembers:
-            self.carry.copy_(self.body.sequence(self.recall(rollout))[1]["critic"][-1])
+            self.hidden_state.copy_(self.body.sequence(self.attach_critic_state(rollout))[1]["critic"][-1])

@@ -28,18 +28,18 @@ class Recurrence(nn.Module):
         self.read = linear(inputs, self.gates * size, 1.0, generator)
         self.recall = linear(size, self.gates * size, 1.0, generator)
 
-    def step(self, drive: Tensor, memory: Tensor) -> Tensor:
+    def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
         """The memory [..., width] after a step that drives it by [..., gates * size]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, memory: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, hidden_state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """What is made of inputs x [T, ..., inputs], as [T, ..., size], and what is remembered after each, as
         [T, ..., width], beginning with a memory [..., width] and forgetting all before the steps where start [T, ...].
         """
         after = []
         for drive, fresh in zip(self.read(x).unbind(), start.unsqueeze(-1).unbind(), strict=True):
-            memory = self.step(drive, torch.where(fresh, 0.0, memory))
-            after.append(memory)
+            hidden_state = self.step(drive, torch.where(fresh, 0.0, hidden_state))
+            after.append(hidden_state)
         memories = torch.stack(after)
         return memories[..., : self.size], memories
 
@@ -53,11 +53,11 @@ class GRU(Recurrence):
         super().__init__(inputs, size, generator)
         self.width = size
 
-    def step(self, drive: Tensor, memory: Tensor) -> Tensor:
+    def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
         reset, update, new = drive.chunk(3, -1)
-        reset_too, update_too, new_too = self.recall(memory).chunk(3, -1)
+        reset_too, update_too, new_too = self.recall(hidden_state).chunk(3, -1)
         new = tanh(new + (reset + reset_too).sigmoid() * new_too)
-        return torch.lerp(new, memory, (update + update_too).sigmoid())
+        return torch.lerp(new, hidden_state, (update + update_too).sigmoid())
 
 
 class LSTM(Recurrence):
@@ -72,8 +72,8 @@ class LSTM(Recurrence):
         with torch.no_grad():
             self.read.bias[size : 2 * size] = 1.0
 
-    def step(self, drive: Tensor, memory: Tensor) -> Tensor:
-        output, cell = memory.chunk(2, -1)
+    def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
+        output, cell = hidden_state.chunk(2, -1)
         take, keep, new, give = (drive + self.recall(output)).chunk(4, -1)
         cell = keep.sigmoid() * cell + take.sigmoid() * tanh(new)
         return torch.cat([give.sigmoid() * tanh(cell), cell], -1)

@@ -180,7 +180,7 @@ class Scheduled:
             if isinstance(getattr(self, name), Tensor):
                 setattr(self, name, schedule.value)
 
-    def follow(self, fraction: float) -> None:
+    def set_progress(self, fraction: float) -> None:
         """Have every scheduled number be what it is when a fraction of the run is behind."""
         for name, schedule in self.schedules.items():
             schedule.progress(fraction)

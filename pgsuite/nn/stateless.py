@@ -22,7 +22,7 @@ class Call(nn.Module):
         return self.fn()
 
 
-def of_vector(module: nn.Module, fn: Callable[[], T]) -> Callable[[Tensor], T]:
+def functional_in_parameters(module: nn.Module, fn: Callable[[], T]) -> Callable[[Tensor], T]:
     """fn, which calls module, as a function of the module's parameters in one vector [P] in their order.
 
     The vector may require gradients, be a dual number or be one of many under ``vmap``.  The module's own parameters

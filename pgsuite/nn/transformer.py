@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import gelu
 
 from pgsuite.nn.layers import linear
-from pgsuite.types import Memory
+from pgsuite.types import HiddenState
 
 SEEN = "seen"  # [N, S] bool, which tokens of the cache there are to attend to
 
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         attended to, and their own features mean nothing."""
         return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
 
-    def extend(self, tokens: Tensor, real: Tensor, cache: Memory) -> tuple[Tensor, Memory]:
+    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         """Features [T, N, width] of tokens [T, N] that go on where a cache ends, and the cache after them: keys and
         values [N, heads, S, width / heads] of each layer, and which of them are real, ``seen`` [N, S].  An empty
         dictionary is the cache of having seen nothing."""
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         return self.norm(x).transpose(0, 1), after
 
 
-def look(real: Tensor, cache: Memory) -> tuple[Tensor, Tensor, Tensor]:
+def look(real: Tensor, cache: HiddenState) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens there are after ``real`` [N, T] more than the cache holds, [N, S + T]; the position of the new ones
     among the real ones [N, T]; and which each of them attends to [N, T, S + T]: those before it that are real, and
     itself, for padding must attend to something."""

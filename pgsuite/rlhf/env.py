@@ -12,7 +12,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, Foreign
+from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import find, make
 from pgsuite.rollout import Collector
 from pgsuite.settings import Count, NonNegative
@@ -42,7 +42,7 @@ class Tokens(Protocol):
 
 
 @dataclass(kw_only=True, eq=False)
-class Language(Foreign):
+class Language(VectorEnvConfig):
     """Prompts, tokens and rewards, each found at a dotted path ``package:name`` or made by what is found there.
 
     ``rewards`` are models' files: ``reward`` is then called with each of them, and with how ensembles are made one, and
@@ -60,7 +60,7 @@ class Language(Foreign):
     held_out: str | None = None  # prompts that are never learned from
     samples: Count = 1  # responses to each prompt
     length: Count = 32  # tokens that a response may have
-    unfinished: NonNegative = 0.0  # taken off the score of a response without a stop token
+    truncation_penalty: NonNegative = 0.0  # taken off the score of a response without a stop token
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
@@ -82,7 +82,7 @@ class Language(Foreign):
             held_out=None if self.held_out is None else self.texts(self.held_out, "held_out"),
             samples=self.samples,
             length=self.length,
-            unfinished=self.unfinished,
+            truncation_penalty=self.truncation_penalty,
             device=device,
             dtype=dtype,
             seed=seed,
@@ -143,7 +143,7 @@ class LanguageEnv:
     the next one is given, an action does nothing.
     """
 
-    backend, exact = "language", True
+    backend, is_resumable = "language", True
 
     @property
     def collector(self) -> type[Collector]:
@@ -164,16 +164,26 @@ class LanguageEnv:
         held_out: Sequence[str] | None = None,
         samples: int = 1,
         length: int = 32,
-        unfinished: float = 0.0,
+        truncation_penalty: float = 0.0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
         """Raises ValueError where there are no prompts, or one that has no tokens."""
-        self.options = {"ensemble": ensemble, "scorer": scorer, "length": length, "unfinished": unfinished}
+        self.options = {
+            "ensemble": ensemble,
+            "scorer": scorer,
+            "length": length,
+            "truncation_penalty": truncation_penalty,
+        }
         self.texts, self.tokens, self.rewards, self.scorer = list(texts), tokens, list(rewards), scorer
         self.held_out = list(held_out or ())
-        self.num_envs, self.samples, self.length, self.unfinished = num_envs, samples, length, unfinished
+        self.num_envs, self.samples, self.length, self.truncation_penalty = (
+            num_envs,
+            samples,
+            length,
+            truncation_penalty,
+        )
         self.ensemble, self.device, self.dtype = ensemble, torch.device(device), dtype
         self.pad, self.stop = tokens.pad, tokens.stop
         if not self.texts:
@@ -233,7 +243,7 @@ class LanguageEnv:
             reward[: len(found)] = found[: len(written)]
         else:
             reward = last.to(self.dtype) * found
-        return (reward - self.unfinished * (last & (responses != self.stop))).where(written, 0.0)
+        return (reward - self.truncation_penalty * (last & (responses != self.stop))).where(written, 0.0)
 
     def judge(self, name: str, judge: Reward, prompts: list[str], responses: list[str]) -> Tensor:
         """What one says of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError if it says nothing like

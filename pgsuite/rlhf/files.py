@@ -49,7 +49,7 @@ def fitting(path: Path) -> Iterator[None]:
         raise UserError(f"{path} does not fit this version of the suite: {reason}") from error
 
 
-def vacant(folder: Path, name: str) -> Path:
+def require_empty(folder: Path, name: str) -> Path:
     """Where to write in a run directory.  Raises UserError where something was written before."""
     if (folder / name).exists():
         raise UserError(f"{folder / name} is there already: move it away, or give another hydra.run.dir=")

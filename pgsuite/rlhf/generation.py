@@ -45,15 +45,15 @@ def generate(
     tokens = torch.cat([prompts, prompts.new_full((length, columns), pad)])
     logp = torch.zeros(length, columns, device=prompts.device)
     written = torch.zeros(length, columns, dtype=torch.bool, device=prompts.device)
-    memory = body.read(prompts[:-1], real[:-1])
+    hidden_state = body.read(prompts[:-1], real[:-1])
     live, start = torch.ones_like(real[0]), ~real[:-1].any(0)
     for i in range(length):
         if i and i % poll == 0 and not bool(live.any()):
             break
-        choice = policy.act(tokens[width + i - 1], memory, start, generator, deterministic=deterministic)
+        choice = policy.act(tokens[width + i - 1], hidden_state, start, generator, deterministic=deterministic)
         tokens[width + i] = torch.where(live, choice.action, pad)
         logp[i], written[i] = choice.logp.where(live, 0.0), live
-        live, memory, start = live & (choice.action != stop), choice.memory, torch.zeros_like(start)
+        live, hidden_state, start = live & (choice.action != stop), choice.hidden_state, torch.zeros_like(start)
     return Generated(tokens, logp, written)
 
 
@@ -94,7 +94,7 @@ class GenerationCollector(Collector):
         begun = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
         row = Rollout(
             obs=text.tokens[:-1],
-            memory={},
+            hidden_state={},
             start=(begun & ~torch.cat([torch.zeros_like(begun[:1]), begun[:-1]]))[:-1],
             action=text.tokens[1:],
             logp=torch.cat([blank.to(text.logp), text.logp]),
@@ -104,7 +104,7 @@ class GenerationCollector(Collector):
             truncated=torch.zeros_like(mask),
             mask=mask,
         )
-        self.buffer.hold(row)
+        self.buffer.set(row)
         self.begun = True
         return self.buffer.read()
 

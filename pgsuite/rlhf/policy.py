@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pgsuite.nn.distributions import Categorical, Distribution
 from pgsuite.nn.heads import FORBIDDEN, CategoricalHead, permitted
-from pgsuite.nn.network import Body, Seen
+from pgsuite.nn.network import Body, PolicyInput
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
 from pgsuite.nn.transformer import SEEN, LanguageModel, Transformer, look
-from pgsuite.types import Memory, Obs, Rollout
+from pgsuite.types import HiddenState, Obs, Rollout
 
 FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
 M = TypeVar("M", bound=nn.Module)
@@ -36,18 +36,18 @@ class TokenBody(Body):
         self.size, self.shape = transformer.size, transformer.shape
         self.sequential, self.carries = True, False
 
-    def blank(self, num_envs: int) -> Memory:
+    def initial_state(self, num_envs: int) -> HiddenState:
         return {}
 
-    def read(self, tokens: Tensor, real: Tensor) -> Memory:
+    def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The memory of having seen texts [T, N], padded where they are not ``real`` [T, N]."""
         return self.keep(self.transformer.extend(tokens, real, {})[1]) if len(tokens) else {}
 
-    def sequence(self, seen: Seen) -> tuple[Tensor, Memory]:
+    def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         return self.transformer(seen.obs, begun(seen.start)), {}
 
-    def step(self, obs: Obs, memory: Memory, start: Tensor) -> tuple[Tensor, Memory]:
-        cache = {key.removeprefix(f"{self.name}."): x for key, x in memory.items()}
+    def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
+        cache = {key.removeprefix(f"{self.name}."): x for key, x in hidden_state.items()}
         if cache:
             cache[SEEN] = cache[SEEN] & ~start.unsqueeze(-1)
         features, cache = self.transformer.extend(obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache)
@@ -57,7 +57,7 @@ class TokenBody(Body):
         """One that reads alike and learns apart."""
         return TokenBody(copy_sharing_frozen(self.transformer), self.obs_norm, name)
 
-    def keep(self, cache: Memory) -> Memory:
+    def keep(self, cache: HiddenState) -> HiddenState:
         return {f"{self.name}.{key}": x for key, x in cache.items()}
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class Pretrained(nn.Module):
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
 
-    def extend(self, tokens: Tensor, real: Tensor, cache: Memory) -> tuple[Tensor, Memory]:
+    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
         seen, position, visible = look(real.T, cache)
@@ -184,11 +184,11 @@ def language_policy(
     if frozen:
         embedding = next(x for x in body.modules() if isinstance(x, nn.Embedding))
         for part in (embedding, *body.blocks[:frozen]):
-            freeze(part)
+            freeze_parameters(part)
     return policy
 
 
-def freeze(module: nn.Module) -> None:
+def freeze_parameters(module: nn.Module) -> None:
     """Turn parameters into buffers of the same names: optimizers and Fisher products then know nothing of them, and a
     ``copy_sharing_frozen`` shares them."""
     for part in module.modules():

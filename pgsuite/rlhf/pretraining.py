@@ -66,7 +66,7 @@ class HeldOut:
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, reviews: list[Review]) -> None:
         self.reviews = reviews
         self.tokens, self.real = encode(vocabulary, reviews)
-        self.exact = torch.tensor([grammar.log_probability(review) for review in reviews])
+        self.is_resumable = torch.tensor([grammar.log_probability(review) for review in reviews])
 
     def perplexity(self, logp: Tensor) -> float:
         """Per token, stops among them, of a log-probability for each review [N]."""
@@ -76,7 +76,7 @@ class HeldOut:
     def measure(self, model: WordModel) -> dict[str, float]:
         """The perplexity of a model; the KL of it from the grammar, estimated in nats a review, and its error."""
         logp = model.log_probability(self.tokens, self.real).sum(0)
-        excess = self.exact - logp
+        excess = self.is_resumable - logp
         error = float(excess.std()) / math.sqrt(len(excess))
         return {"perplexity": self.perplexity(logp), "kl": float(excess.mean()), "kl_error": error}
 
@@ -87,7 +87,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
     What is measured is the likelihood of held-out reviews beside that which the grammar itself gives them: on average
     over reviews no model's is greater.  Raises UserError.
     """
-    path, grammar, began = files.vacant(folder, FILE), Grammar(), perf_counter()
+    path, grammar, began = files.require_empty(folder, FILE), Grammar(), perf_counter()
     torch.set_num_threads(wanted.torch_threads)
     vocabulary, generator = Vocabulary(grammar.words), seeding.generator(wanted.seed, "language model")
     try:
@@ -96,7 +96,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         raise UserError(str(error)) from error
     model = WordModel(vocabulary, body, generator)
     held_out = HeldOut(grammar, vocabulary, grammar.sample(wanted.held_out, seeding.number(wanted.seed, "held out")))
-    facts = {"grammar_perplexity": held_out.perplexity(held_out.exact)}
+    facts = {"grammar_perplexity": held_out.perplexity(held_out.is_resumable)}
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
     say(
         f"{wanted.reviews:,} reviews of {len(vocabulary.words)} words | the grammar's own perplexity "
@@ -108,7 +108,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         for step in range(steps):
             optimizer.lr.fill_(wanted.lr * min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
             chosen = corpus[step * wanted.batch : (step + 1) * wanted.batch]
-            metrics = optimizer.descend(partial(loss, model), *encode(vocabulary, chosen))
+            metrics = optimizer.step(partial(loss, model), *encode(vocabulary, chosen))
             if (step + 1) % max(1, steps // wanted.points) == 0 or step + 1 == steps:
                 found = held_out.measure(model)
                 for name, x in (metrics | found).items():

@@ -98,7 +98,7 @@ def fit(
         optimizer.lr.fill_(wanted.lr * (1 - step / len(batches)))
         some = [pairs[i] for i in chosen.tolist()]
         responses = [pair.chosen for pair in some] + [pair.rejected for pair in some]
-        metrics = optimizer.descend(loss, *vocabulary.encode([pair.prompt for pair in some] * 2, responses))
+        metrics = optimizer.step(loss, *vocabulary.encode([pair.prompt for pair in some] * 2, responses))
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -110,7 +110,7 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     Rewards are shifted so that each judge's mean over samples of the pretrained model is zero, as in the code of
     Ziegler et al. (2019); they are not scaled, for that would undo their calibration.  Raises UserError.
     """
-    path, began = files.vacant(folder, FILE), perf_counter()
+    path, began = files.require_empty(folder, FILE), perf_counter()
     torch.set_num_threads(wanted.torch_threads)
     model = WordModel.load(wanted.model)
     generator = seeding.generator(wanted.seed, "preferences")

@@ -21,11 +21,11 @@ class RolloutBuffer:
         for f in fields(row):
             write_obs(getattr(self.storage, f.name), t, getattr(row, f.name))
 
-    def hold(self, rollout: Rollout) -> None:
+    def set(self, rollout: Rollout) -> None:
         """Take a whole rollout that was made at once."""
         self.storage = rollout
 
-    def blank_from(self, t: int) -> None:
+    def mask_from(self, t: int) -> None:
         """Mark row t and those after it as nothing that happened."""
         self.read().mask[t:] = False
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.envs.base import VectorEnv
-from pgsuite.nn.policy import Choice, Policy
+from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout.buffer import RolloutBuffer
-from pgsuite.types import Memory, Obs, Rollout, map_obs
+from pgsuite.types import HiddenState, Obs, Rollout, map_obs
 
 
 class Collector(ABC):
@@ -21,8 +21,10 @@ class Collector(ABC):
 
     whole_episodes = False
     supports_overlap = True  # whether another thread may collect while the policy learns
-    stale = False  # whether an earlier policy than the one that learns may have acted
-    reads: str | None = None  # what is read back to the host while collecting, and how not to; None where nothing is
+    is_off_policy = False  # whether an earlier policy than the one that learns may have acted
+    host_sync_reason: str | None = (
+        None  # what is read back to the host while collecting, and how not to; None where nothing is
+    )
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
         if horizon < 1:
@@ -33,7 +35,7 @@ class Collector(ABC):
         self.begun = False
         self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
         self.obs: Obs
-        self.memory: Memory
+        self.hidden_state: HiddenState
         self.start: Tensor
 
     @property
@@ -41,20 +43,20 @@ class Collector(ABC):
         """What has the environments make their steps."""
         return self
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Let whatever else this process does for it come to its end."""
 
     @abstractmethod
     def collect(self, policy: Policy) -> Rollout:
         """A rollout [T, N] of views, good until the next one."""
 
-    def begin(self, policy: Policy) -> None:
+    def reset(self, policy: Policy) -> None:
         """Restart every environment and forget everything."""
-        self.obs, self.memory = self.env.reset(), policy.blank(self.env.num_envs)
+        self.obs, self.hidden_state = self.env.reset(), policy.initial_state(self.env.num_envs)
         self.start = torch.ones(self.env.num_envs, dtype=torch.bool, device=self.env.device)
         self.begun = True
 
-    def advance(self, t: int, policy: Policy, live: Tensor) -> Tensor:
+    def step(self, t: int, policy: Policy, live: Tensor) -> Tensor:
         """One step in every environment, written to row t; returns done [N]."""
         began = perf_counter()
         choice = self.act(policy)
@@ -67,7 +69,7 @@ class Collector(ABC):
             live, start = live & step.mask, done | (self.start & ~step.mask)
         row = Rollout(
             obs=self.obs,
-            memory=self.memory,
+            hidden_state=self.hidden_state,
             start=self.start,
             action=choice.action,
             logp=choice.logp,
@@ -78,14 +80,14 @@ class Collector(ABC):
             mask=live,
         )
         self.buffer.write(t, row)
-        self.obs, self.memory, self.start = step.obs, choice.memory, start
+        self.obs, self.hidden_state, self.start = step.obs, choice.hidden_state, start
         return done
 
-    def act(self, policy: Policy) -> Choice:
+    def act(self, policy: Policy) -> PolicyOutput:
         """What to do about what is seen.  Execution may put a compiled one in its place."""
-        return policy.act(self.obs, self.memory, self.start, self.generator)
+        return policy.act(self.obs, self.hidden_state, self.start, self.generator)
 
-    def divert(self) -> None:
+    def reseed(self) -> None:
         """Draw other actions from here on than would have come."""
         seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
         self.generator.manual_seed(int(seed))
@@ -93,13 +95,13 @@ class Collector(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Where every environment stands, with all that acting depends on but the policy."""
         state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.begun}
-        return state | ({name: getattr(self, name) for name in ("obs", "memory", "start")} if self.begun else {})
+        return state | ({name: getattr(self, name) for name in ("obs", "hidden_state", "start")} if self.begun else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"])
         self.begun = state["begun"]
-        for name in ("obs", "memory", "start") if self.begun else ():
+        for name in ("obs", "hidden_state", "start") if self.begun else ():
             setattr(self, name, map_obs(lambda x: x.to(self.env.device), state[name]))
 
 
@@ -108,10 +110,10 @@ class StepCollector(Collector):
 
     def collect(self, policy: Policy) -> Rollout:
         if not self.begun:
-            self.begin(policy)
+            self.reset(policy)
         live = torch.ones_like(self.start)
         for t in range(self.horizon):
-            self.advance(t, policy, live)
+            self.step(t, policy, live)
         return self.buffer.read()
 
 
@@ -137,17 +139,17 @@ class EpisodeCollector(Collector):
         self.poll = poll
 
     @property
-    def reads(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def host_sync_reason(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.poll >= self.horizon:
             return None
         return f"every {self.poll} steps it is asked whether any episode still runs; with poll={self.horizon} it is not"
 
     def collect(self, policy: Policy) -> Rollout:
-        self.begin(policy)
+        self.reset(policy)
         live = torch.ones_like(self.start)
         for t in range(self.horizon):
             if t and t % self.poll == 0 and not bool(live.any()):
-                self.buffer.blank_from(t)
+                self.buffer.mask_from(t)
                 break
-            live = live & ~self.advance(t, policy, live)
+            live = live & ~self.step(t, policy, live)
         return self.buffer.read()

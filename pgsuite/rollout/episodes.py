@@ -17,12 +17,12 @@ class EpisodeTracker:
         self.reward = torch.zeros(num_envs, device=device, dtype=torch.float64)
         self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
 
-    def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def finished(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Returns and lengths in real steps, each [K], of the K episodes that finished in this rollout."""
-        returns, lengths = self.follow(rollout)
+        returns, lengths = self.update(rollout)
         return returns[lengths > 0], lengths[lengths > 0]
 
-    def follow(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The same where an episode finished, each [T, N], with a length of zero elsewhere; nothing is read back to the
         host."""
         reward, going = rollout.reward.double(), (~rollout.start).double()

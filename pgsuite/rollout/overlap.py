@@ -29,7 +29,7 @@ class OverlappedCollector(Collector):
     collected again.
     """
 
-    stale = True
+    is_off_policy = True
 
     def __init__(self, inner: Collector, policy: Policy) -> None:
         """Raises ValueError for generated texts, and where there are several processes."""
@@ -40,10 +40,10 @@ class OverlappedCollector(Collector):
         if distributed.size() > 1:
             raise ValueError("overlap=true is for one process: leave torchrun, or leave it out")
         self.inner, self.env, self.horizon = inner, inner.env, inner.horizon
-        self.whole_episodes, self.reads = inner.whole_episodes, inner.reads
+        self.whole_episodes, self.host_sync_reason = inner.whole_episodes, inner.host_sync_reason
         self.policy = copy.deepcopy(policy).requires_grad_(False)  # which acts
         self.generator = inner.generator
-        self.buffer, self.spare = RolloutBuffer(inner.horizon), RolloutBuffer(inner.horizon)
+        self.buffer, self.back_buffer = RolloutBuffer(inner.horizon), RolloutBuffer(inner.horizon)
         self.thread = ThreadPoolExecutor(1, "collecting")
         self.ahead: Future[Rollout] | None = None
         self.begun = False
@@ -53,7 +53,7 @@ class OverlappedCollector(Collector):
     def stepper(self) -> Collector:
         return self.inner
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         if self.ahead is not None:
             wait([self.ahead])
 
@@ -64,44 +64,44 @@ class OverlappedCollector(Collector):
             if not self.begun:
                 self.inner.begun, self.begun = False, True
                 self.policy.load_state_dict(policy.state_dict())
-            self.set_out()
+            self.submit()
         assert self.ahead is not None
         rollout = self.ahead.result()
         self.policy.load_state_dict(policy.state_dict())
-        self.set_out()
+        self.submit()
         if first:  # after which everything is compiled; only one thread may run while something is
-            self.settle()
+            self.wait()
         rollout = as_seen_by(policy, rollout)
-        self.buffer.hold(rollout)
+        self.buffer.set(rollout)
         self.seconds["waiting"] += perf_counter() - began
         return rollout
 
-    def set_out(self) -> None:
+    def submit(self) -> None:
         self.before = copy.deepcopy(self.inner.state_dict())
-        self.inner.buffer, self.spare = self.spare, self.inner.buffer
+        self.inner.buffer, self.back_buffer = self.back_buffer, self.inner.buffer
         self.ahead = self.thread.submit(self.fill, torch.get_num_threads())
 
     def fill(self, torch_threads: int) -> Rollout:
         torch.set_num_threads(torch_threads)  # which a thread that has computed before does not follow
         return self.inner.collect(self.policy)
 
-    def halt(self) -> None:
+    def cancel(self) -> None:
         """Go back to where the rollout under way began."""
         if self.ahead is not None:
-            self.settle()
+            self.wait()
             self.ahead = None
             self.inner.load_state_dict(self.before)
 
-    def divert(self) -> None:
-        self.halt()
-        self.inner.divert()
+    def reseed(self) -> None:
+        self.cancel()
+        self.inner.reseed()
 
     def state_dict(self) -> dict[str, Any]:
         inner = self.inner.state_dict() if self.ahead is None else self.before
         return {"inner": inner, "policy": self.policy.state_dict(), "begun": self.begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.halt()
+        self.cancel()
         self.inner.load_state_dict(state["inner"])
         self.policy.load_state_dict(state["policy"])
         self.begun = state["begun"]

@@ -32,7 +32,7 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200) -> None
     _check_lengths(env, history[1:])
     _check_reset(env, actions)
     _check_seeds(make, actions[: min(steps, 50)])
-    if env.exact:
+    if env.is_resumable:
         _check_state(make(3), actions)
     else:
         env.load_state_dict(env.state_dict())  # and then begins anew

@@ -43,7 +43,7 @@ class Evaluation(Checked):
     video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # files lie in the run's videos/
 
 
-class Window:
+class MetricAverager:
     """Reports gathered between two log lines."""
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class Window:
         return scalars
 
 
-class Log(Callback):
+class MetricLogger(Callback):
     """Writes means of everything to the loggers, about ``points`` times in a run."""
 
     def __init__(self, loggers: Sequence[Logger], points: int = 500) -> None:
-        self.loggers, self.points, self.window = loggers, points, Window()
+        self.loggers, self.points, self.window = loggers, points, MetricAverager()
 
     def on_start(self, trainer: Trainer) -> None:
         self.logged, self.before = trainer.steps, self.clocks(trainer)
@@ -89,7 +89,7 @@ class Log(Callback):
         scalars["time/seconds"] = trainer.seconds["total"]
         for logger in self.loggers:
             logger.write(report.steps, scalars)
-        self.window, self.logged, self.before = Window(), report.steps, now
+        self.window, self.logged, self.before = MetricAverager(), report.steps, now
 
     def on_end(self, trainer: Trainer) -> None:
         results = {}
@@ -112,7 +112,7 @@ class Log(Callback):
         return trainer.seconds | trainer.collector.seconds
 
 
-class Bar(Callback):
+class ProgressBar(Callback):
     """Steps, speed, mean return of the last hundred episodes and time left: a bar in a terminal, else plain lines."""
 
     def __init__(self, console: Console, lines: int = 20) -> None:
@@ -216,7 +216,7 @@ class Evaluate(Callback):
     def on_start(self, trainer: Trainer) -> None:
         best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
         if distributed.rank() == 0 and best.exists():
-            checkpoint.crown(best)  # which a run that was killed may not have come to
+            checkpoint.mark_best(best)  # which a run that was killed may not have come to
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         wanted, due = self.wanted, report.steps >= trainer.total_steps
@@ -237,7 +237,7 @@ class Evaluate(Callback):
             self.best = self.last
             path = self.checkpoints.save(trainer)
             if path is not None:
-                checkpoint.crown(path)
+                checkpoint.mark_best(path)
 
     def on_end(self, trainer: Trainer) -> None:
         if self.table is not None:

@@ -38,7 +38,7 @@ def save(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        settle(path.parent)
+        fsync_dir(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -92,7 +92,7 @@ def checksum(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def settle(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Have the disk remember the names in a folder too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -125,11 +125,11 @@ def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, A
     Raises UserError if there is none.
     """
     if given.suffix == ".pt":
-        return given, whole(given)
+        return given, load_run_checkpoint(given)
     refused: list[UserError] = []
     for path in reversed(numbered(given)):
         try:
-            state = whole(path)
+            state = load_run_checkpoint(path)
         except UserError as error:
             refused.append(error)
         else:
@@ -139,7 +139,7 @@ def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, A
     raise refused[0]
 
 
-def whole(path: Path) -> dict[str, Any]:
+def load_run_checkpoint(path: Path) -> dict[str, Any]:
     """What a run saved.  Raises UserError if it is anything else."""
     state = load(path)
     if missing := {"config", "choices", "versions", "steps", "algorithm", "spaces"} - state.keys():
@@ -158,7 +158,7 @@ def prune(run: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def crown(path: Path) -> None:
+def mark_best(path: Path) -> None:
     """Have the best checkpoint be this one, by a second name for the same file."""
     temporary = path.with_name("best.writing")
     temporary.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def crown(path: Path) -> None:
     temporary.replace(path.with_name(BEST))
 
 
-def set_aside(run: Path, steps: int) -> None:
+def retire_newer(run: Path, steps: int) -> None:
     """Rename the checkpoints of a run that were made after so many steps, for it goes on from there."""
     for path in _numbered(run):
         if int(path.stem) > steps:

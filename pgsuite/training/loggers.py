@@ -24,7 +24,7 @@ CHARTS = {
     "entropy": "algorithm/entropy",
     "explained variance": "algorithm/explained_variance",
     "clipped, or fraction of the full step": "algorithm/(clip_fraction|step_fraction)",
-    "policy loss, or gain": "algorithm/(policy_loss|improvement)",
+    "policy loss, or gain": "algorithm/(policy_loss|surrogate_improvement)",
     "value loss": "algorithm/value_loss",
     "gradient norms": "algorithm/.*grad_norm",
     "learning rate": "algorithm/learning_rate",

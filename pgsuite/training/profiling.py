@@ -110,22 +110,22 @@ class Profile(Callback):
 def phases(trainer: Trainer) -> list[tuple[Any, str, str]]:
     """Object, method and name of everything that is looked at, in the order of an iteration."""
     algorithm, collector = trainer.algorithm, trainer.collector
-    parts = {"improve": "  policy", "search": "    line search", "regress": "  critic"}
+    parts = {"update_policy": "  policy", "line_search": "    line search", "fit_critic": "  critic"}
     inside = [(algorithm, method, name) for method, name in parts.items() if hasattr(algorithm, method)]
-    inside += [(optimizer, "descend", "  gradient steps") for optimizer in algorithm.optimizers]
+    inside += [(optimizer, "step", "  gradient steps") for optimizer in algorithm.optimizers]
     return [
         (collector, "collect", "collect"),
         (algorithm.policy, "act", "  act"),
         (collector.env, "step", "  environments"),
         (collector.buffer, "write", "  write"),
-        (algorithm, "prepare", "prepare"),
-        (algorithm, "credit", "credit"),
+        (algorithm, "preprocess", "preprocess"),
+        (algorithm, "compute_advantages", "advantages"),
         (algorithm, "update", "update"),
         *inside,
-        (algorithm, "watch", "watch"),
+        (algorithm, "metrics", "metrics"),
         (algorithm, "adapt", "adapt"),
-        (algorithm, "observe", "observe"),
-        *([(trainer.guard, "on_sound", "keep the state")] if trainer.guard else []),
+        (algorithm, "update_statistics", "update_statistics"),
+        *([(trainer.failure_handler, "on_finite", "keep the state")] if trainer.failure_handler else []),
     ]
 
 

@@ -35,17 +35,17 @@ class Recovery:
     def on_start(self, trainer: Trainer) -> None:
         self.keep(trainer)
 
-    def on_sound(self, trainer: Trainer) -> None:
+    def on_finite(self, trainer: Trainer) -> None:
         self.keep(trainer)
 
-    def on_unsound(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
+    def on_nonfinite(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
         rollout = None if isinstance(report, NotFiniteError) else trainer.collector.buffer.read()
         why = str(report) if isinstance(report, NotFiniteError) else diagnose(trainer, report)
-        trainer.place(self.good, trainer.level)
+        trainer.load_training_state(self.good, trainer.level)
         if trainer.recoveries < self.attempts:
             trainer.recoveries += 1
             trainer.algorithm.slow_down()
-            trainer.collector.divert()
+            trainer.collector.reseed()
             self.keep(trainer)
             self.say(
                 f"{why}; back at {trainer.steps:,} steps with half the learning rate "
@@ -63,7 +63,7 @@ class Recovery:
         raise UserError(f"{why}, after {self.attempts} recoveries{hint}. {advice}")
 
     def keep(self, trainer: Trainer) -> None:
-        self.good = clone(trainer.position())
+        self.good = clone(trainer.training_state())
 
 
 def clone(state: Any) -> Any:
@@ -77,14 +77,14 @@ def clone(state: Any) -> Any:
 
 def diagnose(trainer: Trainer, report: Report) -> str:
     """What was not finite, and where."""
-    if found := next(filter(None, distributed.gather(unreal(trainer.collector.buffer.read())) or ()), None):
+    if found := next(filter(None, distributed.gather(find_nonfinite(trainer.collector.buffer.read())) or ()), None):
         where = f"in the rollout that ended at {report.steps:,} steps"
         return f"{trainer.collector.env.name} broke: {found}, {where}"
     broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
-    return f"training diverged: {', '.join(broken or unsound(trainer.algorithm))} not finite at {report.steps:,} steps"
+    return f"training diverged: {', '.join(broken or nonfinite_parameters(trainer.algorithm))} not finite at {report.steps:,} steps"
 
 
-def unsound(algorithm: Algorithm) -> list[str]:
+def nonfinite_parameters(algorithm: Algorithm) -> list[str]:
     """The parameters and statistics that are not finite."""
     return [
         f"{name}.{key}"
@@ -94,7 +94,7 @@ def unsound(algorithm: Algorithm) -> list[str]:
     ]
 
 
-def unreal(rollout: Rollout) -> str | None:
+def find_nonfinite(rollout: Rollout) -> str | None:
     """Which environment answered an action with what is no number, and when, if any did."""
     asked = finite_cells(rollout.action, rollout.mask) & rollout.mask
 

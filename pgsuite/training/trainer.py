@@ -31,7 +31,7 @@ class Report:
     metrics: dict[str, float]
     returns: list[float]  # of the episodes that finished in all processes; the first one knows, and the others none
     lengths: list[float]  # in steps
-    sound: bool  # whether all that it saw and made is finite
+    is_finite: bool  # whether all that it saw and made is finite
 
     def passes(self, every: float) -> bool:
         """Whether it took the count of steps over a multiple of this number."""
@@ -55,14 +55,14 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Guard(Protocol):
+class FailureHandler(Protocol):
     """Asked after each iteration, before anybody is told of it."""
 
     def on_start(self, trainer: Trainer) -> None: ...
 
-    def on_sound(self, trainer: Trainer) -> None: ...
+    def on_finite(self, trainer: Trainer) -> None: ...
 
-    def on_unsound(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
+    def on_nonfinite(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
         """Put the trainer right, or raise: something in this iteration was not finite."""
         ...
 
@@ -79,46 +79,46 @@ class Trainer:
     collector: Collector
     total_steps: int
     callbacks: Sequence[Callback] = ()
-    guard: Guard | None = None
+    failure_handler: FailureHandler | None = None
     steps: int = 0
     execution: str = "eager"  # how its parts run; for people
-    recoveries: int = 0  # how often a guard put it right
+    recoveries: int = 0  # how often a failure_handler put it right
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
     asked: int = 0  # the number of the signal that asked this process to stop
     stop: int = 0  # or any of them, as all of them know at the end of an iteration
 
     def __post_init__(self) -> None:
         for percent in reversed(range(101)):  # settings may change in the course of the run
-            self.algorithm.progress(percent / 100)
+            self.algorithm.update_schedules(percent / 100)
             self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)
         self.finished: list[tuple[int, float]] = []  # episodes: steps by then, and return
 
     def fit(self) -> None:
-        for part in (*self.callbacks, *([self.guard] if self.guard else [])):
+        for part in (*self.callbacks, *([self.failure_handler] if self.failure_handler else [])):
             part.on_start(self)
         try:
             while self.steps < self.total_steps and not self.stop:
-                self.turn()
+                self.step()
         finally:
             for callback in self.callbacks:
                 callback.on_end(self)
 
-    def turn(self) -> None:
-        """One iteration, told to everybody if it was sound."""
+    def step(self) -> None:
+        """One iteration, told to everybody if it was is_finite."""
         try:
             report = self.iterate()
         except NotFiniteError as error:
-            if self.guard is None or distributed.size() > 1:
+            if self.failure_handler is None or distributed.size() > 1:
                 raise
-            self.guard.on_unsound(self, error)
+            self.failure_handler.on_nonfinite(self, error)
             return
-        if self.guard is not None:
-            if not report.sound:
-                self.guard.on_unsound(self, report)
+        if self.failure_handler is not None:
+            if not report.is_finite:
+                self.failure_handler.on_nonfinite(self, report)
                 return
-            self.guard.on_sound(self)
+            self.failure_handler.on_finite(self)
         if self.steps > 0.9 * self.total_steps:
             self.finished += [(self.steps, x) for x in report.returns]
         for callback in self.callbacks:
@@ -126,32 +126,32 @@ class Trainer:
 
     def iterate(self) -> Report:
         began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
-        self.algorithm.progress(self.steps / self.total_steps)
+        self.algorithm.update_schedules(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
-        digest = self.digest(metrics).cpu()  # all that an iteration reads back to the host, at once
+        digest = self.pack_host_data(metrics).cpu()  # all that an iteration reads back to the host, at once
         values, episodes = digest[: len(metrics) + 2], digest[len(metrics) + 2 :].view(2, -1)
         values = distributed.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
-        *read, steps, unsound, asked = values.tolist()
+        *read, steps, nonfinite, asked = values.tolist()
         read = [x / distributed.size() for x in read]
         self.steps += int(steps)
         self.stop = (self.asked or signal.SIGTERM) if asked else 0
-        sound = not unsound and all(map(math.isfinite, read))
+        is_finite = not nonfinite and all(map(math.isfinite, read))
         episodes = distributed.gather(episodes[:, episodes[1] > 0].tolist()) or [([], [])]
         returns, lengths = ([x for part in parts for x in part] for parts in zip(*episodes, strict=True))
-        report = Report(before, self.steps, dict(zip(metrics, read, strict=True)), returns, lengths, sound)
+        report = Report(before, self.steps, dict(zip(metrics, read, strict=True)), returns, lengths, is_finite)
         took = perf_counter() - began
         self.seconds["total"] += took
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
         return report
 
-    def digest(self, metrics: Metrics) -> Tensor:
+    def pack_host_data(self, metrics: Metrics) -> Tensor:
         """What the host is to know of an iteration, in one vector of float64 on the device: the metrics, the steps that
         were made, whether anything is not finite, and of each cell [T, N] the return and then the length of the episode
         that finished there, zero where none did."""
         rollout = self.collector.buffer.read()
-        unsound = ~(rollout.finite() & self.algorithm.finite())
-        values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), unsound)]
-        return torch.cat([torch.stack(values), *(x.flatten() for x in self.tracker.follow(rollout))])
+        nonfinite = ~(rollout.finite() & self.algorithm.finite())
+        values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), nonfinite)]
+        return torch.cat([torch.stack(values), *(x.flatten() for x in self.tracker.update(rollout))])
 
     @property
     def recent(self) -> list[float]:
@@ -169,9 +169,9 @@ class Trainer:
     @property
     def level(self) -> Level:
         """How much of a run of these environments can be saved."""
-        return "exact" if self.collector.env.exact else "episode"
+        return "exact" if self.collector.env.is_resumable else "episode"
 
-    def position(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
         return {
             "steps": self.steps,
@@ -181,23 +181,23 @@ class Trainer:
             "tracker": self.tracker.state_dict(),
         }
 
-    def place(self, position: dict[str, Any], level: Level) -> None:
-        """Put it in a position: ``exact``ly; at ``episode`` borders, where the environments begin new ones; or with the
+    def load_training_state(self, state: dict[str, Any], level: Level) -> None:
+        """Put it in a state: ``exact``ly; at ``episode`` borders, where the environments begin new ones; or with the
         ``weights`` alone, where the random streams are new too."""
-        self.steps, self.recoveries = position["steps"], position["recoveries"]
-        self.algorithm.load_state_dict(position["algorithm"], weights_only=level == "weights")
+        self.steps, self.recoveries = state["steps"], state["recoveries"]
+        self.algorithm.load_state_dict(state["algorithm"], weights_only=level == "weights")
         if level != "weights":
-            self.collector.load_state_dict(position["collector"])
+            self.collector.load_state_dict(state["collector"])
         if level == "exact":
-            self.tracker.load_state_dict(position["tracker"])
+            self.tracker.load_state_dict(state["tracker"])
         else:
             self.collector.begun = False
         if level == "weights":
-            self.collector.divert()
+            self.collector.reseed()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.position() | {"seconds": dict(self.seconds), "finished": list(self.finished)}
+        return self.training_state() | {"seconds": dict(self.seconds), "finished": list(self.finished)}
 
     def load_state_dict(self, state: dict[str, Any], level: Level = "exact") -> None:
-        self.place(state, level)
+        self.load_training_state(state, level)
         self.seconds, self.finished = dict(state["seconds"]), [(int(steps), x) for steps, x in state["finished"]]

@@ -23,7 +23,7 @@ TENSORBOARD = "tensorboard"
 MP4_FPS, GIF_FPS, GIF_SIZE = 60, 25, 320  # at most: a GIF of more is too large to look at
 
 
-def lens(env: VectorEnv, to: str) -> Camera:
+def open_camera(env: VectorEnv, to: str) -> Camera:
     """What the first environment is seen through.  Raises UserError where a video of this name cannot be."""
     path = Path(to)
     if to != TENSORBOARD:
@@ -48,14 +48,14 @@ def lens(env: VectorEnv, to: str) -> Camera:
 
 
 @contextmanager
-def filming(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterator[Callable[[], None]]:
+def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterator[Callable[[], None]]:
     """Something to call whenever the first environment is to be seen.
 
     What it saw is written when all is well at the end: to the file ``to``, mp4 or GIF by its suffix, which is whole or
     not there at all; or, if ``to`` is tensorboard, it is given to ``show``.  Raises UserError, before anything is
     filmed, where that cannot be.
     """
-    path, through = Path(to), lens(env, to)
+    path, through = Path(to), open_camera(env, to)
     unfinished = path.with_name(f".{path.stem}.writing{path.suffix}")
     every = max(1, round(through.fps / (MP4_FPS if path.suffix == ".mp4" else GIF_FPS)))
     film = Mp4(unfinished, through.fps / every) if path.suffix == ".mp4" else Gif(through.fps / every)
