@@ -74,9 +74,9 @@ def searches(algorithm: TRPO, batch: Batch, accepts: bool) -> dict[str, Callable
     caught: list[tuple[Any, Tensor]] = []
 
     class Catch(TRPO):
-        def line_search(self, attempt: Any, whole: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            caught.append((attempt, whole))
-            return 0 * whole, {}
+        def line_search(self, evaluate_fraction: Any, full_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            caught.append((evaluate_fraction, full_step))
+            return 0 * full_step, {}
 
     def search(way: Any) -> Callable[[], object]:
         parts = {"policy": algorithm.policy, "critic": algorithm.critic}

@@ -1,4 +1,4 @@
-"""A failure_handler against reading tensors back to Python, and making them of what Python holds, which is what stalls an
+"""A guard against reading tensors back to Python, and making them of what Python holds, which is what stalls an
 accelerator; it works on any device."""
 
 import torch

@@ -72,8 +72,8 @@ def replays(least: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("cls", ALL)
 def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
-    """For every number that the next iteration depends on, which all stay at their addresses; and what a failure_handler keeps
-    between iterations reads nothing back either."""
+    """For every number that the next iteration depends on, which all stay at their addresses; and what a failure
+    handler keeps between iterations reads nothing back either."""
     with replays(PARTS * (ITERATIONS - 4)):
         runs = [trainer(cls, make("CartPole", 8, max_episode_steps=16), record) for record in (None, Tape)]
         run_alike(runs)

@@ -87,7 +87,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
         }
 
     def linearize(self, start: Tensor, batch: Batch) -> LocalModel:
-        """Of the policy's parameters [P], and of others.  Execution may put a compiled one in its place."""
+        """The objective around the policy's parameters ``start`` [P]."""
         dist_at = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))
         with torch.no_grad():
             old = dist_at(start)
@@ -114,5 +114,5 @@ class NPG(ActorCritic, CriticRegressionMixin):
         return LocalModel(gradient, masked_mean(old.entropy(), batch.mask), product, evaluate_step)
 
     def line_search(self, evaluate_fraction: StepEvaluator, full_step: Tensor) -> tuple[Tensor, Metrics]:
-        """Which fraction of the step to take, ``full_step`` being 1 on the device, and what is worth knowing about it."""
+        """The fraction of the step to take, where ``full_step`` is 1 on the device, and metrics of the search."""
         return full_step, {}

@@ -29,9 +29,9 @@ def make(
 ) -> VectorEnv:
     """N environments of a world, with tensors of ``dtype`` on ``device``.
 
-    ``world`` is a Task or its name, with or without gymnasium's version, or a VectorEnvConfig one or an id that gymnasium
-    knows; with a name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises ValueError
-    for an unknown world, option or back end.
+    ``world`` is a Task or its name, with or without gymnasium's version, or a VectorEnvConfig, or an id that
+    gymnasium knows; with a name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises
+    ValueError for an unknown world, option or back end.
     """
     if isinstance(world, str):
         world = _named(world, options)

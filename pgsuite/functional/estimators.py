@@ -86,8 +86,8 @@ def vtrace(
     """Advantages and targets [T, N] for a policy other than the one that acted (Espeholt et al., 2018, equation 1).
 
     ``ratio`` [T, N] is the target policy's probability of each action over the acting policy's.  With ratio one the
-    targets are the lambda returns and the advantages those of ``gae``.  Advantages come importance_weighted by their action's own
-    ratio, up to rho_clip, unless whoever ascends them does that.
+    targets are the lambda returns and the advantages those of ``gae``.  Advantages are multiplied by their action's own
+    ratio, up to rho_clip, where ``importance_weighted``.
     """
     rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)

@@ -71,8 +71,9 @@ class Optimizer:
 
     @torch.no_grad()
     def apply_gradient(self, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Against a gradient [P], which is averaged over processes: its norm before clipping, and what ``propose_step`` tells
-        of.  Torch's own optimizers could not be compiled or captured so: they count their steps on the host."""
+        """Against a gradient [P], which is averaged over processes: its norm before clipping, and the new values that
+        ``propose_step`` returns.  Torch's own optimizers could not be compiled or captured like this, since they count
+        their steps on the host."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

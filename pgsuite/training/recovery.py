@@ -81,7 +81,8 @@ def diagnose(trainer: Trainer, report: Report) -> str:
         where = f"in the rollout that ended at {report.steps:,} steps"
         return f"{trainer.collector.env.name} broke: {found}, {where}"
     broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
-    return f"training diverged: {', '.join(broken or nonfinite_parameters(trainer.algorithm))} not finite at {report.steps:,} steps"
+    broken = broken or nonfinite_parameters(trainer.algorithm)
+    return f"training diverged: {', '.join(broken)} not finite at {report.steps:,} steps"
 
 
 def nonfinite_parameters(algorithm: Algorithm) -> list[str]:
