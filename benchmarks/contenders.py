@@ -140,7 +140,7 @@ def environment(env: Any) -> None:
 def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) -> Iterate:
     from pgsuite import algorithms, seeding
     from pgsuite.envs import make
-    from pgsuite.execution.compile import execute
+    from pgsuite.execution.modes import execute
     from pgsuite.nn.normalize import RewardScale, Standardize
     from pgsuite.nn.policy import Critic, Policy
 

@@ -23,7 +23,7 @@ from record import RESULTS, keep, source, write_table
 from pgsuite import seeding
 from pgsuite.algorithms import PPO
 from pgsuite.envs import VectorEnv, make
-from pgsuite.execution.compile import Execution, execute
+from pgsuite.execution.modes import Execution, execute
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import StepCollector

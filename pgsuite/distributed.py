@@ -19,9 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
-from torch.utils import _pytree as pytree
 
 PATIENCE = timedelta(minutes=30)  # the first process may be evaluating, or filming, while the others wait
 
@@ -40,6 +37,9 @@ def group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     # The defaults of its functions are the group that there is when it is imported, which torch.optim would have done
     # while ours is; they would hold ours for ever, and with it gloo's threads.
     importlib.import_module("torch.distributed.nn.functional")
@@ -119,11 +119,20 @@ def any_of(flag: bool) -> bool:
     return bool(total(torch.tensor(float(flag))) > 0)
 
 
+def _on_cpu(x: Any) -> Any:
+    """A nest of dictionaries, lists and tuples, with its tensors on the CPU."""
+    if isinstance(x, dict):
+        return {key: _on_cpu(value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(map(_on_cpu, x))
+    return x.cpu() if isinstance(x, Tensor) else x
+
+
 def gather(x: Any) -> list[Any] | None:
     """What each process holds, by rank, for the first one, its tensors on the CPU; None for the others."""
     if size() == 1:
         return [x]
-    x = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), x)
+    x = _on_cpu(x)
     everything: list[Any] | None = [None] * size() if rank() == 0 else None
     with _noticing():
         dist.gather_object(x, everything)

@@ -49,8 +49,9 @@ class Tape(Graphs):
 
     def record(self, work: Any) -> Any:
         Tape.made += 1
-        for thing, method in self.outside:
-            setattr(thing, method, partial(self.between, getattr(thing, method)))
+        launches = [(kernel, kernel.run) for kernel in self.outside]
+        for kernel, run in launches:
+            kernel.run = partial(self.between, run)
         self.begin()
         try:
             return work()
@@ -58,8 +59,8 @@ class Tape(Graphs):
             raise RuntimeError(*error.args) from error
         finally:
             self.end()
-            for thing, method in self.outside:
-                delattr(thing, method)
+            for kernel, run in launches:
+                kernel.run = run
 
     def begin(self) -> None:
         self.host_sync_reason, self.recorder = NothingRead(), Recorder()

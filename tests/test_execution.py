@@ -17,8 +17,9 @@ from toys import PointMass, build, collector, compile_by
 from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
-from pgsuite.execution.compile import Compiled, execute
+from pgsuite.execution.compile import Compiled
 from pgsuite.execution.graph_split import Staged, compiled, described
+from pgsuite.execution.modes import execute
 from pgsuite.functional import trust_region as tr
 from pgsuite.testing import random_actions
 from pgsuite.types import Batch, Metrics
@@ -136,7 +137,7 @@ def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
         return {}
 
     def improve(*_: Any) -> Metrics:
-        algorithm.linearize.evaluate_step.alone()
+        algorithm.linearize.run.evaluate_step.alone()
         seen.append(len(regressed))
         return {}
 

@@ -20,7 +20,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinf
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.envs import make
 from pgsuite.envs.base import NotFiniteError
-from pgsuite.execution.compile import execute
+from pgsuite.execution.modes import execute
 from pgsuite.rlhf.generation import GenerationCollector
 from pgsuite.rollout import OverlappedCollector, StepCollector
 from pgsuite.training.recovery import Recovery, clone

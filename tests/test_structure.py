@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 FLOORS = [
-    {"errors", "settings", "seeding", "distributed"},
+    {"errors", "settings", "seeding", "distributed", "kernel"},
     {"types"},
     {"functional"},
     {"nn", "envs"},

@@ -14,6 +14,7 @@ from pgsuite import distributed
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.algorithms.reference import Reference
 from pgsuite.functional import objectives
+from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.normalize import RewardScale
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.policy import Critic, Policy
@@ -51,10 +52,11 @@ class Algorithm(Scheduled, ABC):
         self.scheduled |= {f"{name}_": part for name, part in vars(self).items() if isinstance(part, Scheduled)}
         for part in self.scheduled.values():
             part.place(next(self.policy.parameters()).device)
+        self.training_step = Kernel("learn", self.train_on)
 
     def iterate(self, collector: Collector) -> Metrics:
         """One turn: collect, assign credit, learn."""
-        return self.train_on(collector.collect(self.policy))
+        return self.training_step(collector.collect_rollout(self.policy))
 
     def train_on(self, rollout: Rollout) -> Metrics:
         """Learn from what this policy did.  Statistics and memories move last, so that the policy that learns is the
@@ -65,6 +67,7 @@ class Algorithm(Scheduled, ABC):
         self.update_statistics(rollout)
         return metrics
 
+    @is_phase("prepare")
     def preprocess(self, rollout: Rollout) -> Rollout:
         """The rollout compared with the reference, with its rewards brought to unit scale, where that is asked for, and
         with what the critic remembers."""
@@ -79,8 +82,11 @@ class Algorithm(Scheduled, ABC):
     def learn(self, rollout: Rollout) -> Metrics:
         """Assign credit and improve."""
         batch = self.compute_advantages(rollout)
-        return self.update(batch) | self.metrics(batch)
+        with phase("update"):
+            metrics = self.update(batch)
+        return metrics | self.metrics(batch)
 
+    @is_phase("credit")
     @torch.no_grad()
     def compute_advantages(self, rollout: Rollout) -> Batch:
         return self._compute_advantages(rollout)
@@ -105,6 +111,7 @@ class Algorithm(Scheduled, ABC):
     def update(self, batch: Batch) -> Metrics:
         """Improve the policy."""
 
+    @is_phase("adapt")
     def adapt(self, rollout: Rollout) -> Metrics:
         """Let what follows the KL follow that of this update, and say where every schedule stands."""
         metrics: Metrics = {} if self.reference is None else self.reference.adapt(rollout)
@@ -116,6 +123,7 @@ class Algorithm(Scheduled, ABC):
             metrics |= {f"{prefix}{name}": schedule.value.clone() for name, schedule in part.schedules.items()}
         return metrics
 
+    @is_phase("observe")
     def update_statistics(self, rollout: Rollout) -> None:
         """Take in what was seen, between one update and the next rollout."""
         self.policy.update_statistics(rollout)
@@ -124,6 +132,7 @@ class Algorithm(Scheduled, ABC):
         if self.reward_scale is not None:
             self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
 
+    @is_phase("watch")
     def metrics(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
@@ -278,6 +287,7 @@ class CriticRegressionMixin(Algorithm):
             split = self.critic_minibatches
             check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
 
+    @is_phase("critic")
     def fit_critic(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
         steps: list[Metrics] = []
         for _ in range(self.critic_epochs):

@@ -10,6 +10,7 @@ from torch import Tensor
 from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic, CriticRegressionMixin
 from pgsuite.functional import objectives, trust_region
+from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
@@ -50,10 +51,17 @@ class NPG(ActorCritic, CriticRegressionMixin):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.optimizer = Optimizer([self.critic.own], self.critic_lr)
+        self.linearize = Kernel("linearize", self._linearize)
+        self.update_networks = Kernel("policy and critic", self._update_networks)
 
     def update(self, batch: Batch) -> Metrics:
+        return self.update_networks(batch)
+
+    def _update_networks(self, batch: Batch) -> Metrics:
+        """Both read the batch, and neither what the other writes, unless they share a body."""
         return self.update_policy(batch) | self.fit_critic(self.critic, self.optimizer, batch)
 
+    @is_phase("policy")
     def update_policy(self, batch: Batch) -> Metrics:
         """Move the policy, or leave it bit for bit where it was if the step is refused or not finite."""
         params = list(self.policy.parameters())
@@ -69,7 +77,8 @@ class NPG(ActorCritic, CriticRegressionMixin):
         fisher_direction = product(direction)
         step = direction * (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
 
-        fraction, metrics = self.line_search(evaluate_fraction, start.new_ones(()))
+        with phase("line search"):
+            fraction, metrics = self.line_search(evaluate_fraction, start.new_ones(()))
         accepted = (fraction > 0) & step.isfinite().all()
         moved = torch.where(accepted, start + fraction * step, start)
         trust_region.assign(params, moved)
@@ -86,7 +95,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
             "grad_norm": gradient.norm(),
         }
 
-    def linearize(self, start: Tensor, batch: Batch) -> LocalModel:
+    def _linearize(self, start: Tensor, batch: Batch) -> LocalModel:
         """The objective around the policy's parameters ``start`` [P]."""
         dist_at = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))
         with torch.no_grad():

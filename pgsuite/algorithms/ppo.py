@@ -9,6 +9,7 @@ from torch import Tensor
 from pgsuite import distributed
 from pgsuite.algorithms.a2c import A2C
 from pgsuite.functional import objectives
+from pgsuite.kernel import phase
 from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split
@@ -65,7 +66,8 @@ class PPO(A2C):
                     break
             batch = self.compute_advantages(rollout) if epochs and self.recompute_advantage else batch
             self.optimizer.skip_mask = stopped if self.early_stop == "masked" else None
-            epochs.append(self.update(batch) | {"epochs": ~stopped})
+            with phase("update"):
+                epochs.append(self.update(batch) | {"epochs": ~stopped})
         live = torch.stack([metrics.pop("epochs") for metrics in epochs])
         return average(epochs, live) | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.metrics(batch)
 

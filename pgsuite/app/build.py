@@ -25,8 +25,7 @@ from pgsuite.app.schema import Run, locate
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.spaces import to_data
 from pgsuite.errors import UserError
-from pgsuite.execution.compile import execute
-from pgsuite.execution.cuda_graphs import capture
+from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
@@ -210,6 +209,8 @@ def build(cfg: DictConfig) -> Trainer:
         each = f" (in each of {distributed.size()} processes)" if distributed.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
     if run.execution == "cuda_graph":
+        from pgsuite.execution.cuda_graphs import capture
+
         capture(trainer)
     return trainer
 

@@ -21,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pgsuite import settings
 from pgsuite.algorithms.reference import Penalty
 from pgsuite.errors import UserError
-from pgsuite.execution.compile import Execution
-from pgsuite.execution.precision import Precision
+from pgsuite.execution.modes import Execution, Precision
 from pgsuite.nn.heads import Sigma
 from pgsuite.nn.recurrent import Kind as Recurrent
 from pgsuite.nn.schedules import Scheduled

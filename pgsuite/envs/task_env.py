@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.envs.tasks.base import Task
+from pgsuite.kernel import Kernel
 from pgsuite.types import Step
 
 
@@ -30,6 +31,7 @@ class TaskEnv:
         self.backend = how.split()[0].split(".")[0]
         self.description = f"{self.name} | {how} | {self.num_envs} environments | {closeness}"
         self.generator = seeding.generator(seed, "environment", task.device)
+        self.step_task = Kernel("step task", self._step_task)
         self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)
         self.bounds: tuple[Tensor, Tensor] | None = None
         if isinstance(self.action_space, spaces.Box):
@@ -46,16 +48,15 @@ class TaskEnv:
         if self.bounds is not None:
             action = action.to(self.task.dtype).clamp(*self.bounds)
         self.task.simulate(action)
-        step = self.advance(action)
+        step = self.step_task(action)
         done = step.done.to(self.task.device)
         if self.task.on_host and not bool(done.any()):
             return step
         self.task.reset(done, self.generator)
         return step._replace(obs=self._out(self.task.observe()))
 
-    def advance(self, action: Tensor) -> Step:
-        """What follows from what the task has simulated, before any restart.  Execution may put a compiled one in its
-        place."""
+    def _step_task(self, action: Tensor) -> Step:
+        """What follows from what the task has simulated, before any restart."""
         reward, terminated = self.task.advance(action)
         next_obs = self._out(self.task.observe())
         self.clock += 1

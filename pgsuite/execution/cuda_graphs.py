@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 from pgsuite import distributed
 from pgsuite.envs import TaskEnv, VectorEnv
 from pgsuite.envs.physics.mujoco_warp import WarpPhysics
+from pgsuite.kernel import Kernel
 from pgsuite.training.trainer import Trainer
 
 FOREIGN = ("gymnasium", "mujoco", "mujoco_warp", "numpy", "warp")  # packages whose objects hold nothing of ours
@@ -31,7 +32,7 @@ CLOCKS = sys.intern("seconds")  # the name of what the host measures, and nothin
 STEADY = 2  # calls in a row, after the first, by which a function has shown that it does the same each time
 PATIENCE = 20  # calls to become so
 
-Outside = Sequence[tuple[Any, str]]  # methods that launch what no graph of torch's can hold, and return nothing
+Outside = Sequence[Kernel[..., None]]  # which launch what no graph of torch's can hold
 
 
 class ChangedError(Exception):
@@ -167,8 +168,9 @@ class Graphs:
         gc.collect()
         collecting = gc.isenabled()
         gc.disable()  # what is freed in the midst of a capture would become part of it
-        for thing, method in self.outside:
-            setattr(thing, method, partial(self.between, getattr(thing, method)))
+        launches = [(kernel, kernel.run) for kernel in self.outside]
+        for kernel, run in launches:
+            kernel.run = partial(self.between, run)
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
                 self.begin()
@@ -180,8 +182,8 @@ class Graphs:
                     raise
                 self.end()
         finally:
-            for thing, method in self.outside:
-                delattr(thing, method)
+            for kernel, run in launches:
+                kernel.run = run
             if collecting:
                 gc.enable()
         return result
@@ -287,29 +289,23 @@ def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
     """Have iterations captured, as far as they can be; warns of each part that cannot, and says what could."""
     algorithm, collector, env = trainer.algorithm, trainer.collector, trainer.collector.env
     physics = getattr(getattr(env, "task", None), "physics", None)
-    outside = [(physics, "launch")] if isinstance(physics, WarpPhysics) else []
-    parts = (
-        (
-            collector,
-            "collect",
-            (collector, algorithm.policy),
-            "collecting",
-            distant(env) or collector.host_sync_reason,
-            outside,
-        ),
-        (algorithm, "train_on", (algorithm,), "learning", algorithm.host_sync_reason, ()),
-        (trainer, "pack_host_data", (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
-    )
+    outside = [physics.launch] if isinstance(physics, WarpPhysics) else []
+    why, roots = distant(env) or collector.host_sync_reason, (collector, algorithm.policy)
+    parts: list[tuple[Kernel[..., Any], tuple[Any, ...], str, str | None, Outside]] = [
+        (collector.collect_rollout, roots, "collecting", why, outside),
+        (algorithm.training_step, (algorithm,), "learning", algorithm.host_sync_reason, ()),
+        (trainer.pack_host_data, (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
+    ]
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)  # of the streams that graphs are captured on
-    for thing, method, roots, what, why, between in parts:
-        captured = Captured(getattr(thing, method), roots, what, between, record)
+    for kernel, roots, what, why, between in parts:
+        captured = Captured(kernel.run, roots, what, between, record)
         if distributed.size() > 1:
             why = f"{distributed.size()} processes meet in it; one alone can be captured"
         if why is not None:
             captured.leave(why)
         else:
-            setattr(thing, method, captured.__call__)  # a method, into which no search for slots goes
+            kernel.run = captured.__call__  # a method, into which no search for slots goes
 
 
 def distant(env: VectorEnv) -> str | None:

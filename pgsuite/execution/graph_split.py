@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from pgsuite.execution.torch_private import compile_graph, make_fx, tree_flatten, tree_unflatten
 from pgsuite.types import Experience
 
 UNWATCHED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DICT_NOT_CONTAINS"}
@@ -42,7 +41,7 @@ class Staged:
             with torch.no_grad():
                 if shapes not in kept:
                     kept[shapes] = first(*given)
-                return pytree.tree_unflatten(second(*kept[shapes], *inputs), nest)
+                return tree_unflatten(second(*kept[shapes], *inputs), nest)
 
         return later
 
@@ -54,21 +53,7 @@ class Staged:
         with torch.no_grad():
             graph = make_fx(functionalize(graph))(*given, *rest)  # or the second could write to what the first has left
             first, second = cut(graph, len(rest))
-            return built(first, given), built(second, [*first(*given), *rest]), nest
-
-
-def built(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """A traced graph, compiled for such inputs, and asking no more whether they are such: ``described`` tells."""
-    # Imported here, for it takes a second, and a run as written has no use for it.
-    import torch._inductor as inductor
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    # Without an environment of shapes, what an earlier process has compiled is not looked for.
-    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))):
-        made: Any = inductor.compile(graph, [*inputs])
-    return made
+            return compile_graph(first, given), compile_graph(second, [*first(*given), *rest]), nest
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,13 +97,13 @@ def describe(x: Any, about: list[Any], tensors: list[Tensor]) -> None:
 def traced(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[GraphModule, Any]:
     """The operations of a function of nests, from the tensors in them to those in what it returns, and the nest of the
     latter."""
-    leaves, nest = pytree.tree_flatten(args)
+    leaves, nest = tree_flatten(args)
     found = []
 
     def flat(*given: Tensor) -> list[Tensor]:
         rest = iter(given)
-        inward = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], nest)
-        outputs, outward = pytree.tree_flatten(function(*inward))
+        inward = tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], nest)
+        outputs, outward = tree_flatten(function(*inward))
         found.append(outward)
         return outputs
 

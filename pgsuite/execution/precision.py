@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from pgsuite.algorithms.base import Algorithm
+from pgsuite.execution.modes import Precision
 from pgsuite.nn.network import Features
-
-Precision = Literal["float32", "tf32", "bf16"]
 
 
 def lower(algorithm: Algorithm, device: torch.device, precision: Precision) -> None:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from pgsuite import distributed
 
@@ -52,18 +51,21 @@ def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Prod
 
 def map_tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
     """x, a nest of dataclasses, tuples, lists, dictionaries and tensors, with fn applied to every tensor in it."""
-
-    def node(y: Any) -> Any:
-        if isinstance(y, Tensor):
-            return fn(y)
-        if isinstance(y, type) or not is_dataclass(y):
-            return y
-        twin = copy.copy(y)  # not constructed anew, which might compute something
-        for name, value in vars(y).items():
-            object.__setattr__(twin, name, map_tensors(fn, value))  # frozen ones too
+    if isinstance(x, Tensor):
+        return fn(x)
+    if isinstance(x, dict):
+        twin = copy.copy(x)
+        twin.update((key, map_tensors(fn, value)) for key, value in x.items())
         return twin
-
-    return pytree.tree_map(node, x)
+    if isinstance(x, tuple | list):
+        parts = [map_tensors(fn, value) for value in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)  # named tuples
+    if isinstance(x, type) or not is_dataclass(x):
+        return x
+    twin = copy.copy(x)  # not constructed anew, which might compute something
+    for name, value in vars(x).items():
+        object.__setattr__(twin, name, map_tensors(fn, value))  # frozen ones too
+    return twin
 
 
 def tensors(x: Any) -> list[Tensor]:

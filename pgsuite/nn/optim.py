@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pgsuite.functional import trust_region
+from pgsuite.kernel import Kernel
 from pgsuite.types import Metrics
 
 Kind = Literal["adam", "rmsprop"]
@@ -47,6 +48,7 @@ class Optimizer:
         self.skip_mask: Tensor | None = None  # [] bool: where it is true, steps change nothing
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # of gradients [P], decaying
         self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # or 1 - 0.999 would lose half its digits
+        self.gradient_step = Kernel("gradient step", self._gradient_step)
 
     def step(self, objective: Objective, *seen: Any) -> Metrics:
         """One step down the gradient of the loss that objective(*seen) begins with; the metrics that follow it, and
@@ -57,23 +59,22 @@ class Optimizer:
         storage = self.flat.untyped_storage().data_ptr()
         if any(p.untyped_storage().data_ptr() != storage for p in self.params):
             raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
-        metrics, moved = self.propose_step(objective, *seen)
+        metrics, moved = self.gradient_step(objective, *seen)
         for x, new in zip((self.flat, self.mean, self.square, self.steps), moved, strict=True):
             x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
         return metrics
 
-    def propose_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
-        """Where a step would lead: the metrics, and what takes the place of flat, mean, square and steps.  Execution
-        may put a compiled one in its place."""
+    def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
+        """Where a step would lead: the metrics, and what takes the place of flat, mean, square and steps."""
         loss, metrics = objective(*seen)
         norm, moved = self.apply_gradient(trust_region.flat_grad(loss, self.params))
         return metrics | {"grad_norm": norm}, moved
 
     @torch.no_grad()
     def apply_gradient(self, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Against a gradient [P], which is averaged over processes: its norm before clipping, and the new values that
-        ``propose_step`` returns.  Torch's own optimizers could not be compiled or captured like this, since they count
-        their steps on the host."""
+        """Against a gradient [P], which is averaged over processes: its norm before clipping, and what takes the place
+        of flat, mean, square and steps.  Torch's own optimizers could not be compiled or captured so: they count their
+        steps on the host."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

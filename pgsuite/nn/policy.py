@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
+from pgsuite.kernel import Kernel
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
 from pgsuite.nn.network import Body, Features, Network, PolicyInput, Shape
@@ -126,6 +127,7 @@ class Critic(Network):
         body = body or Features(obs_norm, "critic", privileged=True, **shape)
         super().__init__(body, 1, 0.0 if zero_init else 1.0, shape.get("generator"))
         self.shared = shared is not None
+        self.values_and_next_values = Kernel("values", self._values_and_next_values)
         self.register_buffer(
             "hidden_state", body.initial_state(num_envs)["critic"] if self.remembers else torch.zeros(0)
         )
@@ -146,7 +148,7 @@ class Critic(Network):
     def read(self, features: Tensor) -> Tensor:
         return self.out(features).squeeze(-1)
 
-    def values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def _values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The value [T, N] of each step and of its true successor."""
         features, following = self.body.successors(rollout)
         return self.read(features), self.read(following)

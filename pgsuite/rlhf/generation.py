@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from pgsuite.envs.base import VectorEnv
+from pgsuite.kernel import phase
 from pgsuite.nn.policy import Policy
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.policy import TokenBody
@@ -83,7 +84,8 @@ class GenerationCollector(Collector):
         env, began = self.env, perf_counter()
         prompts, real = env.prompts()
         drawn = perf_counter()
-        text = generate(policy, prompts, real, env.length, env.stop, self.generator, pad=env.pad)
+        with phase("generate"):
+            text = generate(policy, prompts, real, env.length, env.stop, self.generator, pad=env.pad)
         acted = perf_counter()
         reward = env.score(text.tokens, text.written)
         self.seconds["acting"] += acted - drawn

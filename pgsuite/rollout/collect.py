@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.envs.base import VectorEnv
+from pgsuite.kernel import Kernel, phase
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.types import HiddenState, Obs, Rollout, map_obs
@@ -32,6 +33,8 @@ class Collector(ABC):
         self.env, self.horizon = env, horizon
         self.generator = seeding.generator(seed, "acting", env.device)
         self.buffer = RolloutBuffer(horizon)
+        self.collect_rollout = Kernel("collect", self.collect)
+        self.act = Kernel("act", self._act)
         self.begun = False
         self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
         self.obs: Obs
@@ -61,7 +64,8 @@ class Collector(ABC):
         began = perf_counter()
         choice = self.act(policy)
         acted = perf_counter()
-        step = self.env.step(choice.action)
+        with phase("environments"):
+            step = self.env.step(choice.action)
         self.seconds["environment"] += perf_counter() - acted
         self.seconds["acting"] += acted - began
         done = start = step.done
@@ -79,12 +83,13 @@ class Collector(ABC):
             truncated=step.truncated,
             mask=live,
         )
-        self.buffer.write(t, row)
+        with phase("write"):
+            self.buffer.write(t, row)
         self.obs, self.hidden_state, self.start = step.obs, choice.hidden_state, start
         return done
 
-    def act(self, policy: Policy) -> PolicyOutput:
-        """What to do about what is seen.  Execution may put a compiled one in its place."""
+    def _act(self, policy: Policy) -> PolicyOutput:
+        """What to do about what is seen."""
         return policy.act(self.obs, self.hidden_state, self.start, self.generator)
 
     def reseed(self) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from pgsuite import distributed
 from pgsuite.functional import objectives
+from pgsuite.kernel import Kernel
 from pgsuite.nn.policy import Policy
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.rollout.collect import Collector
@@ -44,6 +45,7 @@ class OverlappedCollector(Collector):
         self.policy = copy.deepcopy(policy).requires_grad_(False)  # which acts
         self.generator = inner.generator
         self.buffer, self.back_buffer = RolloutBuffer(inner.horizon), RolloutBuffer(inner.horizon)
+        self.collect_rollout = Kernel("collect", self.collect)  # acting is a kernel of the inner one
         self.thread = ThreadPoolExecutor(1, "collecting")
         self.ahead: Future[Rollout] | None = None
         self.begun = False

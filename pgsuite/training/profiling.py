@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,12 +14,30 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from pgsuite.kernel import Kernel, surrounded
 from pgsuite.training.trainer import Callback, Report, Trainer
 
 TRACE = "trace.json"
 WARM_UP, TIMED, TRACED = 8, 10, 2  # iterations; by then is captured what can be, into which nobody looks
 OPERATIONS = 8  # lines of the table
-Around = Callable[[str], AbstractContextManager[Any]]
+ROWS = {  # kernels and phases in the order of an iteration, and how deep each is inside those before it
+    "collect": 0,
+    "act": 1,
+    "generate": 1,
+    "environments": 1,
+    "write": 1,
+    "prepare": 0,
+    "credit": 0,
+    "update": 0,
+    "policy": 1,
+    "line search": 2,
+    "critic": 1,
+    "gradient step": 1,
+    "watch": 0,
+    "adapt": 0,
+    "update_statistics": 0,
+    "keep the state": 0,
+}
 
 
 class Profile(Callback):
@@ -41,18 +59,18 @@ class Profile(Callback):
         self.iterations += 1
         if self.iterations == WARM_UP:
             self.device = trainer.collector.env.device
-            self.looking.enter_context(surrounded(phases(trainer), self.clock))
+            self.looking.enter_context(surrounded(timed(trainer), self.clock))
             self.began, self.before = self.now(), report.steps
         elif self.iterations == WARM_UP + TIMED:
             took, steps = self.now() - self.began, report.steps - self.before
             self.looking.close()
-            self.lines = self.table(trainer, took, steps)
+            self.lines = self.table(took, steps)
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self.looking.enter_context(surrounded(phases(trainer), record_function))
+            self.looking.enter_context(surrounded(timed(trainer), record_function))
             self.tracer = self.looking.enter_context(profile(activities=activities, acc_events=True))
         elif self.iterations == WARM_UP + TIMED + TRACED:
             self.looking.close()
-            for line in (*self.lines, *self.operations(trainer), self.keep(self.folder / TRACE)):
+            for line in (*self.lines, *self.operations(), self.keep(self.folder / TRACE)):
                 self.say(line)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -74,7 +92,7 @@ class Profile(Callback):
             self.seconds[name] += self.now() - began
             self.calls[name] += 1
 
-    def table(self, trainer: Trainer, took: float, steps: int) -> list[str]:
+    def table(self, took: float, steps: int) -> list[str]:
         """Milliseconds and share of each phase; parts of a phase stand indented below it."""
         lines = [f"{'an iteration':<22}{'ms':>10}{'share':>8}{'calls':>8}"]
 
@@ -82,18 +100,18 @@ class Profile(Callback):
             counted = "" if calls is None else f"{calls:>8,.0f}"
             lines.append(f"{name:<22}{1e3 * seconds / TIMED:>10.2f}{seconds / took:>8.1%}{counted}")
 
-        for name in (name for _, _, name in phases(trainer) if self.calls[name]):
-            row(name, self.seconds[name], self.calls[name] / TIMED)
-        row("the rest", took - sum(x for name, x in self.seconds.items() if not name.startswith(" ")))
+        for name, depth in ROWS.items():
+            if self.calls[name]:
+                row("  " * depth + name, self.seconds[name], self.calls[name] / TIMED)
+        row("the rest", took - sum(self.seconds[name] for name, depth in ROWS.items() if depth == 0))
         row("all", took)
         lines[-1] += f"{'':>8}  {steps / took:,.0f} steps/s, {memory(self.device)}"
         return lines
 
-    def operations(self, trainer: Trainer) -> Iterator[str]:
+    def operations(self) -> Iterator[str]:
         """Those that cost the most by themselves."""
         on = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        names = {name for _, _, name in phases(trainer)}
-        found = [x for x in self.tracer.key_averages() if x.key not in names]
+        found = [x for x in self.tracer.key_averages() if x.key not in ROWS]
         total = sum(getattr(x, on) for x in found) or 1
         yield f"{'an operation':<42}{'share':>8}{'calls':>8}"
         for x in sorted(found, key=lambda x: getattr(x, on), reverse=True)[:OPERATIONS]:
@@ -107,49 +125,8 @@ class Profile(Callback):
         return f"traced in {path.parent.name}/{TRACE}" if written else f"no trace: cannot write {path}"
 
 
-def phases(trainer: Trainer) -> list[tuple[Any, str, str]]:
-    """Object, method and name of everything that is looked at, in the order of an iteration."""
-    algorithm, collector = trainer.algorithm, trainer.collector
-    parts = {"update_policy": "  policy", "line_search": "    line search", "fit_critic": "  critic"}
-    inside = [(algorithm, method, name) for method, name in parts.items() if hasattr(algorithm, method)]
-    inside += [(optimizer, "step", "  gradient steps") for optimizer in algorithm.optimizers]
-    return [
-        (collector, "collect", "collect"),
-        (algorithm.policy, "act", "  act"),
-        (collector.env, "step", "  environments"),
-        (collector.buffer, "write", "  write"),
-        (algorithm, "preprocess", "preprocess"),
-        (algorithm, "compute_advantages", "advantages"),
-        (algorithm, "update", "update"),
-        *inside,
-        (algorithm, "metrics", "metrics"),
-        (algorithm, "adapt", "adapt"),
-        (algorithm, "update_statistics", "update_statistics"),
-        *([(trainer.failure_handler, "on_finite", "keep the state")] if trainer.failure_handler else []),
-    ]
-
-
-@contextmanager
-def surrounded(methods: list[tuple[Any, str, str]], around: Around) -> Iterator[None]:
-    """Each method runs inside ``around`` its name."""
-
-    def wrapped(method: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with around(name):
-                return method(*args, **kwargs)
-
-        return inside
-
-    before = [(owner, method, vars(owner).get(method)) for owner, method, _ in methods]
-    for owner, method, name in methods:
-        setattr(owner, method, wrapped(getattr(owner, method), name))
-    try:
-        yield
-    finally:
-        for owner, method, own in before:
-            delattr(owner, method)
-            if own is not None:
-                setattr(owner, method, own)
+def timed(trainer: Trainer) -> dict[str, Kernel[..., Any]]:
+    return {name: kernel for name, kernel in trainer.kernels.items() if kernel.name in ROWS}
 
 
 def memory(device: torch.device) -> str:

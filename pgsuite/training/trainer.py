@@ -11,11 +11,13 @@ from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgsuite import distributed
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs.base import NotFiniteError
+from pgsuite.kernel import Kernel, kernels_of, phase
+from pgsuite.nn.optim import Optimizer
 from pgsuite.rollout import Collector, EpisodeTracker
 from pgsuite.types import Metrics
 
@@ -93,6 +95,7 @@ class Trainer:
             self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)
+        self.pack_host_data = Kernel("digest", self._digest)
         self.finished: list[tuple[int, float]] = []  # episodes: steps by then, and return
 
     def fit(self) -> None:
@@ -118,7 +121,8 @@ class Trainer:
             if not report.is_finite:
                 self.failure_handler.on_nonfinite(self, report)
                 return
-            self.failure_handler.on_finite(self)
+            with phase("keep the state"):
+                self.failure_handler.on_finite(self)
         if self.steps > 0.9 * self.total_steps:
             self.finished += [(self.steps, x) for x in report.returns]
         for callback in self.callbacks:
@@ -144,7 +148,7 @@ class Trainer:
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
         return report
 
-    def pack_host_data(self, metrics: Metrics) -> Tensor:
+    def _digest(self, metrics: Metrics) -> Tensor:
         """What the host is to know of an iteration, in one vector of float64 on the device: the metrics, the steps that
         were made, whether anything is not finite, and of each cell [T, N] the return and then the length of the episode
         that finished there, zero where none did."""
@@ -152,6 +156,17 @@ class Trainer:
         nonfinite = ~(rollout.finite() & self.algorithm.finite())
         values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), nonfinite)]
         return torch.cat([torch.stack(values), *(x.flatten() for x in self.tracker.update(rollout))])
+
+    @property
+    def kernels(self) -> dict[str, Kernel[..., Any]]:
+        """Every kernel of this trainer and of what it trains with, by owner and attribute."""
+        env = self.collector.env
+        task = getattr(env, "task", None)
+        owners = {name: x for name, x in vars(self.algorithm).items() if isinstance(x, nn.Module | Optimizer)}
+        owners |= {"algorithm": self.algorithm, "collector": self.collector, "trainer": self}
+        owners |= {} if self.collector.stepper is self.collector else {"stepper": self.collector.stepper}
+        owners |= {"env": env, "task": task, "physics": getattr(task, "physics", None)}
+        return kernels_of(**{name: x for name, x in owners.items() if hasattr(x, "__dict__")})
 
     @property
     def recent(self) -> list[float]:

@@ -13,6 +13,7 @@ import mujoco
 import torch
 from torch import Tensor
 
+from pgsuite.kernel import Kernel
 from pgsuite.types import choose
 
 REMEDY = "pip install 'pgsuite[gpu]'"
@@ -85,6 +86,7 @@ class WarpPhysics:
         self.outputs = {name: x.clone() for name, x in self.derived.items()}
         self.rest = {name: x[:1].clone() for name, x in self.derived.items()}  # in that pose
         self.graphs: dict[int, Any] = {}
+        self.launch = Kernel("launch", self._launch)
         self.refresh = self.capture(lambda: mujoco_warp.forward(self.worlds, self.data)) if outputs else None
 
     @property
@@ -115,7 +117,7 @@ class WarpPhysics:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def launch(self, graph: Any) -> None:
+    def _launch(self, graph: Any) -> None:
         stream = None
         if self.device.type == "cuda":
             stream = self.warp.stream_from_torch(torch.cuda.current_stream(self.device))
