@@ -29,11 +29,10 @@ from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
-from pgsuite.rlhf.env import LanguageEnv
-from pgsuite.rlhf.policy import TokenBody, language_policy, load
 from pgsuite.rollout import OverlappedCollector
 from pgsuite.settings import closest
-from pgsuite.training.trainer import Trainer
+from pgsuite.training.loggers import Logger
+from pgsuite.training.trainer import Callback, Trainer
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -69,11 +68,21 @@ def instantiate(settings: Any, where: str, **parts: Any) -> Any:
         raise UserError(str(error)) from error
 
 
+def part(settings: Any, where: str, base: type) -> Any:
+    """What settings name in ``_target_``.  Raises UserError where it is no ``base``."""
+    made = instantiate(settings, where)
+    if not isinstance(made, base):
+        raise UserError(f"{where}: {settings['_target_']} is no {base.__module__}.{base.__qualname__}")
+    return made
+
+
 def parse_run_config(cfg: DictConfig) -> Run:
     """The settings outside method and environment, checked.  Raises UserError."""
     plain = to_dict(cfg)
-    parts = [f.name for f in fields(Run) if f.default_factory is not MISSING and f.name in plain]
+    parts = [f.name for f in fields(Run) if f.default_factory not in (MISSING, dict) and f.name in plain]
     nodes = {name: instantiate(plain.pop(name), name) for name in parts}
+    for group, base in (("callbacks", Callback), ("loggers", Logger)):
+        nodes[group] = {name: part(x, f"{group}.{name}", base) for name, x in (plain.pop(group, None) or {}).items()}
     return instantiate(plain | {"algo": None, "env": None}, "the configuration", **nodes)
 
 
@@ -133,17 +142,10 @@ def build_policy(
 ) -> Policy:
     """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
     options = dict(vars(run.policy))
-    language = dict(vars(options.pop("language")))
-    if path := language.pop("model"):
-        policy = language_policy(*load(path), **language)
-        if policy.head.inputs != int(getattr(action_space, "n", 0)):
-            raise ValueError(
-                f"the language model of policy.language.model knows {policy.head.inputs} tokens, and actions are "
-                f"{action_space}"
-            )
-        return policy
-    if set(language.items()) != {("temperature", 1.0), ("top_p", 1.0), ("frozen", 0)}:
-        raise ValueError("policy.language is for language models: give policy.language.model, or leave it out")
+    if (language := options.pop("language")) is not None:
+        if not hasattr(language, "build"):
+            raise ValueError(f"policy.language has no method build(observation_space, action_space): {language!r}")
+        return language.build(observation_space, action_space)
     norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
     return Policy(norm, action_space, **options, generator=generator)
 
@@ -158,12 +160,10 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
     try:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
-        if isinstance(env, LanguageEnv) and not isinstance(policy.body, TokenBody):
-            raise ValueError("responses are written by language models: give policy.language.model")
         options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
         options["recurrent"] = run.critic.recurrent or run.policy.recurrent
-        if isinstance(policy.body, TokenBody) and not run.critic.shared:
-            options["body"] = policy.body.another("critic")
+        if not run.critic.shared:
+            options["body"] = policy.critic_body()
         critic = Critic(policy.obs_norm, **options, generator=generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error

@@ -16,7 +16,7 @@ from pgsuite import distributed
 from pgsuite.app.build import to_dict, versions
 from pgsuite.errors import UserError
 from pgsuite.training import checkpoint
-from pgsuite.training.trainer import Level, Trainer
+from pgsuite.training.trainer import Level, Trainer, slots
 
 # What may change where a run goes on, and what makes no other run of one.
 FREE = ("total_steps", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads", "device")
@@ -141,8 +141,8 @@ def resume_trainer(trainer: Trainer, state: dict[str, Any], say: Callable[[str],
     alike = state["device"] == trainer.collector.env.device.type and len(states) == distributed.size()
     level: Level = trainer.level if alike else "weights"
     trainer.load_state_dict(states[distributed.rank()] if alike else state, level)
-    for callback in trainer.callbacks:
-        if (told := state["callbacks"].get(type(callback).__name__)) is not None:
+    for name, callback in slots(trainer.callbacks).items():
+        if (told := state["callbacks"].get(name)) is not None:
             callback.load_state_dict(told)
     say(f"resumed at {trainer.steps:,} steps | {level}: {MEANING[level]}")
     then, now = state["versions"], versions()

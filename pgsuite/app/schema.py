@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
@@ -31,7 +31,6 @@ from pgsuite.settings import (
     Natural,
     NonNegative,
     Positive,
-    Range,
     TorchThreads,
     WorldThreads,
     closest,
@@ -56,22 +55,12 @@ class Network(Checked):
 
 
 @dataclass(kw_only=True)
-class Language(Checked):
-    """A language model as the policy, in the place of a network of its own."""
-
-    model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
-    temperature: Positive = 1.0  # of sampling, and so of the policy
-    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
-    frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
-
-
-@dataclass(kw_only=True)
 class PolicyNetwork(Network):
     recurrent: Recurrent = "none"
     distribution: str = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
     log_sigma: float | None = None  # of Gaussians, initially; null stands for -0.5
     sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
-    language: Language = field(default_factory=Language)
+    language: Any = None  # a class with build(observation_space, action_space) -> Policy, as rlhf's LanguageModel
 
 
 @dataclass(kw_only=True)
@@ -130,6 +119,8 @@ class Run:
     recover: Recover = field(default_factory=Recover)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # by name: settings with a _target_
+    loggers: dict[str, Any] = field(default_factory=dict)  # likewise, beside those of logging
     policy: PolicyNetwork = field(default_factory=PolicyNetwork)
     critic: CriticNetwork = field(default_factory=CriticNetwork)
     reference: Reference = field(default_factory=Reference)

@@ -24,12 +24,12 @@ from pgsuite.app.evaluate import make_evaluator
 from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError
-from pgsuite.rlhf.env import LanguageEnv
-from pgsuite.rlhf.evaluation import Alignment
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
 from pgsuite.training.recovery import Recovery
+from pgsuite.training.run_dir import RunDir
 from pgsuite.training.trainer import Callback, Trainer
+from pgsuite.training.video import Gif
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -109,31 +109,40 @@ def recorders(
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
     parts: list[Callback] = []
     logs: list[loggers.Logger] = []
-    board = None
     if writes := distributed.rank() == 0:
         if begun is None and (folder / "config.yaml").exists():
             begun = -1  # it was killed before anything was saved
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-        board = loggers.TensorBoard(folder, described, begun)
-        logs = [loggers.Csv(folder / "metrics.csv", begun), board]
+        logs = [loggers.Csv(folder / "metrics.csv", begun), loggers.TensorBoard(folder, described, begun)]
         if run.logging.wandb.project is not None:
             logs.append(loggers.WandB(folder, described, run.logging.wandb))
+        logs += run.loggers.values()
+    about = RunDir(folder, facts, console, run.seed, described, begun, logs)
+    if writes:
+        for logger in run.loggers.values():
+            logger.setup(about)
         parts = [callbacks.MetricLogger(logs, run.logging.points), callbacks.ProgressBar(console)]
         if run.profile:
             parts.append(Profile(folder, partial(console.print, highlight=False)))
     if run.evaluation.every is not None:
-        play = make_evaluator(cfg, run, folder / "videos", board.animate if board else lambda film, steps: None)
+
+        def show(film: Gif, steps: int) -> None:
+            for logger in logs:
+                logger.log_video(film, steps)
+
+        play = make_evaluator(cfg, run, folder / "videos", show)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
         parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
-    if isinstance(env, LanguageEnv) and trainer.algorithm.reference is not None and board is not None:
-        table = loggers.Csv(folder / "language.csv", begun)
-        say = partial(console.print, highlight=False, markup=False)
-        parts.append(Alignment([table, *logs[1:]], board.show, say, run.seed))
+    for name, callback in run.callbacks.items():
+        callback.slot = f"callbacks.{name}"
+        parts.append(callback)
     parts.append(checkpoints)
     if writes:
         found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": distributed.size()}
         found |= {"resume": trainer.level, "versions": facts["versions"], "commit": commit()}
         parts.append(callbacks.Summary(folder / "summary.json", names | found))
+    for part in parts:
+        part.setup(about)
     return parts
 
 

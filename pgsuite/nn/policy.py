@@ -90,6 +90,10 @@ class Policy(Network):
         action = pick(dist)
         return PolicyOutput(action, dist.log_prob(action), hidden_state)
 
+    def critic_body(self) -> Body | None:
+        """A body for a critic that is not ``shared``; None stands for one made for the observation space."""
+        return None
+
     def frozen_copy(self) -> Policy:
         """A copy that stays as it is: without gradients, and untouched by later updates of this policy."""
         return copy.deepcopy(self).requires_grad_(False)

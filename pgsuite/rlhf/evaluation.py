@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,9 @@ from pgsuite import seeding
 from pgsuite.nn.policy import Policy
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.generation import GenerationCollector
+from pgsuite.settings import Count
 from pgsuite.training.loggers import Logger
+from pgsuite.training.run_dir import RunDir
 from pgsuite.training.trainer import Callback, Report, Trainer
 from pgsuite.types import Rollout
 
@@ -60,32 +62,37 @@ def compare(policy: Policy, reference: Policy, env: LanguageEnv, seed: int) -> t
     return {name: float(x) for name, x in found.items()}, ours
 
 
+@dataclass(kw_only=True, eq=False)
 class Alignment(Callback):
     """Logs how the policy's responses to held-out prompts compare with those of its reference, about ``points`` times
-    in a run, and shows some of them before, and after."""
+    in a run, and shows some of them before, and after.
 
-    def __init__(
-        self,
-        loggers: Sequence[Logger],
-        show: Callable[[str, int], None],
-        say: Callable[[str], object],
-        seed: int,
-        points: int = 20,
-    ) -> None:
-        self.loggers, self.show, self.say, self.seed, self.points = loggers, show, say, seed, points
+    The first process does so, for all, and only where the method has a reference.
+    """
+
+    points: Count = 20
+
+    def setup(self, run: RunDir) -> None:
+        self.run = run
+        self.loggers: list[Logger] = []
 
     def on_start(self, trainer: Trainer) -> None:
-        if trainer.steps == 0:
+        self.active = self.run.writes and trainer.algorithm.reference is not None
+        if self.active:
+            self.loggers = [self.run.table("language.csv"), *self.run.loggers[1:]]
+        if self.active and trainer.steps == 0:
             self.look(trainer)
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        if not self.active:
+            return
         if report.passes(trainer.total_steps / self.points) or report.steps >= trainer.total_steps:
             self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:
         env, reference = trainer.collector.env, trainer.algorithm.reference
         assert isinstance(env, LanguageEnv) and reference is not None
-        seed = seeding.number(self.seed, "evaluation")
+        seed = seeding.number(self.run.seed, "evaluation")
         found, ours = compare(trainer.algorithm.policy, reference.policy, env, seed)
         for logger in self.loggers:
             logger.write(trainer.steps, {f"language/{name}": x for name, x in found.items()})
@@ -97,13 +104,17 @@ class Alignment(Callback):
                 "|---|---|---|",
                 *(f"| {p} | {r} | {x:.2f} |" for p, r, x in rows),
             ]
-            self.show("\n".join(lines), trainer.steps)
+            for logger in self.loggers:
+                logger.log_text("language/responses", "\n".join(lines), trainer.steps)
         if trainer.steps >= trainer.total_steps:
             true = f", true score {found['true_score']:.2f}" if "true_score" in found else ""
-            self.say(
+            self.run.console.print(
                 f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats a response"
-                f" | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}"
+                f" | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}",
+                highlight=False,
+                markup=False,
             )
 
     def on_end(self, trainer: Trainer) -> None:
-        self.loggers[0].close({})
+        if self.active:
+            self.loggers[0].close({})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -15,7 +16,9 @@ from pgsuite.nn.heads import FORBIDDEN, CategoricalHead, permitted
 from pgsuite.nn.network import Body, PolicyInput
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
-from pgsuite.nn.transformer import SEEN, LanguageModel, Transformer, look
+from pgsuite.nn.transformer import SEEN, Transformer, look
+from pgsuite.nn.transformer import LanguageModel as TrainedModel
+from pgsuite.settings import Checked, Natural, Positive, Range
 from pgsuite.types import HiddenState, Obs, Rollout
 
 FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
@@ -99,6 +102,9 @@ class TokenHead(CategoricalHead):
 class LanguagePolicy(Policy):
     """A policy over the tokens of a language model."""
 
+    def critic_body(self) -> Body | None:
+        return self.body.another("critic") if isinstance(self.body, TokenBody) else None
+
     def frozen_copy(self) -> LanguagePolicy:
         """A copy that stays as it is and shares frozen layers; it assigns probabilities to every token, whatever
         nucleus this policy samples from."""
@@ -106,6 +112,28 @@ class LanguagePolicy(Policy):
         if isinstance(copied.head, TokenHead):
             copied.head.top_p = 1.0
         return copied
+
+
+@dataclass(kw_only=True)
+class LanguageModel(Checked):
+    """The settings of a language model as the policy, in the place of a network of its own."""
+
+    model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
+    temperature: Positive = 1.0  # of sampling, and so of the policy
+    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
+    frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
+
+    def build(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> LanguagePolicy:
+        """The policy over the tokens of ``action_space``.  Raises ValueError where the model does not fit it."""
+        if self.model is None:
+            raise ValueError("responses are written by language models: give policy.language.model")
+        policy = language_policy(*load(self.model), temperature=self.temperature, top_p=self.top_p, frozen=self.frozen)
+        if policy.head.inputs != int(getattr(action_space, "n", 0)):
+            raise ValueError(
+                f"the language model of policy.language.model knows {policy.head.inputs} tokens, and actions are "
+                f"{action_space}"
+            )
+        return policy
 
 
 class Pretrained(nn.Module):
@@ -152,7 +180,7 @@ def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
     that ``save_pretrained`` of the transformers library wrote.  Nothing is downloaded.  Raises ValueError."""
     file = Path(path) / FILE if (Path(path) / FILE).exists() else Path(path)
     if not file.is_dir():
-        model = LanguageModel.load(file)
+        model = TrainedModel.load(file)
         return model.body, model.out
     try:
         from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]

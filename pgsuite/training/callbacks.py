@@ -21,7 +21,7 @@ from pgsuite.nn.policy import Policy
 from pgsuite.settings import Checked, Count, Positive
 from pgsuite.training import checkpoint
 from pgsuite.training.loggers import Logger
-from pgsuite.training.trainer import Callback, Report, Trainer
+from pgsuite.training.trainer import Callback, Report, Trainer, slots
 
 
 @dataclass(kw_only=True)
@@ -183,7 +183,7 @@ class Checkpoints(Callback):
         states = distributed.gather(trainer.state_dict())
         if states is None:
             return None
-        told = {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks}
+        told = {name: callback.state_dict() for name, callback in slots(trainer.callbacks).items()}
         state = states[0] | {"others": states[1:], "callbacks": told} | self.facts
         path = checkpoint.path_of(self.run, trainer.steps)
         checkpoint.save(state, path)

@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from pgsuite.errors import UserError
 from pgsuite.settings import Checked
 from pgsuite.training.video import Gif, log_gif
+
+if TYPE_CHECKING:
+    from pgsuite.training.run_dir import RunDir
 
 # What the Custom Scalars tab shows side by side, by regular expressions, since each method has diagnostics of its own.
 EVALUATION = "evaluation return"
@@ -41,7 +44,7 @@ ALIGNMENT = {
 }
 BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
 MACHINERY = re.compile(
-    r"(resume|profile|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging)\..*)$"
+    r"(resume|profile|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging|callbacks|loggers)\..*)$"
 )
 
 
@@ -53,17 +56,31 @@ class Wandb(Checked):
     tags: list[str] = field(default_factory=list)
 
 
-class Logger(Protocol):
+@dataclass(kw_only=True)
+class Logger(Checked):
+    """Where scalars go.  The fields of a subclass that is a dataclass are its settings under ``loggers.<name>``.
+
+    Only the first process has loggers.
+    """
+
+    def setup(self, run: RunDir) -> None:
+        """Called once, before training: open what is written to.  Raises UserError where it cannot be."""
+
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
         """Record named scalars at a number of environment steps."""
-        ...
+        raise NotImplementedError
+
+    def log_text(self, name: str, text: str, steps: int) -> None:
+        """Record Markdown; by default it is dropped."""
+
+    def log_video(self, film: Gif, steps: int) -> None:
+        """Record a moving picture; by default it is dropped."""
 
     def close(self, results: Mapping[str, float]) -> None:
-        """Record what the run came to, if it came to its end, and let go of the file."""
-        ...
+        """Record the results of the run, empty unless it came to its end, and close files."""
 
 
-class TensorBoard:
+class TensorBoard(Logger):
     """Event files, with the run's hyperparameters and its results in the HParams tab, and with returns beside
     diagnostics in the Custom Scalars tab."""
 
@@ -100,13 +117,11 @@ class TensorBoard:
         self.writer.flush()
         self.steps = steps
 
-    def show(self, text: str, steps: int) -> None:
-        """Show Markdown among the texts."""
-        self.writer.add_text("language/responses", text, steps)
+    def log_text(self, name: str, text: str, steps: int) -> None:
+        self.writer.add_text(name, text, steps)
         self.writer.flush()
 
-    def animate(self, film: Gif, steps: int) -> None:
-        """Show a moving picture among the images."""
+    def log_video(self, film: Gif, steps: int) -> None:
         log_gif(self.writer, film, steps)
 
     def close(self, results: Mapping[str, float]) -> None:
@@ -119,7 +134,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Csv:
+class Csv(Logger):
     """One row a time, on disk at once.  Where a column first appears late, the file is replaced by one that has it."""
 
     def __init__(self, path: Path, after: int | None = None) -> None:
@@ -169,7 +184,7 @@ class Csv:
         self.file.close()
 
 
-class WandB:
+class WandB(Logger):
     """A run on Weights & Biases, in the run's directory with WANDB_MODE=offline; resumed runs go on with their own."""
 
     def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], wanted: Wandb) -> None:

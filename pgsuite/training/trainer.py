@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from pgsuite.envs.base import NotFiniteError
 from pgsuite.kernel import Kernel, kernels_of, phase
 from pgsuite.nn.optim import Optimizer
 from pgsuite.rollout import Collector, EpisodeTracker
+from pgsuite.settings import Checked
 from pgsuite.types import Metrics
+
+if TYPE_CHECKING:
+    from pgsuite.training.run_dir import RunDir
 
 Level = Literal["exact", "episode", "weights"]
 
@@ -40,8 +44,17 @@ class Report:
         return self.steps // every > self.before // every
 
 
-class Callback:
-    """Told what happens; overrides what it cares for."""
+@dataclass(kw_only=True, eq=False)
+class Callback(Checked):
+    """Called in the course of training; a subclass overrides the methods that it needs.
+
+    The fields of a subclass that is a dataclass are its settings under ``callbacks.<name>``.
+    """
+
+    slot = ""  # of its state in a checkpoint; empty stands for the name of its class
+
+    def setup(self, run: RunDir) -> None:
+        """Called once in every process, before ``on_start``.  ``run.writes`` is true in the one that writes."""
 
     def on_start(self, trainer: Trainer) -> None: ...
 
@@ -55,6 +68,19 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def slots(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Callbacks by the names under which a checkpoint holds their states, each name once."""
+    found: dict[str, Callback] = {}
+    for callback in callbacks:
+        name = key = callback.slot or type(callback).__name__
+        count = 1
+        while key in found:
+            count += 1
+            key = f"{name}#{count}"
+        found[key] = callback
+    return found
 
 
 class FailureHandler(Protocol):
