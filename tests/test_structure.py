@@ -16,6 +16,7 @@ FLOORS = [
     {"execution", "report"},
     {"app"},
     {"rlhf"},
+    {"__main__"},
 ]
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 ROOT = pathlib.Path(__file__).parents[1] / "pgsuite"

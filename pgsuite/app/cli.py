@@ -24,7 +24,8 @@ from pgsuite.envs.base import BrokenEnvError
 from pgsuite.errors import UserError
 from pgsuite.settings import closest
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
 LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
 UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
@@ -93,7 +94,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
 def _divide(processes: bool) -> None:
     """Have the first of several processes alone speak, and make a run directory."""
     if not processes:
-        raise UserError(f"{sys.argv[0]} is not for torchrun, which is for training: start it with python")
+        raise UserError(f"{sys.argv[0]} is not for torchrun, which is for training: start it without")
     if {"-m", "--multirun"} & set(sys.argv):
         raise UserError("torchrun trains one run in several processes: leave out -m, or start a sweep with python")
     if distributed.rank() > 0:

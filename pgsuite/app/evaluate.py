@@ -164,3 +164,10 @@ def evaluate(cfg: DictConfig) -> None:
         f"{env.description} | checkpoint at {restored.steps:,} steps",
         highlight=False,
     )
+
+
+def main() -> None:
+    """The command line."""
+    from pgsuite.app import cli  # which configures Hydra
+
+    cli.main(evaluate, "evaluate")

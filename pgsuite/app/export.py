@@ -320,3 +320,10 @@ def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agre
                 found.note("next_memory", next(iter(hidden_state.values())), carried)
             found.observations += size
     return found
+
+
+def main() -> None:
+    """The command line."""
+    from pgsuite.app import cli  # which configures Hydra
+
+    cli.main(export, "export")

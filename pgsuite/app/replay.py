@@ -65,3 +65,10 @@ def origin(told: warnings.WarningMessage) -> str | None:
     """Where the operation was that lost the numbers, out of the traceback that torch warns with."""
     frames = re.findall(r'File "(.+)", line (\d+), in .+\n +(.+)', str(told.message))
     return "which is the gradient of {}:{}: {}".format(*frames[-1]) if frames else None
+
+
+def main() -> None:
+    """The command line."""
+    from pgsuite.app import cli  # which configures Hydra
+
+    cli.main(replay, "replay")

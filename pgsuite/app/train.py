@@ -23,7 +23,7 @@ from pgsuite.app.build import build, check_alike, commit, describe, parse_run_co
 from pgsuite.app.evaluate import make_evaluator
 from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
 from pgsuite.app.threads import measured
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, command
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
 from pgsuite.training.recovery import Recovery
@@ -86,8 +86,10 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         trainer.fit()
         distributed.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
-        start = "python" if distributed.size() == 1 else f"torchrun --nproc-per-node={distributed.local_size()}"
-        how = f"go on with: {start} scripts/train.py resume={short(folder)}"
+        start = command("train")
+        if distributed.size() > 1:
+            start = f"torchrun --nproc-per-node={distributed.local_size()} {start.removeprefix('python ')}"
+        how = f"go on with: {start} resume={short(folder)}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
         sys.exit(0 if trainer.stop == signal.SIGINT else 128 + trainer.stop)
     seconds = trainer.seconds["total"]
@@ -205,3 +207,10 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
         elif key != "_target_":
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def main() -> None:
+    """The command line."""
+    from pgsuite.app import cli  # which configures Hydra
+
+    cli.main(train, "train", processes=True)

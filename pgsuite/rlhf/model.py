@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pgsuite.errors import command
 from pgsuite.nn.transformer import LanguageModel, Transformer
 from pgsuite.rlhf import files
 from pgsuite.rlhf.generation import generate
@@ -53,7 +54,7 @@ class WordModel(LanguageModel):
     @classmethod
     def load(cls, path: str | Path) -> WordModel:
         """The model in a run directory of scripts/pretrain.py, or in a file.  Raises UserError if there is none."""
-        vocabulary, config, state, where = files.load(path, FILE, "language model", "python scripts/pretrain.py")
+        vocabulary, config, state, where = files.load(path, FILE, "language model", command("pretrain"))
         with files.fitting(where):
             model = cls(vocabulary, Transformer(**config))
             model.load_state_dict(state)

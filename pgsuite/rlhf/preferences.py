@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, command
 from pgsuite.rlhf.model import WordModel
 from pgsuite.rlhf.tokens import Vocabulary
 
@@ -67,7 +67,7 @@ def load(path: Path, vocabulary: Vocabulary | None = None) -> list[Preference]:
     vocabulary given, naming the line.
     """
     if not path.is_file():
-        raise UserError(f"no preferences at {path}: python scripts/reward_model.py makes some")
+        raise UserError(f"no preferences at {path}: {command('reward-model')} makes some")
     found: list[Preference] = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from pgsuite.errors import command
 from pgsuite.nn.transformer import Transformer
 from pgsuite.rlhf import files
 from pgsuite.rlhf.tokens import Vocabulary
@@ -83,7 +84,7 @@ class RewardModel(nn.Module):
         Raises UserError if there is none, and ValueError for another way to combine.
         """
         require(Combine, combine, "combine")
-        vocabulary, config, state, where = files.load(path, FILE, "reward model", "python scripts/reward_model.py")
+        vocabulary, config, state, where = files.load(path, FILE, "reward model", command("reward-model"))
         with files.fitting(where):
             members = len({name.split(".")[1] for name in state})
             model = cls(vocabulary, [Judge(Transformer(**config)) for _ in range(members)], combine)

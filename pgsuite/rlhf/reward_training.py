@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -176,3 +177,20 @@ def report(found: dict[str, Any]) -> list[str]:
         )
     lines.append("predicted   came so   pairs")
     return lines + [f"{p:>9.1%} {frequency:>9.1%} {n:>7,}" for p, frequency, n in found["reliability"]]
+
+
+def main() -> None:
+    """The command line."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from pgsuite.app import cli
+    from pgsuite.app.build import instantiate, to_dict
+    from pgsuite.training.callbacks import console
+
+    def task(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        say = partial(console().print, highlight=False, markup=False)
+        train_reward(instantiate(to_dict(cfg), "the training"), folder, say)
+
+    cli.main(task, "reward_model")

@@ -13,7 +13,7 @@ from torch import Tensor
 from pgsuite import distributed
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs.base import NotFiniteError
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, command
 from pgsuite.training import checkpoint
 from pgsuite.training.trainer import Report, Trainer
 from pgsuite.types import Obs, Rollout, finite_cells
@@ -58,7 +58,7 @@ class Recovery:
             bundle = {"why": why, "steps": trainer.steps, "state": self.good, "rollout": seen} | self.facts
             if distributed.rank() == 0:
                 checkpoint.save(clone(bundle), self.run / BUNDLE)
-            hint = f"; python scripts/replay.py crash={self.run / BUNDLE} shows the update that failed"
+            hint = f"; {command('replay')} crash={self.run / BUNDLE} shows the update that failed"
         advice = "A lower learning rate, gradient clipping or scale_reward=true may help"
         raise UserError(f"{why}, after {self.attempts} recoveries{hint}. {advice}")
 

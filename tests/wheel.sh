@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Build the wheel, install it beside the dependencies of an environment, and use it from an empty directory:
+#   tests/wheel.sh <virtual environment with the dependencies> <directory to work in>
+set -euo pipefail
+VENV=$(realpath "$1") WORK=$(realpath "$2")
+"$VENV/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$WORK/dist" "$(dirname "$0")/.."
+"$VENV/bin/python" -m venv "$WORK/installed"
+SITE=$("$WORK/installed/bin/python" -c 'import site; print(site.getsitepackages()[0])')
+"$VENV/bin/python" -c 'import site; print(site.getsitepackages()[0])' > "$SITE/dependencies.pth"  # not what is editable there
+"$WORK/installed/bin/pip" install --quiet --no-deps "$WORK"/dist/pgsuite-*.whl
+mkdir "$WORK/empty" && cd "$WORK/empty"
+BIN=$WORK/installed/bin
+"$BIN/python" -c "import pgsuite, sys; assert pgsuite.__file__.startswith('$WORK/installed'), pgsuite.__file__"
+"$BIN/pgsuite" train algo=ppo env=CartPole total_steps=4096 hydra.run.dir=run
+"$BIN/python" -m pgsuite evaluate run=run episodes=2
+"$BIN/pgsuite" export run=run format=pt2
+"$BIN/pgsuite" report run
+"$BIN/pgsuite" envs > /dev/null
+"$BIN/pgsuite" train --help > /dev/null
+! "$BIN/pgsuite" trian 2> said && grep "did you mean train" said
+echo "the wheel works"
