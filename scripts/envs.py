@@ -26,8 +26,8 @@ def main() -> None:
     Console(width=110).print(table)
     print(f"\nenv=gym env.id=<id>: any of the {len(gymnasium.registry)} that gymnasium knows here")
     print("env=gym env.import=<package> env.id=<id>: any that a package of yours registers")
-    print("env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: pip install 'pgsuite[atari]'")
-    print("env=envpool env.id=<id>: any that envpool lists: pip install 'pgsuite[envpool]'")
+    print("env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: pip install -e '.[atari]'")
+    print("env=envpool env.id=<id>: any that envpool lists: pip install -e '.[envpool]'")
     print("env=torch env.entry=<package>:<callable>: any that steps torch tensors itself")
     print("Options of one: python scripts/train.py env=<name> --cfg job --package env")
 

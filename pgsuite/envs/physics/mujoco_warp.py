@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pgsuite.types import choose
 
-REMEDY = "pip install 'pgsuite[gpu]'"
+REMEDY = "pip install -e '.[gpu]'"
 STATE = ("qpos", "qvel", "ctrl", "warmstart", "time")
 
 
