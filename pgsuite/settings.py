@@ -15,7 +15,7 @@ import importlib
 import math
 import operator
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -45,6 +45,10 @@ Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 TorchThreads = Annotated[int, Range(1, 256)]  # where a process cannot have so many, it is ended without a word
 WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes every core
+
+
+# Settings of a run that do not change what it learns: runs that differ in nothing else are one experiment.
+INCIDENTAL = ("resume", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads")
 
 
 def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:
@@ -101,7 +105,7 @@ def plain(hint: Any) -> Any:
         return type(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
         return functools.reduce(operator.or_, (plain(arg) for arg in get_args(hint)))
-    if get_origin(hint) in (list, tuple):
+    if get_origin(hint) in (list, tuple, Sequence):
         return list[plain(get_args(hint)[0])]
     if get_origin(hint) is dict:
         return hint
@@ -140,7 +144,9 @@ def _complaint(hint: Any, value: Any) -> str | None:
         return None if None in wanted else " or ".join(w for w in wanted if w)
     if origin is Literal:
         return None if value in args else f"one of {', '.join(map(str, args))}"
-    if origin in (list, tuple):
+    if origin is dict:
+        return None if isinstance(value, Mapping) else "settings by name"
+    if origin in (list, tuple, Sequence):
         wanted = {_complaint(args[0], x) for x in value} - {None} if isinstance(value, list | tuple) else {"values"}
         return f"a list, each {wanted.pop()}" if wanted else None
     if hint is float:

@@ -3,12 +3,13 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from reads import NothingRead
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import (
     ALL,
@@ -690,3 +691,36 @@ def test_a_restored_algorithm_goes_on_identically(cls: type[Algorithm]) -> None:
     algorithm.iterate(one)
     resume_alike((algorithm, one), (twin, two))
     assert torch.equal(flat(algorithm), flat(twin))
+
+
+@dataclass(kw_only=True, eq=False)
+class Twins(PPO):
+    """Holds critics in a list, and more in a dictionary and a tuple."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.twins = [copy.deepcopy(self.critic), self.critic]
+        self.more = {
+            "optimizers": (Optimizer([self.twins[0].own], 1e-3),),
+            "generator": torch.Generator().manual_seed(3),
+            "modules": nn.ModuleList([copy.deepcopy(self.critic)]),
+        }
+
+
+def test_parts_in_lists_and_dictionaries_are_saved_restored_checked_and_counted() -> None:
+    env = PointMass(4)
+    one, two = build(Twins, env), build(Twins, env, seed=1)
+    assert len(one.critics) == 3 and one.critics.count(one.critic) == 1
+    assert len(one.optimizers) == 2
+    one.slow_down()
+    assert float(one.more["optimizers"][0].lr_scale) == 0.5
+    state = copy.deepcopy(one.state_dict())
+    assert {"twins.0", "more.optimizers.0", "more.generator", "more.modules"} <= state.keys() and "twins.1" not in state
+    two.more["generator"].manual_seed(4)
+    two.load_state_dict(state)
+    assert two.more["generator"].initial_seed() == one.more["generator"].initial_seed()
+    for a, b in zip(one.critics, two.critics, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert bool(one.finite())
+    next(one.twins[0].parameters()).data.view(-1)[0] = torch.nan
+    assert not bool(one.finite())

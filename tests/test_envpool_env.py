@@ -27,7 +27,7 @@ installed = pytest.mark.usefixtures("envpool")
 
 def test_without_envpool_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "envpool", None)
-    with pytest.raises(ValueError, match=r"env=envpool needs envpool: pip install 'pgsuite\[envpool\]'"):
+    with pytest.raises(ValueError, match=r"env=envpool needs envpool: pip install -e '.\[envpool\]'"):
         make(EnvPool(id="CartPole-v1"), 2)
 
 

@@ -1,6 +1,7 @@
 """Every environment is the one it claims to be: step by step against gymnasium, through resets."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -252,3 +253,20 @@ def test_environments_speak_cuda(name: str) -> None:
     action = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(8)]).cuda()
     step = env.step(action)
     assert all(x.is_cuda for x in (obs, *step) if x is not None)
+
+
+@pytest.mark.parametrize("name", [*CLASSIC, *MUJOCO])
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_task_takes_a_time_limit_below_one_step(name: str, steps: int) -> None:
+    with pytest.raises(ValueError, match="max_episode_steps must be a whole number at least 1"):
+        getattr(tasks, name)(max_episode_steps=steps)
+
+
+def test_a_subclass_that_declares_its_time_limit_as_any_number_is_held_to_one_step() -> None:
+    @dataclass(kw_only=True, eq=False)
+    class Short(tasks.CartPole):
+        max_episode_steps: int = 7
+
+    assert Short().max_episode_steps == 7
+    with pytest.raises(ValueError, match="max_episode_steps must be a whole number at least 1, got 0"):
+        Short(max_episode_steps=0)

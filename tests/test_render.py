@@ -254,7 +254,7 @@ def test_missing_packages_are_named(command: Cli) -> None:  # noqa: F811
         with command.monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             code, _, err = command("evaluate", "run=run", "video=film.mp4")
-        assert code == 1 and "needs packages that are not here: pip install 'pgsuite[video]'" in err
+        assert code == 1 and "needs packages that are not here: pip install -e '.[video]'" in err
     assert not (command.folder / "film.mp4").exists()
 
 

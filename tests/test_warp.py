@@ -200,14 +200,14 @@ def test_a_gpu_gets_warp_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert task.preferred(torch.device("cuda")) == "warp" and task.preferred(torch.device("cpu")) == "mujoco"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match=r"simulated on the CPU; for the GPU: pip install 'pgsuite\[gpu\]'"):
+    with pytest.warns(UserWarning, match=r"simulated on the CPU; for the GPU: pip install -e '.\[gpu\]'"):
         assert task.preferred(torch.device("cuda")) == "mujoco"
     assert tasks.CartPole().preferred(torch.device("cuda")) == "torch"
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco_warp", None)
-    with pytest.raises(ValueError, match=r"backend=warp needs mujoco-warp: pip install 'pgsuite\[gpu\]'"):
+    with pytest.raises(ValueError, match=r"backend=warp needs mujoco-warp: pip install -e '.\[gpu\]'"):
         make("Hopper", 2, backend="warp")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +35,7 @@ class Algorithm(Scheduled, ABC):
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
+    unused_settings: ClassVar[tuple[str, ...]] = ()  # fields of base classes that have no effect, and are no settings
     supports_off_policy: ClassVar[bool] = False  # whether it can learn from what an earlier policy than its own did
 
     policy: Policy
@@ -48,8 +49,6 @@ class Algorithm(Scheduled, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scheduled: dict[str, Scheduled] = {"": self}
-        self.scheduled |= {f"{name}_": part for name, part in vars(self).items() if isinstance(part, Scheduled)}
         for part in self.scheduled.values():
             part.place(next(self.policy.parameters()).device)
         self.training_step = Kernel("learn", self.train_on)
@@ -159,8 +158,16 @@ class Algorithm(Scheduled, ABC):
         return None
 
     @property
+    def scheduled(self) -> dict[str, Scheduled]:
+        """The method and those of its parts whose numbers may be schedules, by the prefix of their metrics."""
+        return {"": self} | {f"{name}_": part for name, part in self.held.items() if isinstance(part, Scheduled)}
+
+    @property
     def critics(self) -> list[Critic]:
-        return [part for part in vars(self).values() if isinstance(part, Critic)]
+        found: list[nn.Module] = []
+        for part in self.parts.values():
+            found += part.children() if isinstance(part, nn.ModuleList | nn.ModuleDict) else [part]
+        return [part for part in found if isinstance(part, Critic)]
 
     @property
     def sequential(self) -> bool:
@@ -196,24 +203,53 @@ class Algorithm(Scheduled, ABC):
         return nn.utils.get_total_norm(tensors, torch.inf).isfinite()
 
     @property
+    def held(self) -> dict[str, Any]:
+        """Everything that this method holds as an attribute, in order and once: "critic", and with the place within
+        lists, tuples and dictionaries "twins.0" and "heads.left"."""
+        found: dict[int, tuple[str, Any]] = {}
+
+        def walk(name: str, x: Any) -> None:
+            if id(x) in found or x is self:
+                return
+            found[id(x)] = name, x
+            inside = x.items() if isinstance(x, Mapping) else enumerate(x) if isinstance(x, list | tuple) else ()
+            for key, value in inside:
+                walk(f"{name}.{key}", value)
+
+        for name, x in vars(self).items():
+            if name != "schedules":  # which Scheduled saves and moves
+                walk(name, x)
+        return dict(found.values())
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
-        return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module)}
+        return {name: part for name, part in self.held.items() if isinstance(part, nn.Module)}
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        return [part for part in vars(self).values() if isinstance(part, Optimizer)]
+        return [part for part in self.held.values() if isinstance(part, Optimizer)]
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """The parts that have a state to be saved."""
+        return {
+            name: part for name, part in self.held.items() if isinstance(part, Generator) or hasattr(part, "state_dict")
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every part that has any; a subclass adds parts by holding them."""
-        state = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
-        state |= {"generator": self.generator.get_state()} if self.generator else {}
+        state = {
+            name: part.get_state() if isinstance(part, Generator) else part.state_dict()
+            for name, part in self.stateful.items()
+        }
         return state | {"schedules": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
         """Take up a state; of ``weights_only``, what was learned, and nothing of random streams and environments."""
         super().load_state_dict(state["schedules"])
+        parts = self.stateful
         for name in state.keys() - {"schedules"}:
-            part, part_state = getattr(self, name), state[name]
+            part, part_state = parts[name], state[name]
             if isinstance(part, nn.Module) and weights_only:
                 own = part.state_dict()
                 part.load_state_dict(

@@ -23,6 +23,8 @@ class PPOPenalty(PPO):
     outside.
     """
 
+    unused_settings = ("dual_clip",)
+
     beta: NonNegative = field(default_factory=doubling)
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     policy, env = trainer.algorithm.policy, trainer.collector.env
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
-    count = sum(p.numel() for p in nn.ModuleDict(trainer.algorithm.parts).parameters() if p.requires_grad)
+    count = sum(p.numel() for p in nn.ModuleList(trainer.algorithm.parts.values()).parameters() if p.requires_grad)
     words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
     if critic is not None:
         words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")

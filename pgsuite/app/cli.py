@@ -150,6 +150,11 @@ def _missing(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return " ".join(str(error).split())
+    if group in ("hydra/launcher", "hydra/sweeper"):
+        extra = {"submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray", "optuna": "optuna"}.get(
+            name, "sweep"
+        )
+        return f"{group}={name} needs hydra-{name.split('_')[0]}-{group[6:]}: pip install -e '.[{extra}]'"
     return f"no {group} {name!r}; {closest(name, error.options or [])}"
 
 

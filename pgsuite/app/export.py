@@ -167,7 +167,7 @@ def export(cfg: DictConfig) -> None:
     wanted: Export = instantiate(to_dict(cfg), "the export")
     needed = ("onnx", "onnxscript", "onnxruntime") if wanted.format == "onnx" else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"format=onnx needs {', '.join(missing)}: pip install 'pgsuite[onnx]', or take format=torch")
+        raise UserError(f"format=onnx needs {', '.join(missing)}: pip install -e '.[onnx]', or take format=torch")
     restored = restore(wanted.run)
     folder = checkpoint.run_of(restored.path)
     path = Path(wanted.to) if wanted.to is not None else folder / f"policy{SUFFIXES[wanted.format]}"

@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from pgsuite import distributed
 from pgsuite.app.build import to_dict, versions
 from pgsuite.errors import UserError
+from pgsuite.settings import INCIDENTAL
 from pgsuite.training import checkpoint
 from pgsuite.training.trainer import Level, Trainer, slots
 
-# What may change where a run goes on, and what makes no other run of one.
-FREE = ("total_steps", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads", "device")
-IDLE = ("resume", "checkpoint", "logging", "profile", "env_threads")
+# What may change where a run goes on.
+FREE = ("total_steps", *(name for name in INCIDENTAL if name != "resume"), "device")
 MEANING: dict[Level, str] = {
     "exact": "as if it had never stopped",
     "episode": "its environments cannot be saved and begin new episodes",
@@ -123,7 +123,7 @@ def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """What makes a run this run and no other."""
     plain = yaml.safe_load(yaml.safe_dump(config))
-    return {key: x for key, x in plain.items() if key not in IDLE}
+    return {key: x for key, x in plain.items() if key not in INCIDENTAL}
 
 
 def holds_another(folder: Path, cfg: DictConfig) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
@@ -144,7 +145,22 @@ def locate(path: str) -> type:
     if not (isinstance(cls, type) and is_dataclass(cls)):
         options = [key for key, value in vars(module).items() if isinstance(value, type) and is_dataclass(value)]
         raise UserError(f"{module_name} has no dataclass {name!r}; {closest(name, options)}")
+    for base in cls.__mro__[:-1]:
+        own = [name for name, hint in inspect.get_annotations(base).items() if "ClassVar" not in str(hint)]
+        if own and is_dataclass(base) and "__dataclass_fields__" not in vars(base):
+            raise UserError(
+                f"{base.__module__}.{base.__qualname__} declares {', '.join(own)} but is no dataclass itself: write "
+                "@dataclass(kw_only=True, eq=False) above it"
+            )
     return cls
+
+
+def _is_part(hint: Any) -> bool:
+    """Whether a field holds an object that the program supplies, such as a policy, or None."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return get_origin(hint) in (None, Union, types.UnionType) and all(
+        isinstance(kind, type) and get_origin(kind) is None and kind.__module__ != "builtins" for kind in kinds
+    )
 
 
 @functools.cache
@@ -157,18 +173,24 @@ def schema(cls: type) -> type:
     of the class.
     """
     options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
-    hints = get_type_hints(cls, include_extras=True)
-    for f in filter(lambda f: f.init and not f.name.endswith("_"), fields(cls)):
+    hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
+    for f in filter(lambda f: f.init and not f.name.endswith("_") and f.name not in unused, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
         if hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))
-        elif issubclass(cls, Scheduled) and number(hint):  # which may be a schedule instead, and is checked by cls
+        # A number may be a schedule instead; either replaces its default whole, and is checked by cls.
+        elif issubclass(cls, Scheduled) and (number(hint) or get_origin(hint) is dict):
             options.append((f.name, Any, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
         elif is_dataclass(hint) and isinstance(hint, type):
             nested = schema(hint)
             options.append((f.name, nested, field(default_factory=nested)))
         elif simple is not Any and (Any not in get_args(simple) or get_origin(simple) is dict):
             options.append((f.name, simple, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
+        elif not _is_part(hint):
+            raise UserError(
+                f"{cls.__module__}.{cls.__qualname__}.{f.name} is of type {hint}, which no setting can have: take "
+                "bool, int, float, str, Literal, a list or Sequence of these, dict, a dataclass, or a union with None"
+            )
     return make_dataclass(cls.__name__, options)
 
 

@@ -14,9 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-UNNAMED = re.compile(
-    r"(algo|env|seed|resume|sweep|tuned|device|env_threads|total_steps|hydra.*|(checkpoint|recover|evaluation|logging)\..*)$"
-)
+from pgsuite.settings import INCIDENTAL
+
+UNNAMED = re.compile(rf"(algo|env|seed|sweep|tuned|device|total_steps|hydra.*|({'|'.join(INCIDENTAL)})(\..*)?)$")
 LONGEST = 80  # characters of a label
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -57,6 +58,10 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         if distributed.rank() == 0:
             console.print(line, highlight=False)
 
+    given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
+    idle = [x for x in given if x.startswith("critic.") and x not in ("critic.shared", "critic.zero_init")]
+    if cfg.resume is None and cfg.critic.shared and idle:
+        raise UserError(f"{', '.join(idle)} would have no effect with critic.shared=true: leave it out")
     parse_run_config(cfg)  # complains before anything is looked for
     folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
     before = find_run_to_resume(cfg, hydra, say)
@@ -75,9 +80,16 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
     facts = {"config": to_dict(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
-    trainer.callbacks = recorders(trainer, cfg, folder, facts, before.steps if before else None, console)
+    there = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        trainer.callbacks = recorders(trainer, cfg, folder, facts, before.steps if before else None, console)
+    except UserError:
+        if before is None and distributed.rank() == 0:  # a run that is refused leaves nothing behind
+            for path in set(folder.iterdir()) - there:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
     trainer.failure_handler = Recovery(folder, facts, run.recover.attempts, say)
-    for line in (*describe(trainer, run), *_recipe(hydra)):
+    for line in (*describe(trainer, run), *_recipe(hydra, choices)):
         say(line)
     if before is not None:
         resume_trainer(trainer, before.state, say)
@@ -115,9 +127,9 @@ def recorders(
         if begun is None and (folder / "config.yaml").exists():
             begun = -1  # it was killed before anything was saved
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-        logs = [loggers.Csv(folder / "metrics.csv", begun), loggers.TensorBoard(folder, described, begun)]
-        if run.logging.wandb.project is not None:
-            logs.append(loggers.WandB(folder, described, run.logging.wandb))
+        # First, for it may refuse, and TensorBoard's thread writes whenever it likes.
+        online = [loggers.WandB(folder, described, run.logging.wandb)] if run.logging.wandb.project is not None else []
+        logs = [loggers.Csv(folder / "metrics.csv", begun), loggers.TensorBoard(folder, described, begun), *online]
         logs += run.loggers.values()
     about = RunDir(folder, facts, console, run.seed, described, begun, logs)
     if writes:
@@ -187,11 +199,12 @@ def objective(folder: Path) -> float | None:
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
-def _recipe(hydra: HydraConf) -> list[str]:
-    """A line on the measured recipe that was picked up, if one was."""
-    name = hydra.runtime.choices.get("tuned")
+def _recipe(hydra: HydraConf, choices: dict[str, Any]) -> list[str]:
+    """A line on the measured recipe of a run of these choices, if it has one."""
+    name = choices.get("tuned")
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    return [f"recipe {name}"] if any((folder / "tuned" / f"{name}.yaml").is_file() for folder in folders) else []
+    found = any((folder / "tuned" / f"{name}.yaml").is_file() for folder in folders)
+    return [f"recipe {name}" if found else "recipe none: the method's defaults"]
 
 
 def short(folder: Path) -> Path:

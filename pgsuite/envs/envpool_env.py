@@ -40,7 +40,7 @@ class EnvPool(VectorEnvConfig):
         try:
             import envpool  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(f"env=envpool needs envpool: pip install 'pgsuite[envpool]' ({error})") from error
+            raise ValueError(f"env=envpool needs envpool: pip install -e '.[envpool]' ({error})") from error
         if self.id not in (known := envpool.list_all_envs()):
             raise ValueError(f"envpool has no environment {self.id!r}; {closest(self.id, known)}")
         limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}

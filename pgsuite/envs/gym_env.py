@@ -52,7 +52,7 @@ class Gym(VectorEnvConfig):
             try:
                 imported(self.import_)
             except ImportError as error:
-                remedy = ": pip install 'pgsuite[atari]'" if self.import_ == "ale_py" else ""
+                remedy = ": pip install -e '.[atari]'" if self.import_ == "ale_py" else ""
                 raise ValueError(f"env.import={self.import_} cannot be imported: {error}{remedy}") from error
         known = gymnasium.registry.keys()
         if ":" not in self.id and self.id not in known:

@@ -27,7 +27,7 @@ from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.classic import ClassicTask
 from pgsuite.envs.tasks.mujoco import MujocoTask
 
-REMEDY = "pip install 'pgsuite[video]'"
+REMEDY = "pip install -e '.[video]'"
 SIDE = 480  # pixels of a robot's picture, as in gymnasium
 TRIAL = """
 import mujoco

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pgsuite.errors import UserError
 
-REMEDY = "pip install 'pgsuite[report]'"
+REMEDY = "pip install -e '.[report]'"
 
 
 def report(paths: Sequence[str], out: Path, command: str) -> list[str]:

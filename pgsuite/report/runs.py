@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pgsuite.errors import UserError
+from pgsuite.settings import INCIDENTAL
 
 # Settings that cannot change what a run learns; runs that differ in nothing else are seeds of one group.
-IDLE = ("seed", "resume", "checkpoint", "checkpoint_every", "logging", "wandb")
+IDLE = ("seed", *INCIDENTAL, "checkpoint_every", "wandb")
 # Where these differ, the task or the clock may differ: runs are kept apart although their settings are the same.
 ENV_VERSIONS = ("gymnasium", "mujoco", "mujoco-warp", "envpool", "ale-py")
 FACTS = ("backend", "device", "processes", *ENV_VERSIONS)

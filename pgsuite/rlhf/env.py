@@ -115,7 +115,7 @@ class PretrainedTokens:
         try:
             from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(f"env.tokens={path} is of transformers: pip install 'pgsuite[rlhf]'") from error
+            raise ValueError(f"env.tokens={path} is of transformers: pip install -e '.[rlhf]'") from error
         self.inner: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         if self.inner.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no stop token (eos_token)")

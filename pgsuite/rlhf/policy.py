@@ -185,7 +185,7 @@ def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
     try:
         from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"{path} is a model of transformers: pip install 'pgsuite[rlhf]'") from error
+        raise ValueError(f"{path} is a model of transformers: pip install -e '.[rlhf]'") from error
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from pgsuite.errors import UserError
-from pgsuite.settings import Checked
+from pgsuite.settings import INCIDENTAL, Checked
 from pgsuite.training.video import Gif, log_gif
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ ALIGNMENT = {
     "price of the KL": "algorithm/reference_coef",
 }
 BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
-MACHINERY = re.compile(
-    r"(resume|profile|device|backend|execution|\w+_threads|(checkpoint|recover|evaluation|logging|callbacks|loggers)\..*)$"
-)
+MACHINERY = re.compile(rf"(device|backend|execution|torch_threads|({'|'.join(INCIDENTAL)})(\..*)?)$")
 
 
 @dataclass(kw_only=True)
@@ -192,7 +190,7 @@ class WandB(Logger):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("logging.wandb needs wandb: pip install 'pgsuite[wandb]'") from error
+            raise UserError("logging.wandb needs wandb: pip install -e '.[wandb]'") from error
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(uuid4().hex[:12])

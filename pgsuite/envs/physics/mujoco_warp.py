@@ -16,7 +16,7 @@ from torch import Tensor
 from pgsuite.kernel import Kernel
 from pgsuite.types import choose
 
-REMEDY = "pip install 'pgsuite[gpu]'"
+REMEDY = "pip install -e '.[gpu]'"
 STATE = ("qpos", "qvel", "ctrl", "warmstart", "time")
 
 

@@ -35,6 +35,7 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         settings.check(self)
+        settings.require(Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps")  # as redeclared too
 
     def preferred(self, device: torch.device) -> str:
         """The back end that auto stands for on a device."""

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor
 
 from pgsuite.envs.tasks.base import Task
+from pgsuite.settings import Count
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +56,7 @@ class CartPole(ClassicTask):
 
     gymnasium_id = "CartPole-v1"
     state_size = 4
-    max_episode_steps: int = 500
+    max_episode_steps: Count = 500
     sutton_barto_reward: bool = False
 
     GRAVITY: ClassVar = 9.8
@@ -101,7 +102,7 @@ class Pendulum(ClassicTask):
 
     gymnasium_id = "Pendulum-v1"
     state_size = 2
-    max_episode_steps: int = 200
+    max_episode_steps: Count = 200
     g: float = 10.0
 
     MAX_SPEED: ClassVar = 8.0
@@ -143,7 +144,7 @@ class Acrobot(ClassicTask):
 
     gymnasium_id = "Acrobot-v1"
     state_size = 4
-    max_episode_steps: int = 500
+    max_episode_steps: Count = 500
 
     GRAVITY: ClassVar = 9.8
     DT: ClassVar = 0.2
@@ -202,7 +203,7 @@ class MountainCar(ClassicTask):
 
     gymnasium_id = "MountainCar-v0"
     state_size = 2
-    max_episode_steps: int = 200
+    max_episode_steps: Count = 200
     goal_velocity: float = 0.0
 
     GRAVITY: ClassVar = 0.0025
@@ -252,7 +253,7 @@ class MountainCarContinuous(MountainCar):
     """With a throttle instead of three gears.  gymnasium rounds its state to float32 after every step."""
 
     gymnasium_id = "MountainCarContinuous-v0"
-    max_episode_steps: int = 999
+    max_episode_steps: Count = 999
 
     FORCE: ClassVar = 0.0015
     GOAL: ClassVar = 0.45

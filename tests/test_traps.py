@@ -1,0 +1,100 @@
+"""Settings that would be taken and do nothing are refused by name, and what changes nothing separates no runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Cli, command  # noqa: F401
+
+from pgsuite.algorithms import PPO
+from pgsuite.app.schema import locate, schema
+from pgsuite.errors import UserError
+from pgsuite.report import runs
+
+SHORT = ["env=CartPole", "num_envs=4", "horizon=8", "total_steps=64"]
+
+
+class Undecorated(PPO):
+    nu: float = 1.0
+
+
+@dataclass(kw_only=True, eq=False)
+class Weighted(PPO):
+    weights: Sequence[float] = (1.0, 2.0)
+    table: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False)
+class Unshowable(PPO):
+    shape: Callable[[float], float] = abs
+
+
+def test_a_subclass_without_a_decorator_is_named_with_what_it_lacks() -> None:
+    with pytest.raises(UserError, match=r"Undecorated declares nu but is no dataclass itself: write @dataclass"):
+        locate(f"{__name__}.Undecorated")
+
+
+def test_a_sequence_is_a_setting_and_a_type_that_none_can_have_is_named() -> None:
+    assert {"weights", "table"} <= set(schema(Weighted).__dataclass_fields__)
+    with pytest.raises(UserError, match=r"Unshowable.shape is of type .*Callable.*, which no setting can have"):
+        schema(Unshowable)
+
+
+def test_a_setting_that_a_method_inherits_and_does_not_use_is_none_of_its_own(command: Cli) -> None:  # noqa: F811
+    code, _, err = command("train", "algo=ppo_penalty", *SHORT, "algo.dual_clip=3")
+    assert code == 1 and "no setting 'dual_clip' in algo" in err
+
+
+def test_settings_of_a_critic_that_shares_the_policys_network_are_refused(command: Cli) -> None:  # noqa: F811
+    code, _, err = command("train", *SHORT, "critic.shared=true", "critic.hidden=[8]")
+    assert code == 1 and "critic.hidden would have no effect with critic.shared=true" in err
+
+
+def test_a_dictionary_can_be_given_on_the_command_line(command: Cli) -> None:  # noqa: F811
+    (command.folder / "configs" / "algo").mkdir(parents=True)
+    (command.folder / "configs" / "algo" / "mine.yaml").write_text(
+        f"defaults:\n  - /schema/{__name__}.Weighted@algo\n  - /algo/estimator@algo.estimator: gae\n".join(
+            ["# @package _global_\n", ""]
+        )
+    )
+    found = [f"hydra.searchpath=[file://{command.folder}/configs]", "algo=mine", "hydra.run.dir=run"]
+    code, out, err = command("train", *found, *SHORT, "algo.table={a: 1}", "algo.weights=[3,4]")
+    assert code == 0, err
+    assert "table:\n    a: 1" in (command.folder / "run" / "config.yaml").read_text()
+    assert "recipe none" in out
+    code, _, err = command("train", *found, *SHORT, "algo.weights=[x]", "hydra.run.dir=other")
+    assert code == 1 and "weights" in err
+
+
+def test_runs_that_differ_in_what_does_not_matter_are_seeds_of_one_group(command: Cli) -> None:  # noqa: F811
+    each = [
+        [],
+        ["env_threads=1"],
+        ["profile=true"],
+        ["evaluation.every=32", "evaluation.episodes=1"],
+        ["recover.attempts=1"],
+    ]
+    for seed, given in enumerate(each):
+        code, _, err = command("train", *SHORT, f"seed={seed}", *given, f"hydra.run.dir=runs/{seed}")
+        assert code == 0, err
+    found, _ = runs.find([str(command.folder / "runs")])
+    groups, _ = runs.group(found)
+    assert [len(group.runs) for group in groups] == [5]
+
+
+def test_a_refused_run_leaves_no_directory(command: Cli, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    code, _, err = command("train", *SHORT, "logging.wandb.project=x", "hydra.run.dir=runs/refused")
+    assert code == 1 and "logging.wandb needs wandb: pip install -e '.[wandb]'" in err
+    assert not Path(command.folder, "runs").exists()
+
+
+def test_a_sweep_without_its_launcher_says_what_to_install() -> None:
+    from hydra.errors import MissingConfigException
+
+    from pgsuite.app.cli import explain
+
+    error: Any = MissingConfigException("no", "hydra/launcher/joblib", ["basic"])
+    assert explain(error) == "hydra/launcher=joblib needs hydra-joblib-launcher: pip install -e '.[sweep]'"
