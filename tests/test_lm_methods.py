@@ -282,7 +282,7 @@ def test_a_line_search_in_one_batch_finds_what_one_step_at_a_time_finds() -> Non
     found = []
     for line_search in ("sequential", "batched"):
         env = small(32)
-        algorithm = build(TRPO, env, coef=BETA, line_search=line_search, max_kl=0.5)
+        algorithm = build(TRPO, env, coef=BETA, backtracking=line_search, max_kl=0.5)
         metrics = algorithm.iterate(collector(env))
         found.append((metrics["step_fraction"], trust_region.flatten(list(algorithm.policy.parameters()))))
     assert found[0][0] == found[1][0] > 0 and torch.allclose(found[0][1], found[1][1], atol=1e-5)

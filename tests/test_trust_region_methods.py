@@ -278,7 +278,7 @@ def test_the_batched_search_is_the_sequential_one(world: Any, parts: dict[str, A
     for line_search in ("sequential", "batched"):
         env = world()
         look = {"recurrent": "gru", "recurrent_size": 8} if "recurrent" in parts else {}
-        options: dict[str, Any] = {"max_kl": 0.3, "damping": 1e-4, "line_search": line_search}
+        options: dict[str, Any] = {"max_kl": 0.3, "damping": 1e-4, "backtracking": line_search}
         algorithm = build(TRPO, env, look=look, **parts, **options)
         twins.append((algorithm, collector(algorithm, env, 8 if look else 25)))
     for _ in range(8):
@@ -319,7 +319,7 @@ def test_a_failed_search_and_a_poisoned_batch_change_no_bit(
     poison: float | None, fisher: Any, line_search: Any
 ) -> None:
     env = PointMass(16)
-    algorithm = build(Timid if poison is None else TRPO, env, fisher=fisher, line_search=line_search)
+    algorithm = build(Timid if poison is None else TRPO, env, fisher=fisher, backtracking=line_search)
     with torch.no_grad():
         algorithm.policy.out.bias.fill_(-0.0)  # which 0 * step, added, would make 0.0
     batch = first_batch(algorithm, env)
@@ -337,7 +337,7 @@ def test_a_failed_search_and_a_poisoned_batch_change_no_bit(
 def test_hyperparameters_may_be_tensors(fisher: Any, line_search: Any) -> None:
     """As a schedule makes them."""
     env, ends = PointMass(16), []
-    algorithm = build(TRPO, env, fisher=fisher, line_search=line_search, max_kl=0.3, damping=1e-3)
+    algorithm = build(TRPO, env, fisher=fisher, backtracking=line_search, max_kl=0.3, damping=1e-3)
     batch = first_batch(algorithm, env)
     twin = copy.deepcopy(algorithm)
     for name in ("max_kl", "damping", "cg_tol", "shrink"):
