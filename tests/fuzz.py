@@ -52,7 +52,7 @@ from pgsuite.training.trainer import Trainer
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LONGEST = 600  # characters of a message
 PATIENCE = 120  # seconds for a line
-BETA2 = 8 << 30  # bytes more than there are, so that what would fill the machine fails at once
+MEMORY = 8 << 30  # bytes more than there are, so that what would fill the machine fails at once
 ALGOS = {"ppo": PPO, "a2c": A2C, "npg": NPG, "trpo": TRPO, "ppo_penalty": PPOPenalty, "reinforce": Reinforce}
 ENVS = {"CartPole": CartPole, "Pendulum": Pendulum, "HalfCheetah": HalfCheetah, "gym": Gym, "rlhf": Language}
 OTHERS = {"evaluate": EvaluateConfig, "export": Export, "replay": Replaying}
@@ -319,14 +319,14 @@ class Hostile:
 
 @contextlib.contextmanager
 def little_memory() -> Iterator[None]:
-    """No more than is reserved already, which may be much in a process that did other things, and ``BETA2``.
+    """No more than is reserved already, which may be much in a process that did other things, and ``MEMORY``.
 
     Where even a frame of the interpreter finds no room, CPython 3.11 raises SystemError instead of MemoryError.
     """
     gc.collect()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BETA2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
     try:
         yield
     finally:

@@ -14,7 +14,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite import seeding
-from pgsuite.app import cli
 from pgsuite.errors import UserError
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.transformer import Transformer
@@ -204,7 +203,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         GlobalHydra.instance().clear()
         said = ""
         try:
-            cli.main(__import__(script).task, script)
+            __import__(script).main()
         except SystemExit as stop:
             said = str(stop.code)
         return capsys.readouterr().out + said
@@ -271,5 +270,5 @@ def test_commands_say_in_one_message_what_is_wrong(
 
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     RewardModel(Vocabulary("abc"), judges(1)).save(tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"holds no language model: python scripts/pretrain.py makes one"):
+    with pytest.raises(UserError, match=r"holds no language model: .*pretrain.* makes one"):
         WordModel.load(tmp_path)

@@ -30,7 +30,7 @@ def test_profiled_run_learns_the_same_and_says_where_its_time_went(command: Cli,
     rows = dict(re.findall(r"^(\S.*?)\s+[\d.]+\s+([\d.]+)%", out[out.index("an iteration") :], flags=re.MULTILINE))
     assert rows.pop("all") == "100.0"
     shares = {name: float(share) for name, share in rows.items() if "::" not in name and "#" not in name}
-    assert {"collect", "credit", "update", "update_statistics", "the rest"} <= shares.keys()
+    assert {"collect", "compute_advantages", "update", "update_statistics", "the rest"} <= shares.keys()
     assert sum(shares.values()) == pytest.approx(100, abs=0.05 * len(shares) + 1e-6)  # they are rounded to tenths
     assert shares["the rest"] > 0
     steps = re.search(r"^  gradient step .* (\d+)$", out, flags=re.MULTILINE)

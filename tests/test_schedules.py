@@ -91,7 +91,14 @@ def test_minibatches_that_cannot_be_later_on_are_refused_before_the_run() -> Non
 
 def numbers(cls: type[Algorithm]) -> dict[str, Any]:
     """Every number of a method, at a value that is in force."""
-    given = {"max_grad_norm": 0.5, "huber_delta": 1.0, "clip_high": 0.3, "dual_clip": 3.0, "value_clip": 0.2, "beta": 1.0}
+    given = {
+        "max_grad_norm": 0.5,
+        "huber_delta": 1.0,
+        "clip_high": 0.3,
+        "dual_clip": 3.0,
+        "value_clip": 0.2,
+        "beta": 1.0,
+    }
     hints = get_type_hints(cls, include_extras=True)
     return {
         f.name: given.get(f.name, f.default)

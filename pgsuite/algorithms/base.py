@@ -66,7 +66,7 @@ class Algorithm(Scheduled, ABC):
         self.update_statistics(rollout)
         return metrics
 
-    @is_phase("prepare")
+    @is_phase("preprocess")
     def preprocess(self, rollout: Rollout) -> Rollout:
         """The rollout compared with the reference, with its rewards brought to unit scale, where that is asked for, and
         with what the critic remembers."""
@@ -85,7 +85,7 @@ class Algorithm(Scheduled, ABC):
             metrics = self.update(batch)
         return metrics | self.metrics(batch)
 
-    @is_phase("credit")
+    @is_phase("compute_advantages")
     @torch.no_grad()
     def compute_advantages(self, rollout: Rollout) -> Batch:
         return self._compute_advantages(rollout)
@@ -122,7 +122,7 @@ class Algorithm(Scheduled, ABC):
             metrics |= {f"{prefix}{name}": schedule.value.clone() for name, schedule in part.schedules.items()}
         return metrics
 
-    @is_phase("observe")
+    @is_phase("update_statistics")
     def update_statistics(self, rollout: Rollout) -> None:
         """Take in what was seen, between one update and the next rollout."""
         self.policy.update_statistics(rollout)
@@ -131,7 +131,7 @@ class Algorithm(Scheduled, ABC):
         if self.reward_scale is not None:
             self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
 
-    @is_phase("watch")
+    @is_phase("metrics")
     def metrics(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
