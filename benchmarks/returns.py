@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from record import RESULTS, ROOT, commit, keep, machine, write_table
 
-from pgsuite.report.statistics import interquartile_mean, interval, probability_of_improvement
+from pgsuite.reports.statistics import interquartile_mean, interval, probability_of_improvement
 
 RUNS = RESULTS / "returns"
 PUBLISHED = ROOT / "benchmarks" / "published.csv"

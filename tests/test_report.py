@@ -15,10 +15,10 @@ import yaml
 from scipy import stats
 
 from pgsuite.errors import UserError
-from pgsuite.report import report, statistics
-from pgsuite.report.runs import find, group
-from pgsuite.report.scores import ALL, comparisons, overall, scores
-from pgsuite.report.statistics import interquartile_mean, interval, probability_of_improvement
+from pgsuite.reports import report, statistics
+from pgsuite.reports.runs import find, group
+from pgsuite.reports.scores import ALL, comparisons, overall, scores
+from pgsuite.reports.statistics import interquartile_mean, interval, probability_of_improvement
 
 VERSIONS = {"python": "3.11.7", "pgsuite": "0.1.0", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "4.0.0"}
 

@@ -11,7 +11,7 @@ from test_cli import Cli, command  # noqa: F401
 from pgsuite.algorithms import PPO
 from pgsuite.app.schema import locate, schema
 from pgsuite.errors import UserError
-from pgsuite.report import runs
+from pgsuite.reports import runs
 
 SHORT = ["env=CartPole", "num_envs=4", "horizon=8", "total_steps=64"]
 

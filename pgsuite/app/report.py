@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pgsuite.errors import UserError, command
-from pgsuite.report import report
+from pgsuite.reports import report
 
 
 def main() -> None:

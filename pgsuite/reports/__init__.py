@@ -17,7 +17,7 @@ def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
     the page.  Raises UserError if nothing can be reported, and writes nothing then.
     """
     try:
-        from pgsuite.report import page, runs
+        from pgsuite.reports import page, runs
     except ImportError as error:
         raise UserError(f"a report needs packages that are not here: {REMEDY} ({error})") from error
     if out.exists() and not out.is_dir():

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from pgsuite.report import statistics
-from pgsuite.report.runs import Curve, Group
+from pgsuite.reports import statistics
+from pgsuite.reports.runs import Curve, Group
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; more methods change the line as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")

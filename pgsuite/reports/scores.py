@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgsuite.report import statistics
-from pgsuite.report.runs import FEW, Group
+from pgsuite.reports import statistics
+from pgsuite.reports.runs import FEW, Group
 
 ALL = "all environments"
 MANY = 6  # methods; of more, only comparisons with the best are made

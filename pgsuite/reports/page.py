@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pgsuite.report import pictures
-from pgsuite.report.pictures import Look
-from pgsuite.report.runs import FACTS, FEW, Group, differences, listed, show
-from pgsuite.report.scores import ALL, MANY, Comparison, Ends, Score, comparisons, overall, scores, shared, verdict
+from pgsuite.reports import pictures
+from pgsuite.reports.pictures import Look
+from pgsuite.reports.runs import FACTS, FEW, Group, differences, listed, show
+from pgsuite.reports.scores import ALL, MANY, Comparison, Ends, Score, comparisons, overall, scores, shared, verdict
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #5f6368; --line: #dfe1e5; --ground: #f6f7f8 }
