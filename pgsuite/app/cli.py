@@ -28,6 +28,8 @@ PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
 LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
+# What Hydra raises for command lines that it cannot compose.
+UNCOMPOSABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
 LOST = (
     "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
@@ -45,7 +47,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
     schema.register()
-    sys.argv[1:] = [part for argument in sys.argv[1:] for part in _replacing(argument)]
+    sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
     composed = False
 
     def guarded(work: Callable[[], Any]) -> Any:
@@ -60,11 +62,10 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
                 raise
             # What ended one process ends the others, so the first to notice speaks for all.
             sys.exit(f"error: {shorten(explain(error))}" if distributed.first("error") else 1)
-        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except UNCOMPOSABLE as error:
             if verbose or composed:
                 raise
-            remedy = UNNAMED if "group override" in str(error) else ""  # where Hydra's own words help nobody
-            sys.exit(f"error: no configuration can be composed of that: {shorten(str(error))}{remedy}")
+            sys.exit(f"error: {uncomposable(error)}")
 
     # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
     @functools.wraps(task)
@@ -113,10 +114,16 @@ def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         raise UserError(f"{job} failed, and perhaps others, as said above: {explain(error)}") from None
 
 
-def _replacing(argument: str) -> list[str]:
+def replacing(argument: str) -> list[str]:
     """A schedule given on the command line stands for what a recipe says; Hydra would merge the two."""
     setting, given, value = argument.partition("=")
     return [f"{setting}=null", argument] if given and setting.startswith("algo.") and value[:1] == "{" else [argument]
+
+
+def uncomposable(error: BaseException) -> str:
+    """One message for an error of ``UNCOMPOSABLE`` while a configuration is composed."""
+    remedy = UNNAMED if "group override" in str(error) else ""  # where Hydra's own words help nobody
+    return f"no configuration can be composed of that: {shorten(str(error))}{remedy}"
 
 
 def shorten(message: str) -> str:

@@ -7,8 +7,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,15 @@ from pgsuite.training.trainer import Callback, Trainer
 from pgsuite.training.video import Gif
 
 
+@dataclass
+class Outcome:
+    """What a call of ``run`` came to."""
+
+    folder: Path  # of the run: its own where it was resumed
+    steps: int  # of the environments
+    stopped: int = 0  # the number of the signal that stopped it before its end; 0 where it came to its end
+
+
 def train(cfg: DictConfig) -> float | None:
     """Train, and leave config.yaml, TensorBoard events, metrics.csv, checkpoints and summary.json in Hydra's run
     directory, or go on with a run in its own.
@@ -40,10 +50,31 @@ def train(cfg: DictConfig) -> float | None:
     Returns the mean return over the last tenth of the steps, or the last evaluation's where there was one, for
     sweeps to compare.  Ends the program with code 0 or 143 after SIGINT or SIGTERM.  Raises UserError.
     """
-    hydra = HydraConfig.get()
+    outcome = run(cfg, HydraConfig.get(), resume_with=_resume_command)
+    if outcome.stopped:
+        sys.exit(0 if outcome.stopped == signal.SIGINT else 128 + outcome.stopped)
+    return objective(outcome.folder) if distributed.rank() == 0 else None
+
+
+def _resume_command(folder: Path) -> str:
+    start = command("train")
+    if distributed.size() > 1:
+        start = f"torchrun --nproc-per-node={distributed.local_size()} {start.removeprefix('python ')}"
+    return f"{start} resume={folder}"
+
+
+def run(
+    cfg: DictConfig, hydra: HydraConf, *, resume_with: Callable[[Path], str], callbacks: Sequence[Callback] = ()
+) -> Outcome:
+    """Train as a composed configuration says, in the directory ``hydra.runtime.output_dir`` or, resumed, in the run's.
+
+    hydra: Hydra's own node of the configuration, for the choices, overrides and config sources of this run.
+    resume_with: how to go on with a run directory, for the message after a signal.  callbacks: beside those of the
+    configuration.  Raises UserError.
+    """
     made = Path(hydra.runtime.output_dir)
     try:
-        return _train(cfg, hydra, made)
+        return _run(cfg, hydra, made, resume_with, callbacks)
     finally:
         made_here = (made, *made.parents[:2]) if distributed.rank() == 0 else ()
         for folder in made_here:  # Hydra did; a run that never began here leaves nothing behind
@@ -51,7 +82,13 @@ def train(cfg: DictConfig) -> float | None:
                 folder.rmdir()
 
 
-def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
+def _run(
+    cfg: DictConfig,
+    hydra: HydraConf,
+    folder: Path,
+    resume_with: Callable[[Path], str],
+    callbacks_given: Sequence[Callback],
+) -> Outcome:
     console = callbacks.console()
 
     def say(line: str) -> None:
@@ -69,12 +106,12 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         folder, cfg = before.folder, before.cfg
         if before.steps >= cfg.total_steps and distributed.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
-            return objective(folder)
+            return Outcome(folder, before.steps)
     elif distributed.rank() == 0 and holds_another(folder, cfg):
         raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
     else:
         cfg = measured(cfg, say)
-    trainer, run = build(cfg), parse_run_config(cfg)
+    trainer, settings = build(cfg), parse_run_config(cfg)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
@@ -82,14 +119,15 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
     there = set(folder.iterdir()) if folder.is_dir() else set()
     try:
-        trainer.callbacks = recorders(trainer, cfg, folder, facts, before.steps if before else None, console)
+        begun = before.steps if before else None
+        trainer.callbacks = recorders(trainer, cfg, folder, facts, begun, console, callbacks_given)
     except UserError:
         if before is None and distributed.rank() == 0:  # a run that is refused leaves nothing behind
             for path in set(folder.iterdir()) - there:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-    trainer.failure_handler = Recovery(folder, facts, run.recover.attempts, say)
-    for line in (*describe(trainer, run), *_recipe(hydra, choices)):
+    trainer.failure_handler = Recovery(folder, facts, settings.recover.attempts, say)
+    for line in (*describe(trainer, settings), *_recipe(hydra, choices)):
         say(line)
     if before is not None:
         resume_trainer(trainer, before.state, say)
@@ -98,25 +136,29 @@ def _train(cfg: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
         trainer.fit()
         distributed.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
     if trainer.stop and trainer.steps < trainer.total_steps:
-        start = command("train")
-        if distributed.size() > 1:
-            start = f"torchrun --nproc-per-node={distributed.local_size()} {start.removeprefix('python ')}"
-        how = f"go on with: {start} resume={short(folder)}"
+        how = f"go on with: {resume_with(short(folder))}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
-        sys.exit(0 if trainer.stop == signal.SIGINT else 128 + trainer.stop)
+        return Outcome(folder, trainer.steps, trainer.stop)
     seconds = trainer.seconds["total"]
     outcome = f"return {trainer.return_mean:,.1f} +- {trainer.return_std:,.1f} over {len(trainer.recent)} episodes"
     say(
         f"{outcome if trainer.recent else 'no episode finished in the last tenth'} | {trainer.steps:,} steps in "
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
     )
-    return objective(folder) if distributed.rank() == 0 else None
+    return Outcome(folder, trainer.steps)
 
 
 def recorders(
-    trainer: Trainer, cfg: DictConfig, folder: Path, facts: dict[str, Any], begun: int | None, console: Console
+    trainer: Trainer,
+    cfg: DictConfig,
+    folder: Path,
+    facts: dict[str, Any],
+    begun: int | None,
+    console: Console,
+    given: Sequence[Callback] = (),
 ) -> list[Callback]:
-    """What writes down a run that begins, or goes on after the ``begun`` steps that it made; config.yaml at once."""
+    """What writes down a run that begins, or goes on after the ``begun`` steps that it made, with the callbacks
+    ``given`` from Python; config.yaml at once."""
     run, env, config = parse_run_config(cfg), trainer.collector.env, facts["config"]
     names = {key: facts["choices"][key] for key in ("algo", "env")}
     described = _flatten(config) | names
@@ -150,7 +192,7 @@ def recorders(
     for name, callback in run.callbacks.items():
         callback.slot = f"callbacks.{name}"
         parts.append(callback)
-    parts.append(checkpoints)
+    parts += [*given, checkpoints]
     if writes:
         found = {"seed": run.seed, "backend": env.backend, "device": str(env.device), "processes": distributed.size()}
         found |= {"resume": trainer.level, "versions": facts["versions"], "commit": commit()}
