@@ -1,23 +1,46 @@
-"""Policy gradient methods in PyTorch: REINFORCE, A2C, NPG, TRPO and PPO."""
+"""Policy gradient methods in PyTorch: REINFORCE, A2C, NPG, TRPO and PPO.
+
+>>> run = pgsuite.train("ppo", "CartPole", total_steps=50_000, seed=1, **{"algo.clip": 0.1})
+>>> run.folder, run.metrics["episode/return"], run.evaluate(episodes=10)["return_mean"]
+>>> action = run.policy.act(obs)
+"""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pgsuite.errors import UserError
 
 if TYPE_CHECKING:
+    from pgsuite.app.api import Run, evaluate, report, train
     from pgsuite.app.policy_io import Actor
+    from pgsuite.envs.make import make
 
 __version__ = "0.1.0"
+__all__ = ["Run", "UserError", "evaluate", "load", "make", "report", "train"]
+# Imported when they are first used, so that importing the package stays cheap.
+_HOMES = {"make": "pgsuite.envs.make"} | dict.fromkeys(("Run", "evaluate", "report", "train"), "pgsuite.app.api")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load(run: str | Path, *, deterministic: bool = True, seed: int = 0, device: str = "cpu") -> Actor:
     """The trained policy of a run directory's newest checkpoint, or of one checkpoint, to act with in any environment
     of the same spaces.
 
-    With ``deterministic=False`` actions are sampled, from ``seed`` on.  Raises ``pgsuite.errors.UserError`` if
+    With ``deterministic=False`` actions are sampled, from ``seed`` on.  Raises ``pgsuite.UserError`` if
     there is no checkpoint, or none that can be trusted: nothing in it is ever executed.
     """
-    from pgsuite.app.policy_io import Actor, restore  # here, so that importing the package stays cheap
+    from pgsuite.app.policy_io import Actor, restore
 
     return Actor(restore(run), deterministic=deterministic, seed=seed, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -124,8 +125,16 @@ def unseen() -> nullcontext[Callable[[], None]]:
 
 def evaluate(cfg: DictConfig) -> None:
     """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
-    wanted: EvaluateConfig = instantiate(to_dict(cfg), "the evaluation")
     say = console().print
+    _, line = evaluate_policy(instantiate(to_dict(cfg), "the evaluation"), say)
+    say(line, highlight=False)
+
+
+def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warnings.warn) -> tuple[dict[str, Any], str]:
+    """Play the newest checkpoint of a run and write evaluation.json beside it; what is written there, and a line on it.
+
+    ``say`` is told of damaged checkpoints that are passed over.  Raises UserError.
+    """
     restored = restore(wanted.run, say)
     trained = DictConfig(restored.config)
     run = replace(parse_run_config(trained), seed=wanted.seed)
@@ -158,11 +167,10 @@ def evaluate(cfg: DictConfig) -> None:
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     how = "deterministic" if wanted.deterministic else "stochastic"
-    say(
+    return result, (
         f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "
         f"{float(lengths.mean()):,.1f} steps each | "
-        f"{env.description} | checkpoint at {restored.steps:,} steps",
-        highlight=False,
+        f"{env.description} | checkpoint at {restored.steps:,} steps"
     )
 
 

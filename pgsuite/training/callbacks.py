@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -113,7 +114,8 @@ class MetricLogger(Callback):
 
 
 class ProgressBar(Callback):
-    """Steps, speed, mean return of the last hundred episodes and time left: a bar in a terminal, else plain lines."""
+    """Steps, speed, mean return of the last hundred episodes and time left: a bar in a terminal or a notebook,
+    else plain lines."""
 
     def __init__(self, console: Console, lines: int = 20) -> None:
         self.console, self.lines = console, lines
@@ -122,7 +124,8 @@ class ProgressBar(Callback):
         self.returns: list[float] = []
         self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
         self.bar: Progress | None = None
-        if self.console.is_terminal:
+        # In a notebook rich draws a bar by ipywidgets.
+        if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

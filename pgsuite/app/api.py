@@ -1,0 +1,282 @@
+"""The Python interface behind ``pgsuite.train``, ``pgsuite.evaluate`` and ``pgsuite.report``."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
+from hydra.version import VersionBase
+from omegaconf import DictConfig, open_dict, read_write
+
+from pgsuite.app import cli, schema
+from pgsuite.app.evaluate import EvaluateConfig, evaluate_policy
+from pgsuite.app.policy_io import Actor, restore
+from pgsuite.app.train import run as run_training
+from pgsuite.app.train import summary_of
+from pgsuite.errors import UserError
+from pgsuite.settings import closest
+from pgsuite.training.trainer import Callback
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECASE)  # needs no quotes in an override
+
+
+class Run:
+    """A run directory: what ``pgsuite.train`` returns, or ``pgsuite.Run(folder)`` of an earlier run.
+
+    Raises UserError if the directory holds no run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.yaml").is_file():
+            raise UserError(f"{self.folder} holds no run: it has no config.yaml")
+
+    def __repr__(self) -> str:
+        summary = self.summary
+        words = [repr(str(self.folder)), summary.get("status", "still runs, or was killed")]
+        words += [f"{summary['steps']:,} steps"] if "steps" in summary else []
+        if summary.get("return_mean") is not None:
+            words.append(f"return {summary['return_mean']:,.1f} +- {summary['return_std']:,.1f}")
+        return f"Run({', '.join(words)})"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds: status, steps, return_mean, versions, ...; empty before the run's end."""
+        return summary_of(self.folder)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting of the run, nested, as in config.yaml."""
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    @cached_property
+    def policy(self) -> Actor:
+        """The policy of the newest checkpoint: ``policy.act(obs)`` takes and returns NumPy arrays or tensors.
+
+        It takes the mode of its distributions; ``pgsuite.load(run.folder, deterministic=False)`` samples.
+        """
+        return Actor(_as_user_errors(lambda: restore(self.folder)))
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The columns of metrics.csv by name, float64 [L] for L logged lines; NaN where a line has no value.
+
+        ``metrics["steps"]`` counts environment steps, ``metrics["episode/return"]`` is the mean undiscounted return of
+        the episodes that finished since the line before.
+        """
+        path = self.folder / "metrics.csv"
+        try:
+            with path.open(newline="") as file:
+                names, *rows = csv.reader(file)
+            return {name: np.array([float(row[i] or "nan") for row in rows]) for i, name in enumerate(names)}
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+
+    def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int = 0) -> dict[str, Any]:
+        """``pgsuite.evaluate`` of this run."""
+        return evaluate(self.folder, episodes, deterministic=deterministic, seed=seed)
+
+    def plot(self, metric: str = "episode/return") -> Figure:
+        """A metric over environment steps, as a matplotlib figure, which a notebook shows inline.
+
+        Raises UserError for an unknown metric, or without matplotlib.
+        """
+        try:
+            from pgsuite.app.plot import curve
+        except ImportError as error:
+            raise UserError("run.plot() needs matplotlib: pip install 'pgsuite[report]'") from error
+        metrics = self.metrics
+        if metric not in metrics:
+            raise UserError(f"no metric {metric!r}; {closest(metric, metrics)}")
+        return curve(metrics["steps"], metrics[metric], metric, self.folder.name)
+
+
+def train(
+    algo: str = "ppo",
+    env: str = "HalfCheetah",
+    *,
+    total_steps: int | None = None,
+    seed: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Train in this process, as ``pgsuite train`` does, and return the run.
+
+    algo, env: the configurations to take, as on the command line.
+    total_steps: environment steps; None takes the recipe's, or the default.
+    callbacks: instances of ``pgsuite.training.trainer.Callback``, called after those of the configuration.
+    folder: the run directory; None makes ``runs/<algo>-<env>/<date_time>-s<seed>``.
+    settings: any other setting by its dotted name, as in ``**{"algo.clip": 0.1, "algo/estimator": "n_step"}``.  Values
+    are Python's: numbers, strings, booleans, None, lists and dictionaries.  ``**{"~tuned": None}`` leaves a recipe out.
+
+    The directory is the same, bit for bit, as the one that the command line leaves (times aside).  A keyboard interrupt
+    stops after the current iteration and saves, then raises KeyboardInterrupt; a second one stops at once.  Raises
+    UserError, with the message of the command line, for whatever the caller can correct.
+    """
+    _check(callbacks)
+    given = {"total_steps": total_steps, "seed": seed}
+    given = {"algo": algo, "env": env} | {key: x for key, x in given.items() if x is not None} | settings
+    if folder is not None:
+        given["hydra.run.dir"] = str(folder)
+    threads = torch.get_num_threads()
+    try:
+        with _hydra_of_its_own():
+            cfg, hydra = _compose([override(key, x) for key, x in given.items()], fresh=folder is None)
+            outcome = _as_user_errors(
+                lambda: run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    if outcome.stopped:
+        signal.raise_signal(outcome.stopped)  # to whoever handles it in this process: SIGINT raises KeyboardInterrupt
+    return Run(outcome.folder)
+
+
+def evaluate(
+    run: str | Path | Run, episodes: int = 20, *, deterministic: bool = True, seed: int = 0, video: str | None = None
+) -> dict[str, Any]:
+    """Play whole episodes with the newest checkpoint of a run, or with one checkpoint, on the CPU.
+
+    Returns what is also written to evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes],
+    ``lengths`` [episodes], ``steps`` of the checkpoint, ...  video: a file for a film of the first episode, mp4 or gif.
+    Raises UserError.
+    """
+    path = run.folder if isinstance(run, Run) else run
+    threads = torch.get_num_threads()
+
+    def work() -> dict[str, Any]:
+        try:
+            wanted = EvaluateConfig(
+                run=str(path), episodes=episodes, deterministic=deterministic, seed=seed, video=video
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return evaluate_policy(wanted)[0]
+
+    try:
+        return _as_user_errors(work)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def report(*runs: str | Path | Run, out: str | Path = "report") -> Path:
+    """Compare runs on one page, and return the path of that page: ``out``/index.html.
+
+    runs: runs, run directories, directories that hold some at any depth, or globs.  Needs the extra ``report``.
+    Raises UserError if nothing can be reported.
+    """
+    from pgsuite.reports import report as write
+
+    paths = [str(run.folder if isinstance(run, Run) else run) for run in runs]
+    write(paths, Path(out), f"pgsuite.report({', '.join(map(repr, paths))}, out={str(out)!r})")
+    return Path(out) / "index.html"
+
+
+def override(key: str, value: Any) -> str:
+    """A setting as Hydra's command line takes it."""
+    return key if key.startswith("~") and value is None else f"{key}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    """A Python value in the grammar of Hydra's overrides.  Raises UserError for one that no setting can have."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
+    if isinstance(value, str | Path):
+        text = str(value)
+        # In quotes, backslashes before a quote, or at the end, are escapes.
+        quoted = re.sub(r"(\\*)(')", r"\1\1\\\2", re.sub(r"(\\+)$", r"\1\1", text))
+        return text if WORD.match(text) else f"'{quoted}'"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    raise UserError(f"a setting is a number, string, boolean, None, list or dictionary, not {value!r}")
+
+
+def _check(callbacks: Sequence[Any]) -> None:
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise UserError(f"callbacks must be instances of pgsuite.training.trainer.Callback, got {callback!r}")
+
+
+@contextmanager
+def _hydra_of_its_own() -> Iterator[None]:
+    """A Hydra without state, so that a program that uses Hydra itself finds its own state again afterwards."""
+    states, instances = (GlobalHydra, HydraConfig, JobRuntime, VersionBase), Singleton._instances
+    kept = {kind: instances.pop(kind) for kind in states if kind in instances}
+    try:
+        yield
+    finally:
+        for kind in states:
+            instances.pop(kind, None)
+        instances.update(kept)
+
+
+def _compose(overrides: list[str], *, fresh: bool) -> tuple[DictConfig, HydraConf]:
+    """The configuration of train.yaml with these overrides, and Hydra's own node of it, in a run directory that
+    exists, as ``hydra.main`` would leave them.  ``fresh``: never in a directory that is there already."""
+    schema.register()
+    parts = [part for each in overrides for part in cli.replacing(each)]
+    try:
+        initialize_config_dir(str(cli.CONFIGS), job_name="train", version_base="1.3")
+        whole = compose("train", parts, return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)  # for ${hydra:...} in the directory's name
+        folder = wanted = Path(os.path.abspath(whole.hydra.run.dir))
+    except cli.MENDABLE as error:
+        raise UserError(cli.shorten(cli.explain(error))) from error
+    except cli.UNCOMPOSABLE as error:
+        raise UserError(cli.uncomposable(error)) from error
+    count = 1
+    while fresh and folder.exists():  # two runs of a seed in one second
+        count += 1
+        folder = wanted.with_name(f"{wanted.name}-{count}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(cli.explain(error)) from error
+    with read_write(whole.hydra.runtime):
+        whole.hydra.runtime.output_dir = str(folder)
+    HydraConfig.instance().set_config(whole)
+    cfg = copy.deepcopy(whole)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, HydraConfig.get()
+
+
+def _as_user_errors(work: Any) -> Any:
+    """work(), with UserError for every error that the command line answers with a message."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except cli.MENDABLE as error:
+        raise UserError(cli.shorten(cli.explain(error))) from error
+
+
+def _resume_call(folder: Path) -> str:
+    return f"pgsuite.train(..., resume={str(folder)!r})"
