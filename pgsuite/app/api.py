@@ -7,11 +7,11 @@ import csv
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from pgsuite.training.trainer import Callback
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECASE)  # needs no quotes in an override
 
 
@@ -47,7 +48,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))  # wherever the program goes
         if not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder} holds no run: it has no config.yaml")
 
@@ -112,8 +113,8 @@ class Run:
 
 
 def train(
-    algo: str = "ppo",
-    env: str = "HalfCheetah",
+    algo: str | None = None,
+    env: str | None = None,
     *,
     total_steps: int | None = None,
     seed: int | None = None,
@@ -123,8 +124,8 @@ def train(
 ) -> Run:
     """Train in this process, as ``pgsuite train`` does, and return the run.
 
-    algo, env: the configurations to take, as on the command line.
-    total_steps: environment steps; None takes the recipe's, or the default.
+    algo, env: the configurations to take, as on the command line; None takes ppo and HalfCheetah, or what a resumed run
+    has.  total_steps: environment steps; None takes the recipe's, or the default.
     callbacks: instances of ``pgsuite.training.trainer.Callback``, called after those of the configuration.
     folder: the run directory; None makes ``runs/<algo>-<env>/<date_time>-s<seed>``.
     settings: any other setting by its dotted name, as in ``**{"algo.clip": 0.1, "algo/estimator": "n_step"}``.  Values
@@ -135,8 +136,8 @@ def train(
     UserError, with the message of the command line, for whatever the caller can correct.
     """
     _check(callbacks)
-    given = {"total_steps": total_steps, "seed": seed}
-    given = {"algo": algo, "env": env} | {key: x for key, x in given.items() if x is not None} | settings
+    named = {"algo": algo, "env": env, "total_steps": total_steps, "seed": seed}
+    given: dict[str, Any] = {key: x for key, x in named.items() if x is not None} | settings
     if folder is not None:
         given["hydra.run.dir"] = str(folder)
     threads = torch.get_num_threads()
@@ -268,7 +269,7 @@ def _compose(overrides: list[str], *, fresh: bool) -> tuple[DictConfig, HydraCon
     return cfg, HydraConfig.get()
 
 
-def _as_user_errors(work: Any) -> Any:
+def _as_user_errors(work: Callable[[], T]) -> T:
     """work(), with UserError for every error that the command line answers with a message."""
     try:
         return work()
@@ -279,4 +280,4 @@ def _as_user_errors(work: Any) -> Any:
 
 
 def _resume_call(folder: Path) -> str:
-    return f"pgsuite.train(..., resume={str(folder)!r})"
+    return f"pgsuite.train(resume={str(folder)!r})"

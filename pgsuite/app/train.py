@@ -78,7 +78,7 @@ def run(
     finally:
         made_here = (made, *made.parents[:2]) if distributed.rank() == 0 else ()
         for folder in made_here:  # Hydra did; a run that never began here leaves nothing behind
-            if folder.is_dir() and not any(folder.iterdir()):
+            if folder.is_dir() and not any(folder.iterdir()) and not Path.cwd().is_relative_to(folder):
                 folder.rmdir()
 
 
