@@ -13,10 +13,12 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hydra.core.utils import JobRuntime
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_cli import Cli, command  # noqa: F401
 
@@ -143,7 +145,7 @@ def test_reports_take_runs_and_folders(here: Path) -> None:
     ids=str,
 )
 def test_bad_settings_raise_the_message_of_the_command_line(command: Cli, bad: dict[str, Any]) -> None:  # noqa: F811
-    given = {"env": "CartPole"} | bad
+    given: dict[str, Any] = {"env": "CartPole"} | bad
     code, _, err = command("train", *(override(key, x) for key, x in given.items()))
     assert code == 1 and err.startswith("error: ")
     with pytest.raises(pgsuite.UserError) as caught:
@@ -185,13 +187,13 @@ def test_a_program_that_uses_hydra_keeps_its_state(here: Path) -> None:
     (here / "conf" / "mine.yaml").write_text("x: 1\n")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(here / "conf"), job_name="mine", version_base="1.2"):
-        before, name = HydraConfig.instance().cfg, hydra.core.utils.JobRuntime.instance().get("name")
+        before, name = HydraConfig.instance().cfg, JobRuntime.instance().get("name")
         train()
         train("again", seed=1)
         assert hydra.compose("mine", ["x=2"]) == {"x": 2}
         assert HydraConfig.instance().cfg is before
-        assert hydra.core.utils.JobRuntime.instance().get("name") == name == "mine"
-        assert hydra.version.getbase() == hydra.version._get_version("1.2")
+        assert JobRuntime.instance().get("name") == name == "mine"
+        assert str(version.getbase()) == "1.2"
 
 
 VALUES = st.recursive(
@@ -202,6 +204,10 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
+@example("a\\")
+@example("it's \\' $")
+@example("null")
+@example("1e3")
 def test_python_values_arrive_as_they_are(value: Any) -> None:
     (parsed,) = OverridesParser.create().parse_overrides([override("key", value)])
     assert parsed.value() == value
