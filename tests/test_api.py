@@ -88,10 +88,10 @@ def test_python_and_the_command_line_leave_the_same_run(command: Cli) -> None:  
 
 
 def test_a_run_acts_measures_evaluates_and_draws(here: Path) -> None:
-    threads = torch.get_num_threads()
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
     run = train(torch_threads=threads + 1)
     assert run.folder == here / "run" and run.summary["status"] == "finished"
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), random)
     assert repr(run).startswith(f"Run({str(run.folder)!r}, finished, 512 steps, return ")
     assert run.config["algo"]["epochs"] == 1
 
@@ -175,6 +175,14 @@ def test_an_interrupt_saves_and_then_raises(here: Path, capsys: pytest.CaptureFi
     assert "SIGINT at 256 steps, saved; go on with: pgsuite.train(resume='run')" in capsys.readouterr().out
     assert pgsuite.Run("run").summary["status"] == "interrupted"
     assert pgsuite.train(resume="run", total_steps=320).summary["steps"] == 320
+
+
+def test_configurations_of_ones_own_are_found(here: Path) -> None:
+    (here / "mine" / "algo").mkdir(parents=True)
+    (here / "mine" / "algo" / "careful.yaml").write_text("defaults: [ppo, _self_]\nclip: 0.05\n")
+    settings = {"hydra.searchpath": [f"file://{here / 'mine'}"]} | TINY
+    run = pgsuite.train("careful", "CartPole", total_steps=64, **settings)
+    assert run.config["algo"]["clip"] == 0.05 and run.folder.parent.name == "careful-CartPole"
 
 
 def test_runs_of_one_second_have_directories_of_their_own(here: Path) -> None:

@@ -13,6 +13,7 @@ BIN=$WORK/installed/bin
 "$BIN/python" -c "import pgsuite, sys; assert pgsuite.__file__.startswith('$WORK/installed'), pgsuite.__file__"
 "$BIN/pgsuite" train algo=ppo env=CartPole total_steps=4096 hydra.run.dir=run
 "$BIN/python" -m pgsuite evaluate run=run episodes=2
+"$BIN/python" -c "import pgsuite; print(pgsuite.train('ppo', 'CartPole', total_steps=1024, folder='python'))"
 "$BIN/pgsuite" export run=run format=torch
 "$BIN/pgsuite" report run
 "$BIN/pgsuite" envs > /dev/null
