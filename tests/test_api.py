@@ -180,7 +180,7 @@ def test_an_interrupt_saves_and_then_raises(here: Path, capsys: pytest.CaptureFi
 def test_configurations_of_ones_own_are_found(here: Path) -> None:
     (here / "mine" / "algo").mkdir(parents=True)
     (here / "mine" / "algo" / "careful.yaml").write_text("defaults: [ppo, _self_]\nclip: 0.05\n")
-    settings = {"hydra.searchpath": [f"file://{here / 'mine'}"]} | TINY
+    settings: dict[str, Any] = {"hydra.searchpath": [f"file://{here / 'mine'}"]} | TINY
     run = pgsuite.train("careful", "CartPole", total_steps=64, **settings)
     assert run.config["algo"]["clip"] == 0.05 and run.folder.parent.name == "careful-CartPole"
 
@@ -219,6 +219,12 @@ VALUES = st.recursive(
 def test_python_values_arrive_as_they_are(value: Any) -> None:
     (parsed,) = OverridesParser.create().parse_overrides([override("key", value)])
     assert parsed.value() == value
+
+
+def test_torchrun_is_for_the_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(pgsuite.UserError, match="torchrun -m pgsuite train"):
+        train()
 
 
 def test_values_that_no_setting_has_are_refused() -> None:

@@ -25,6 +25,7 @@ from hydra.core.utils import JobRuntime
 from hydra.version import VersionBase
 from omegaconf import DictConfig, open_dict, read_write
 
+from pgsuite import distributed
 from pgsuite.app import cli, schema
 from pgsuite.app.evaluate import EvaluateConfig, evaluate_policy
 from pgsuite.app.policy_io import Actor, restore
@@ -136,6 +137,8 @@ def train(
     UserError, with the message of the command line, for whatever the caller can correct.
     """
     _check(callbacks)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and distributed.size() == 1:
+        raise UserError("pgsuite.train trains in one process; for several: torchrun -m pgsuite train <settings>")
     named = {"algo": algo, "env": env, "total_steps": total_steps, "seed": seed}
     given: dict[str, Any] = {key: x for key, x in named.items() if x is not None} | settings
     if folder is not None:

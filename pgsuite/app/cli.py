@@ -47,6 +47,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
     schema.register()
+    given = list(sys.argv)
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
     composed = False
 
@@ -88,6 +89,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     try:
         guarded(together)
     finally:
+        sys.argv[:] = given
         if not verbose:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # or whatever this process starts later would show tracebacks
 
