@@ -34,9 +34,7 @@ class OverlappedCollector(Collector):
     def __init__(self, inner: Collector, policy: Policy) -> None:
         """Raises ValueError for generated texts, and where there are several processes."""
         if not inner.supports_overlap:
-            raise ValueError(
-                f"overlap=true does not work with {inner.env.name}, whose rollouts are generated: leave it out"
-            )
+            raise ValueError("overlap=true is for environments that are stepped, and env=rlhf's are not: leave it out")
         if distributed.size() > 1:
             raise ValueError("overlap=true is for one process: leave torchrun, or leave it out")
         self.inner, self.env, self.horizon = inner, inner.env, inner.horizon
