@@ -17,7 +17,8 @@ FLOORS = [
     {"app"},
     {"rlhf"},
 ]
-TO_MOVE = {"app imports rlhf"}  # until the policy and the callbacks of a configuration name their own classes
+# Upwards, until the policy and the callbacks of a configuration name their own classes.
+TO_MOVE = {("app/build.py", "rlhf"), ("app/train.py", "rlhf")}
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 ROOT = pathlib.Path(__file__).parents[1] / "pgsuite"
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py" or p.parent != ROOT)
@@ -41,16 +42,17 @@ def test_imports_point_down(path: pathlib.Path) -> None:
     for name in imports(path):
         if name.startswith("pgsuite."):
             there = name.split(".")[1]
-            says = f"{here} imports {there}"
-            assert there == here or LEVEL[there] < LEVEL[here] or says in TO_MOVE, says
+            exempt = (str(path.relative_to(ROOT)), there) in TO_MOVE
+            assert there == here or LEVEL[there] < LEVEL[here] or exempt, f"{here} imports {there}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_hydra_stays_at_the_border_and_numpy_at_the_edges(path: pathlib.Path) -> None:
     top = path.relative_to(ROOT).parts[0]
     packages = {name.split(".")[0] for name in imports(path)}
-    assert top in ("app", "report", "rlhf") or not packages & {"hydra", "omegaconf"}
-    assert top in ("envs", "app", "report", "training", "rlhf") or "numpy" not in packages
+    assert top == "app" or "hydra" not in packages
+    assert top in ("app", "report") or "omegaconf" not in packages  # a report reads what runs were configured with
+    assert top in ("envs", "app", "report", "training") or "numpy" not in packages
 
 
 def test_algorithms_know_nothing_of_where_they_run() -> None:
