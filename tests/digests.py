@@ -25,21 +25,32 @@ ROOT = Path(__file__).parents[1]
 
 
 def digest(method: str, env: str, execution: str, recurrent: str) -> str:
-    """SHA-256 of the policy's and the critic's tensors at the end of a run, or the last line of why there are none."""
+    """SHA-256 of the policy's and the critic's tensors at the end of a run.  Raises SystemExit where the run failed,
+    since two failures would look like two equal runs."""
     horizon = [] if method == "reinforce" else ["horizon=64"]
     steps = 8_000 if method == "reinforce" else 5_120
-    settings = [f"algo={method}", f"env={env}", f"execution={execution}", f"policy.recurrent={recurrent}", "seed=1"]
+    # So far that TRPO's search refuses full steps, without which its runs are NPG's.
+    far = ["algo.max_kl=0.2", "algo.damping=0.001"] if method in ("npg", "trpo") else []
+    settings = [
+        *far,
+        f"algo={method}",
+        f"env={env}",
+        f"execution={execution}",
+        f"policy.recurrent={recurrent}",
+        "seed=1",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "scripts/train.py", *settings, *horizon, "num_envs=8", f"total_steps={steps}"]
         command += ["env.max_episode_steps=100", "env_threads=1", f"hydra.run.dir={folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         found = sorted(Path(folder).glob("run/checkpoints/0*.pt"))
-        if not found:
-            return (done.stderr.strip().splitlines() or ["no checkpoint"])[-1]
+        if done.returncode or not found:
+            said = (done.stderr.strip().splitlines() or [""])[-1]
+            sys.exit(f"{' '.join(command)} left no checkpoint: {said}")
         state = torch.load(found[-1], weights_only=True)["algorithm"]
     sha = hashlib.sha256()
-    for part in ("policy", "critic"):
-        for x in state.get(part, {}).values():  # without names, which may change
+    for part in [state["policy"], state.get("critic", {})]:  # REINFORCE has no critic, as a rule
+        for x in part.values():  # without names, which may change
             sha.update(x.contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 

@@ -65,7 +65,7 @@ def test_going_back_takes_everything_back_but_the_pace_and_the_actions_to_come(c
     with torch.no_grad():
         next(iter(algorithm.policy.parameters())).flatten()[0] = torch.nan
     trainer.step()
-    paces = {"/algorithm/optimizer/share", "/algorithm/critic_optimizer/share"}
+    paces = {"/algorithm/optimizer/lr_scale", "/algorithm/critic_optimizer/lr_scale"}
     allowed = {f"{path} differs" for path in (*paces, "/collector/generator")} | {"/recoveries: 0 is not 1"}
     changed = set(kills.differences(before, trainer.training_state()))
     assert changed <= allowed and len(changed) == 2 + len(algorithm.optimizers) and len(said) == 1

@@ -223,7 +223,7 @@ def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
     digest = hashlib.sha256()
     for module in trainer.algorithm.parts.values():
         for name, x in module.state_dict().items():
-            if name.split(".")[-1] != "hidden_state":  # what its own environments are at
+            if name.split(".")[-1] not in ("hidden_state", "discounted_return"):  # of its own environments
                 digest.update(name.encode() + x.cpu().numpy().tobytes())
     mine = {"settings": to_dict(cfg), "steps": trainer.steps, "parameters": digest.hexdigest()}
     theirs = distributed.broadcast(mine)

@@ -19,10 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite import distributed
 from pgsuite.app import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
+from pgsuite.app.build import instantiate, to_dict
 from pgsuite.distributed import LostProcessError
 from pgsuite.envs.base import BrokenEnvError
 from pgsuite.errors import UserError
 from pgsuite.settings import closest
+from pgsuite.training.callbacks import console
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
@@ -92,6 +94,19 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         sys.argv[:] = given
         if not verbose:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # or whatever this process starts later would show tracebacks
+
+
+def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], config: str) -> None:
+    """Run ``work(settings, folder, say)`` with the dataclass that the configuration named stands for, in a new run
+    directory."""
+
+    def task(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        work(
+            instantiate(to_dict(cfg), config), folder, functools.partial(console().print, highlight=False, markup=False)
+        )
+
+    main(task, config)
 
 
 def _divide(processes: bool) -> None:

@@ -1,6 +1,6 @@
 """What sweeps need of Hydra beyond its launchers: names, shares of the cores, and searches that go on.
 
-Importing it registers the resolvers that ``configs/`` uses; every process of a sweep does, through ``runtime.cli``.
+Importing it registers the resolvers that ``configs/`` uses; every process of a sweep does, through ``app.cli``.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ class VectorEnv(Protocol):
 
     Actions outside a Box are clipped to it.  A finished environment restarts within the step that finished it, and
     that step reports the true successor; one that needs a step of its own for restarting says so in that step's mask.
+    Environments that one kind of ``Collector`` alone can collect from may name that class as their ``collector``.
     """
 
     name: str

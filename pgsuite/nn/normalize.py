@@ -89,13 +89,13 @@ class RewardScale(nn.Module):
     subtracted from the rewards, since that would change the task (Engstrom et al., 2020, section 3).
     """
 
-    carry: Tensor
+    discounted_return: Tensor  # [N], of the episodes that are under way
 
     def __init__(self, num_envs: int, clip: float | None = 10.0) -> None:
         super().__init__()
         self.clip = clip
         self.moments = RunningMoments()
-        self.register_buffer("carry", torch.zeros(num_envs))
+        self.register_buffer("discounted_return", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
         return held(reward * self.moments.scale, self.clip)
@@ -103,10 +103,10 @@ class RewardScale(nn.Module):
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
         """Take in a rollout's rewards, episode starts and mask, each [T, N], discounted by gamma."""
-        decay, sums, carry = gamma * (~start).to(reward.dtype), torch.empty_like(reward), self.carry
+        decay, sums, sofar = gamma * (~start).to(reward.dtype), torch.empty_like(reward), self.discounted_return
         for new, kept, total in zip(reward, decay, sums, strict=True):
-            carry = torch.addcmul(new, kept, carry, out=total)
-        self.carry.copy_(carry)
+            sofar = torch.addcmul(new, kept, sofar, out=total)
+        self.discounted_return.copy_(sofar)
         self.moments.update(sums, mask)
 
 

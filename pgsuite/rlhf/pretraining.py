@@ -147,16 +147,6 @@ def samples(model: WordModel, reviews: list[Review], seed: int, count: int = 5) 
 
 def main() -> None:
     """The command line."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    from pgsuite.app import cli  # which configures Hydra
 
-    from pgsuite.app import cli
-    from pgsuite.app.build import instantiate, to_dict
-    from pgsuite.training.callbacks import console
-
-    def task(cfg: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        say = partial(console().print, highlight=False, markup=False)
-        pretrain(instantiate(to_dict(cfg), "the pretraining"), folder, say)
-
-    cli.main(task, "pretrain")
+    cli.main_with_settings(pretrain, "pretrain")

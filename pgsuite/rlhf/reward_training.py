@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -181,16 +180,6 @@ def report(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    from pgsuite.app import cli  # which configures Hydra
 
-    from pgsuite.app import cli
-    from pgsuite.app.build import instantiate, to_dict
-    from pgsuite.training.callbacks import console
-
-    def task(cfg: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        say = partial(console().print, highlight=False, markup=False)
-        train_reward(instantiate(to_dict(cfg), "the training"), folder, say)
-
-    cli.main(task, "reward_model")
+    cli.main_with_settings(train_reward, "reward_model")
