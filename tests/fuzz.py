@@ -254,7 +254,7 @@ def answer(script: str, arguments: list[str], iterations: int = 0) -> Answer:
     with (
         mock.patch.dict(os.environ, {"WANDB_MODE": "disabled"}),
         mock.patch.object(sys, "argv", [f"{script}.py", *arguments]),
-        mock.patch.object(Trainer, "turn", counted),
+        mock.patch.object(Trainer, "step", counted),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

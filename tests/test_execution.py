@@ -116,7 +116,7 @@ def test_a_critic_learns_beside_the_policy_where_neither_writes_what_the_other_r
     algorithm = build(method, env, shared=shared)
     execute(algorithm, collector(algorithm, env), "compile")
     threads = []
-    for name in ("improve", "regress"):
+    for name in ("update_policy", "fit_critic"):
         setattr(algorithm, name, lambda *_: threads.append(threading.current_thread()) or {})
     for _ in range(2):
         algorithm.update(None)

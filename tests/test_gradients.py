@@ -85,8 +85,8 @@ def first_gradient(algorithm: Any, rollout: Rollout) -> Tensor:
         norm = algorithm.update_policy(batch)["grad_norm"]
         step = tr.flatten(params).detach() - before
         return norm * step / step.norm()
-    step, taken = algorithm.optimizer.step, []
-    algorithm.optimizer.step = lambda gradient: taken.append(gradient) or step(gradient)
+    apply, taken = algorithm.optimizer.apply_gradient, []
+    algorithm.optimizer.apply_gradient = lambda gradient: taken.append(gradient) or apply(gradient)
     algorithm.update(batch)
     return -taken[-1][: sum(p.numel() for p in params)]
 

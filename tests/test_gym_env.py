@@ -104,7 +104,7 @@ def test_steps_spent_on_restarting_teach_nothing() -> None:
         rollout = StepCollector(env, STEPS).collect(policy)
         value, next_value = (x.sum(-1).sin() for x in (rollout.obs, rollout.next_obs))
         advantage, _ = GAE(lam=0.9)(rollout, value, next_value, torch.ones_like(value), gamma=0.97)
-        returns, lengths = EpisodeTracker(ENVS, env.device).update(rollout)
+        returns, lengths = EpisodeTracker(ENVS, env.device).finished_episodes(rollout)
         cells = [advantage[:, i][rollout.mask[:, i]] for i in range(ENVS)]
         starts = [rollout.start[:, i][rollout.mask[:, i]] for i in range(ENVS)]
         found.append((cells, starts, sorted(returns.tolist()), sorted(lengths.tolist()), rollout))
@@ -232,5 +232,5 @@ def test_ppo_learns_through_the_adapter(way: dict[str, Any]) -> None:
     tracker, returns = EpisodeTracker(8, env.device), [0.0]
     for _ in range(16):
         algorithm.iterate(rollouts)
-        returns += tracker.update(rollouts.buffer.read())[0].tolist()
+        returns += tracker.finished_episodes(rollouts.buffer.read())[0].tolist()
     assert np.mean(returns[-10:]) > 100 > 60 > np.mean(list(itertools.islice(returns, 20)))

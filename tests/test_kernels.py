@@ -45,7 +45,7 @@ def test_every_kernel_of_a_run_is_listed(cls: type[Algorithm]) -> None:
         "optimizer.gradient_step",
         "critic.values_and_next_values",
         "algorithm.training_step",
-        "collector.collect_rollout",
+        "collector.collect",
         "collector.act",
         "env.step_task",
         "trainer.pack_host_data",
@@ -94,7 +94,7 @@ def test_a_deep_copy_has_kernels_of_its_own_that_run_as_written() -> None:
     algorithm: Any = twin.algorithm
     assert algorithm.critic.values_and_next_values.function.__self__ is algorithm.critic
     assert algorithm.optimizer.gradient_step.function.__self__ is algorithm.optimizer
-    rollout = twin.collector.collect_rollout(algorithm.policy)
+    rollout = twin.collector.collect(algorithm.policy)
     assert rollout.mask.all() and algorithm.critic.values_and_next_values(rollout)[0].isfinite().all()
 
 

@@ -39,7 +39,7 @@ class Once:
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
 
-    def collect_rollout(self, policy: Policy) -> Rollout:
+    def collect(self, policy: Policy) -> Rollout:
         return self.rollout
 
 

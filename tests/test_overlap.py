@@ -160,8 +160,8 @@ def test_cells_where_nothing_happened_have_no_weight_of_their_own() -> None:
     algorithm = build(PPO, env := PointMass(4), **BRIEF[PPO])
 
     class Masked(StepCollector):
-        def collect(self, policy: Any) -> Rollout:
-            rollout = super().collect(policy)
+        def _collect(self, policy: Any) -> Rollout:
+            rollout = super()._collect(policy)
             rollout.mask[5:, 0] = False
             rollout.obs[5:, 0] = torch.nan
             return rollout

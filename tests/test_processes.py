@@ -73,12 +73,14 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     cls, given = CASES[name]
     options: dict[str, Any] = {"minibatches": 2, "epochs": 3} if issubclass(cls, PPO) else {}
     options |= {"critic_minibatches": 2, "critic_epochs": 2} if issubclass(cls, NPG | Reinforce) else {}
-    hidden_state = {key: x for key, x in given.items() if key == "recurrent"}
+    look = {key: x for key, x in given.items() if key == "recurrent"}
     env, rank, world = PointMass(8, max_episode_steps=20), distributed.rank(), distributed.size()
-    algorithm = build(cls, env, look=hidden_state | {"recurrent_size": 8}, **options | given)
+    algorithm = build(cls, env, look=look | {"recurrent_size": 8}, **options | given)
     acting = collector(algorithm, env)
-    for part in (algorithm.reward_scale, *algorithm.critics):
-        part.hidden_state = part.hidden_state[rank::world]
+    scale = algorithm.reward_scale
+    scale.discounted_return = scale.discounted_return[rank::world]
+    for critic in algorithm.critics:
+        critic.hidden_state = critic.hidden_state[rank::world]
 
     class Share:
         def collect(self, policy: Any) -> Any:
@@ -93,7 +95,7 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     parts = {"policy": algorithm.policy, "rewards": algorithm.reward_scale.moments}
     parts |= {f"critic {i}": part for i, part in enumerate(algorithm.critics)}
     state = {f"{key}.{name}": x for key, part in parts.items() for name, x in part.state_dict().items()}
-    return found | {name: x for name, x in state.items() if not name.endswith("carry")}
+    return found | {name: x for name, x in state.items() if not name.endswith(("hidden_state", "discounted_return"))}
 
 
 def learn_everything(folder: str, told: dict[str, str]) -> None:

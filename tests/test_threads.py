@@ -56,7 +56,7 @@ def test_the_fastest_pair_is_taken_whatever_disturbs_a_single_iteration(
     class Copy:
         def __init__(self, cfg: Any) -> None:
             self.env_threads = cfg.env_threads
-            self.collector = SimpleNamespace(env=SimpleNamespace(backend=backend), settle=lambda: None)
+            self.collector = SimpleNamespace(env=SimpleNamespace(backend=backend), wait=lambda: None)
 
         def iterate(self) -> None:
             order.append(pair := (torch.get_num_threads(), self.env_threads))

@@ -55,7 +55,7 @@ class Algorithm(Scheduled, ABC):
 
     def iterate(self, collector: Collector) -> Metrics:
         """One turn: collect, assign credit, learn."""
-        return self.training_step(collector.collect_rollout(self.policy))
+        return self.training_step(collector.collect(self.policy))
 
     def train_on(self, rollout: Rollout) -> Metrics:
         """Learn from what this policy did.  Statistics and memories move last, so that the policy that learns is the

@@ -292,7 +292,7 @@ def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
     outside = [physics.launch] if isinstance(physics, WarpPhysics) else []
     why, roots = distant(env) or collector.host_sync_reason, (collector, algorithm.policy)
     parts: list[tuple[Kernel[..., Any], tuple[Any, ...], str, str | None, Outside]] = [
-        (collector.collect_rollout, roots, "collecting", why, outside),
+        (collector.collect, roots, "collecting", why, outside),
         (algorithm.training_step, (algorithm,), "learning", algorithm.host_sync_reason, ()),
         (trainer.pack_host_data, (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
     ]

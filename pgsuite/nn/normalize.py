@@ -65,7 +65,7 @@ class Standardize(nn.Module):
             return {key: self.parts[key](x) for key, x in obs.items()}
         if self.moments is None:
             return obs
-        return held((obs - self.moments.mean) * self.moments.scale, self.clip)
+        return clip_to((obs - self.moments.mean) * self.moments.scale, self.clip)
 
     def update(self, obs: Obs, mask: Tensor) -> None:
         """Take in observations [..., *O] where mask [...] is true."""
@@ -77,8 +77,8 @@ class Standardize(nn.Module):
             self.moments.update(obs, mask)
 
 
-def held(x: Tensor, clip: float | None) -> Tensor:
-    """x, held within +-clip if that is given."""
+def clip_to(x: Tensor, clip: float | None) -> Tensor:
+    """x, clamped to +-clip if that is given."""
     return x if clip is None else x.clamp(-clip, clip)
 
 
@@ -98,7 +98,7 @@ class RewardScale(nn.Module):
         self.register_buffer("discounted_return", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
-        return held(reward * self.moments.scale, self.clip)
+        return clip_to(reward * self.moments.scale, self.clip)
 
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
@@ -116,7 +116,7 @@ class WhitenReward(RewardScale):
 
     def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
         mean, variance = moments(reward, mask)
-        return held((mean + (reward - mean) * (variance + 1e-8).rsqrt()).where(mask, 0.0), self.clip)
+        return clip_to((mean + (reward - mean) * (variance + 1e-8).rsqrt()).where(mask, 0.0), self.clip)
 
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
         """Nothing: each rollout is measured by itself."""

@@ -80,7 +80,7 @@ class GenerationCollector(Collector):
         if horizon != env.max_episode_steps:
             raise ValueError(f"the texts of {env.name} have {env.max_episode_steps} positions: leave horizon out")
 
-    def collect(self, policy: Policy) -> Rollout:
+    def _collect(self, policy: Policy) -> Rollout:
         env, began = self.env, perf_counter()
         prompts, real = env.prompts()
         drawn = perf_counter()

@@ -33,7 +33,7 @@ class Collector(ABC):
         self.env, self.horizon = env, horizon
         self.generator = seeding.generator(seed, "acting", env.device)
         self.buffer = RolloutBuffer(horizon)
-        self.collect_rollout = Kernel("collect", self.collect)
+        self.collect = Kernel("collect", self._collect)
         self.act = Kernel("act", self._act)
         self.begun = False
         self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
@@ -50,7 +50,7 @@ class Collector(ABC):
         """Let whatever else this process does for it come to its end."""
 
     @abstractmethod
-    def collect(self, policy: Policy) -> Rollout:
+    def _collect(self, policy: Policy) -> Rollout:
         """A rollout [T, N] of views, good until the next one."""
 
     def reset(self, policy: Policy) -> None:
@@ -113,7 +113,7 @@ class Collector(ABC):
 class StepCollector(Collector):
     """T steps from wherever each environment stands; episodes cross iteration borders."""
 
-    def collect(self, policy: Policy) -> Rollout:
+    def _collect(self, policy: Policy) -> Rollout:
         if not self.begun:
             self.reset(policy)
         live = torch.ones_like(self.start)
@@ -149,7 +149,7 @@ class EpisodeCollector(Collector):
             return None
         return f"every {self.poll} steps it is asked whether any episode still runs; with poll={self.horizon} it is not"
 
-    def collect(self, policy: Policy) -> Rollout:
+    def _collect(self, policy: Policy) -> Rollout:
         self.reset(policy)
         live = torch.ones_like(self.start)
         for t in range(self.horizon):

@@ -17,7 +17,7 @@ class EpisodeTracker:
         self.reward = torch.zeros(num_envs, device=device, dtype=torch.float64)
         self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
 
-    def finished(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def finished_episodes(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Returns and lengths in real steps, each [K], of the K episodes that finished in this rollout."""
         returns, lengths = self.update(rollout)
         return returns[lengths > 0], lengths[lengths > 0]

@@ -43,7 +43,7 @@ class OverlappedCollector(Collector):
         self.policy = copy.deepcopy(policy).requires_grad_(False)  # which acts
         self.generator = inner.generator
         self.buffer, self.back_buffer = RolloutBuffer(inner.horizon), RolloutBuffer(inner.horizon)
-        self.collect_rollout = Kernel("collect", self.collect)  # acting is a kernel of the inner one
+        self.collect = Kernel("collect", self._collect)  # acting is a kernel of the inner one
         self.thread = ThreadPoolExecutor(1, "collecting")
         self.ahead: Future[Rollout] | None = None
         self.begun = False
@@ -57,7 +57,7 @@ class OverlappedCollector(Collector):
         if self.ahead is not None:
             wait([self.ahead])
 
-    def collect(self, policy: Policy) -> Rollout:
+    def _collect(self, policy: Policy) -> Rollout:
         """Raises whatever was raised in the thread."""
         began, first = perf_counter(), self.ahead is None
         if self.ahead is None:
@@ -83,7 +83,7 @@ class OverlappedCollector(Collector):
 
     def fill(self, torch_threads: int) -> Rollout:
         torch.set_num_threads(torch_threads)  # which a thread that has computed before does not follow
-        return self.inner.collect(self.policy)
+        return self.inner._collect(self.policy)
 
     def cancel(self) -> None:
         """Go back to where the rollout under way began."""
