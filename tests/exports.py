@@ -23,8 +23,9 @@ from pgsuite.app.build import build_policy
 from pgsuite.app.export import SUFFIXES, TOLERANCE, Portable, compare, quiet, runner, write
 from pgsuite.app.export import Run as File
 from pgsuite.app.policy_io import Restored, restore
-from pgsuite.app.schema import CriticNetwork, PolicyNetwork, Run
+from pgsuite.app.schema import Run
 from pgsuite.envs.spaces import tensor_space, to_data
+from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig
 from pgsuite.training import checkpoint
 
 BOX = spaces.Box(-np.inf, np.inf, (5,), np.float64)
@@ -42,7 +43,7 @@ TUPLE = spaces.Tuple([BOX, spaces.MultiDiscrete([2, 3], start=[1, 0])])
 MASKED = spaces.Dict({"state": BOX, "action_mask": spaces.MultiBinary(4)})
 HIDDEN = spaces.Dict({"state": BOX, "critic_obs": BOX})
 GRU, LSTM = ({"recurrent": kind, "recurrent_size": 8} for kind in ("gru", "lstm"))
-SHARED = {"critic": CriticNetwork(shared=True)}
+SHARED = {"critic": CriticConfig(shared=True)}
 Spaces = tuple[spaces.Space[Any], spaces.Space[Any]]
 KINDS: dict[str, tuple[Spaces, dict[str, Any], dict[str, Any]]] = {  # spaces, the policy's settings, the run's
     "gaussian": ((BOX, TORQUE), {}, {}),
@@ -74,7 +75,7 @@ ENV = {"_target_": "pgsuite.envs.Gym", "id": "Somewhere-v0"}
 def save(folder: Path, kind: str, hidden: tuple[int, ...] = (16,)) -> Path:
     """A checkpoint of a policy of a kind, with everything in it far from where it began."""
     (observation, action), options, settings = KINDS[kind]
-    run = Run(policy=PolicyNetwork(hidden=list(hidden), **options), **settings)
+    run = Run(policy=MLPPolicyConfig(hidden=list(hidden), **options), **settings)
     generator = torch.Generator().manual_seed(0)
     policy = build_policy(tensor_space(observation), action, run, generator)
     state = {name: x.clone() for name, x in policy.state_dict().items()}

@@ -27,7 +27,7 @@ WORLD = [
     "env.reward=lm_worlds:vowels",
     "env.rewards=[]",
 ]
-APART = ["env.scorer=lm_worlds:vowels", "env.held_out=null", "env.length=5", "policy.language.model=model.pt"]
+APART = ["env.scorer=lm_worlds:vowels", "env.held_out=null", "env.length=5", "policy.model=model.pt"]
 ALL = [*TINY, *WORLD, *APART]
 
 
@@ -66,11 +66,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["policy.language.model=nothing.pt"], "no language model at nothing.pt"),
-        (["policy.language.model=null"], "responses are written by language models: give policy.language.model"),
+        (["policy.model=nothing.pt"], "no language model at nothing.pt"),
+        (["policy.model=null"], "responses are written by language models: give policy.model"),
         (["env.reward=lm_worlds:vowel"], "did you mean vowels"),
         (["env.samples=3"], "num_envs=8 responses do not divide into env.samples=3 a prompt"),
-        (["policy.language.frozen=2"], "policy.language.frozen=2, but the model has 1 layers"),
+        (["policy.frozen=2"], "policy.frozen=2, but the model has 1 layers"),
         (["horizon=32"], "leave horizon out"),
         (["env.tokens=lm_worlds:nowhere"], "has nothing named 'nowhere'"),
         (["env.tokens=math:tau"], "env.tokens=math:tau has no pad, stop, encode, decode, __len__"),
@@ -91,5 +91,13 @@ def test_mistakes_get_one_message(ready: Cli, given: list[str], said: str) -> No
 
 
 def test_a_temperature_without_a_language_model_is_refused(ready: Cli) -> None:
-    code, _, err = ready("train", "env=CartPole", "policy.language.temperature=0.5", "total_steps=100")
-    assert code == 1 and "policy.language" in err, err
+    code, _, err = ready("train", "env=CartPole", "policy.temperature=0.5", "total_steps=100")
+    assert code == 1 and "no setting 'temperature' in policy" in err, err
+
+
+def test_a_language_model_is_for_tokens_and_tokens_are_for_a_language_model(ready: Cli) -> None:
+    code, _, err = ready("train", "env=CartPole", "policy=language_model", "policy.model=model.pt", "total_steps=100")
+    assert code == 1 and "the language model of policy.model knows" in err and "Discrete(2)" in err, err
+    given = [x for x in ALL if not x.startswith("policy.")]
+    code, _, err = ready("train", *given, "policy=mlp", "critic.shared=true")
+    assert code == 1 and "responses are written by language models: give policy=language_model" in err, err

@@ -99,7 +99,6 @@ def test_a_logger_of_ones_own_is_given_every_line(package: Path, monkeypatch: py
         (["callbacks.mine._target_=my_package.Counter", "callbacks.mine.every=0"], "every must be"),
         (["callbacks.mine._target_=my_package.Count"], "did you mean Counter"),
         (["callbacks.mine._target_=my_package.Lines"], "is no pgsuite.training.trainer.Callback"),
-        (["policy.language=3"], "policy.language has no method build"),
         (["loggers.mine._target_=my_package.Lines", "loggers.mine.fil=x"], "did you mean file"),
     ],
 )

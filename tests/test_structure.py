@@ -7,6 +7,7 @@ import pytest
 
 FLOORS = [
     {"errors", "settings", "seeding", "distributed", "kernel"},
+    {"components"},
     {"types"},
     {"functional"},
     {"nn", "envs"},

@@ -27,6 +27,7 @@ from pgsuite.envs.spaces import to_data
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
+from pgsuite.nn.network import Features, Network
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import OverlappedCollector
@@ -141,13 +142,8 @@ def build_policy(
     observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
 ) -> Policy:
     """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
-    options = dict(vars(run.policy))
-    if (language := options.pop("language")) is not None:
-        if not hasattr(language, "build"):
-            raise ValueError(f"policy.language has no method build(observation_space, action_space): {language!r}")
-        return language.build(observation_space, action_space)
-    norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
-    return Policy(norm, action_space, **options, generator=generator)
+    obs_norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
+    return run.policy.build(obs_norm, action_space, generator)
 
 
 def spaces_of(env: VectorEnv) -> dict[str, Any]:
@@ -160,11 +156,7 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
     try:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
-        options = vars(run.critic) | {"shared": policy if run.critic.shared else None, "num_envs": env.num_envs}
-        options["recurrent"] = run.critic.recurrent or run.policy.recurrent
-        if not run.critic.shared:
-            options["body"] = policy.critic_body()
-        critic = Critic(policy.obs_norm, **options, generator=generator)
+        critic = run.critic.like(run.policy).build(policy, env.num_envs, generator)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
     return policy.to(env.device), critic.to(env.device)
@@ -244,9 +236,10 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
     count = sum(p.numel() for p in nn.ModuleList(trainer.algorithm.parts.values()).parameters() if p.requires_grad)
-    words = [f"policy {policy.shape} {run.policy.activation}, {head}"]
+    words = [f"policy {policy.shape}{_activation(policy, run.policy)}, {head}"]
     if critic is not None:
-        words.append("critic on the same body" if critic.shared else f"critic {critic.shape} {run.critic.activation}")
+        own = f"critic {critic.shape}{_activation(critic, run.critic)}"
+        words.append("critic on the same body" if critic.shared else own)
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
@@ -256,6 +249,10 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {distributed.size()} processes" if distributed.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)
+
+
+def _activation(network: Network, settings: Any) -> str:
+    return f" {settings.activation}" if isinstance(network.body, Features) else ""
 
 
 def versions() -> dict[str, str]:

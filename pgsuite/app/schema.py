@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.algorithms.reference import Penalty
+from pgsuite.components import Component
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import Execution, Precision
-from pgsuite.nn.heads import Sigma
-from pgsuite.nn.recurrent import Kind as Recurrent
+from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig, PolicyConfig
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.settings import (
     Checked,
@@ -43,32 +43,6 @@ from pgsuite.training.callbacks import Checkpoint, Evaluation
 from pgsuite.training.loggers import Wandb
 
 GROUP = "schema/"
-
-
-@dataclass(kw_only=True)
-class Network(Checked):
-    """A multilayer perceptron, with convolutions before it where observations have images."""
-
-    hidden: list[Count] = field(default_factory=lambda: [64, 64])
-    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
-    convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
-    recurrent_size: Count = 64
-
-
-@dataclass(kw_only=True)
-class PolicyNetwork(Network):
-    recurrent: Recurrent = "none"
-    distribution: str = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
-    log_sigma: float | None = None  # of Gaussians, initially; null stands for -0.5
-    sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
-    language: Any = None  # a class with build(observation_space, action_space) -> Policy, as rlhf's LanguageModel
-
-
-@dataclass(kw_only=True)
-class CriticNetwork(Network):
-    recurrent: Recurrent | None = None  # null stands for the policy's
-    shared: bool = False  # read values off the policy's network instead; the other settings then say nothing
-    zero_init: bool = False  # begin with values of zero
 
 
 @dataclass(kw_only=True)
@@ -122,8 +96,8 @@ class Run:
     logging: Logging = field(default_factory=Logging)
     callbacks: dict[str, Any] = field(default_factory=dict)  # by name: settings with a _target_
     loggers: dict[str, Any] = field(default_factory=dict)  # likewise, beside those of logging
-    policy: PolicyNetwork = field(default_factory=PolicyNetwork)
-    critic: CriticNetwork = field(default_factory=CriticNetwork)
+    policy: PolicyConfig = field(default_factory=MLPPolicyConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     reference: Reference = field(default_factory=Reference)
     algo: Any = None
     env: Any = None
@@ -163,6 +137,11 @@ def _is_part(hint: Any) -> bool:
     )
 
 
+def _is_component(hint: Any) -> bool:
+    """Whether a field holds a ``Component``, or None."""
+    return set(get_args(Component)) <= set(get_args(hint))
+
+
 @functools.cache
 def schema(cls: type) -> type:
     """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
@@ -176,7 +155,9 @@ def schema(cls: type) -> type:
     hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
     for f in filter(lambda f: f.init and not f.name.endswith("_") and f.name not in unused, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
-        if hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
+        if _is_component(hint):
+            options.append((f.name, Any, field(default=f.default)))
+        elif hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))
         # A number may be a schedule instead; either replaces its default whole, and is checked by cls.
         elif issubclass(cls, Scheduled) and (number(hint) or get_origin(hint) is dict):

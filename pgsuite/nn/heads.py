@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pgsuite.components import Component, component_class, make_component
 from pgsuite.nn.distributions import (
     HERMITE,
     Bernoulli,
@@ -26,7 +27,6 @@ from pgsuite.nn.distributions import (
     MultiCategorical,
     Squashed,
 )
-from pgsuite.settings import closest, imported
 from pgsuite.types import Metrics
 
 Sigma = Literal["free", "state"]
@@ -186,10 +186,11 @@ DEFAULTS: Sequence[tuple[type[spaces.Space[Any]], str]] = (
 )
 
 
-def make_head(space: spaces.Space[Any], distribution: str = "auto", **options: Any) -> Head:
-    """The head of a name, or of the space's kind if that is auto; options that are None or its defaults are left out.
+def make_head(space: spaces.Space[Any], distribution: Component = "auto", **options: Any) -> Head:
+    """The head that ``policy.distribution`` chooses, by the space's kind if that is auto; options that are None or
+    their defaults are left out.
 
-    Raises ValueError for an unknown name, a space that has none, and options that are for other heads.
+    Raises ValueError for an unknown one, a space that has none, and options that are for other heads.
     """
     if distribution == "auto":
         names = [name for kind, name in DEFAULTS if isinstance(space, kind)]
@@ -198,25 +199,12 @@ def make_head(space: spaces.Space[Any], distribution: str = "auto", **options: A
                 f"no policy for actions {space}: Box of floats, Discrete, MultiDiscrete and MultiBinary have one"
             )
         (distribution,) = names
-    cls = HEADS.get(distribution) or elsewhere(distribution)
+    cls = component_class(distribution, HEADS, Head, "policy.distribution")
     given = {name: value for name, value in options.items() if value is not None and value != "free"}
     if given and not issubclass(cls, GaussianHead):
+        name = distribution if isinstance(distribution, str) else distribution["_target_"]
         raise ValueError(
-            f"policy.{' and policy.'.join(given)} is for Gaussian policies, and this one is {distribution}, for "
-            f"actions {space}: leave it out"
+            f"policy.{' and policy.'.join(given)} is for Gaussian policies, and this one is {name}, for actions "
+            f"{space}: leave it out"
         )
-    return cls(space, **given)
-
-
-def elsewhere(path: str) -> type[Head]:
-    """A head by its dotted path."""
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(f"no policy.distribution {path!r}; {closest(path, ['auto', *HEADS])}")
-    try:
-        found = getattr(imported(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"policy.distribution={path} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Head)):
-        raise ValueError(f"policy.distribution={path} is no subclass of pgsuite.nn.heads.Head")
-    return found
+    return make_component(distribution, HEADS, Head, "policy.distribution", space, **given)

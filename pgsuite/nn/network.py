@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -11,9 +10,10 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
+from pgsuite.components import Component, make_component
 from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
 from pgsuite.nn.normalize import Standardize, is_image
-from pgsuite.nn.recurrent import RECURRENCES, Kind
+from pgsuite.nn.recurrent import RECURRENCES, Recurrence
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves
 
 
@@ -34,40 +34,74 @@ class Shape(TypedDict, total=False):
     hidden: Sequence[int]
     activation: str
     convolutions: Iterable[Sequence[int]] | None
-    recurrent: Kind
+    recurrent: Component
     recurrent_size: int
     generator: Generator | None
 
 
-class Body(nn.Module, ABC):
-    """``size`` features of each observation, given those before it in the episode if it is ``sequential``.  Its memory
-    goes by ``name``."""
+class Body(nn.Module):
+    """Features [..., size] of observations [..., *O], from which ``Network`` reads actions or values.
 
-    obs_norm: Standardize
-    name: str
-    size: int
-    shape: str  # for people
-    sequential: bool  # whether it must be shown whole columns in time order
-    carries: bool  # whether its memory goes on from rollout to rollout
+    A body without memory defines ``forward(obs)`` alone.  One with memory is ``sequential`` and defines
+    ``initial_state``, ``sequence`` and ``step``; its hidden state goes by its ``name``, which is policy or critic.
+    One of your own is chosen by ``policy.body``; it is made as ``cls(obs_norm, name, generator, **settings)``.
 
-    @abstractmethod
+    obs_norm: what observations are, as ``obs_norm.space``, and their standardization, ``obs_norm(obs)``; it may be
+    shared with other bodies.
+    """
+
+    sequential = False  # whether it must be shown whole columns [T, N] in time order
+    carries = False  # whether its hidden state goes on from rollout to rollout
+
+    def __init__(self, obs_norm: Standardize, name: str, size: int, shape: str = "") -> None:
+        super().__init__()
+        self.obs_norm, self.name, self.size = obs_norm, name, size
+        self.shape = shape or f"{type(self).__name__} > {size}"  # for people
+
+    def forward(self, obs: Obs) -> Tensor:
+        """Features [..., size] of observations [..., *O], each by itself."""
+        raise NotImplementedError(f"{type(self).__name__} has neither forward nor sequence and step")
+
     def initial_state(self, num_envs: int) -> HiddenState:
-        """The memory of having seen nothing."""
+        """The hidden states [num_envs, ...] before the first step of an episode."""
+        return {}
 
-    @abstractmethod
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
-        """Features [..., size] of all that was seen, with the memories after each step where they are carried.  A
-        ``sequential`` body wants [T, N] cells, and goes by the memories of the first row."""
+        """Features [..., size] of all that was seen, with the hidden states after each step where they are carried.  A
+        ``sequential`` body gets [T, N] cells, and begins with the hidden states of the first row."""
+        return self(seen.obs), {}
 
-    @abstractmethod
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
-        """Features [..., size] of single observations, each with a memory of its own, and the memories after them."""
+        """Features [N, size] of one observation of each environment, and the hidden states after it; ``start`` [N]
+        says which begin an episode."""
+        return self(obs), {}
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Features [T, N, size] of each step and of its true successor, which a memory reaches before any episode
-        ends."""
+        """Features [T, N, size] of each step and of its true successor, which is reached before any episode ends."""
         features, after = self.sequence(rollout)
         return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
+
+
+def make_body(choice: Component, obs_norm: Standardize, name: str, generator: Generator | None) -> Body:
+    """A body by its dotted path.  Raises ValueError if there is none, or its features are not of its ``size``."""
+    where = f"{name}.body"
+    body = make_component(choice, {}, Body, where, obs_norm, name, generator)
+    start = torch.ones(1, dtype=torch.bool)
+    with torch.no_grad():
+        found = body.step(zeros(obs_norm.space), body.initial_state(1), start)[0]
+    if found.shape != (1, body.size):
+        raise ValueError(
+            f"{where}: the features of one observation have the shape {tuple(found.shape)}, and by size={body.size} "
+            f"they must have {(1, body.size)}"
+        )
+    return body
+
+
+def zeros(space: spaces.Space[Any]) -> Obs:
+    """One observation [1, *O] of zeros."""
+    if isinstance(space, spaces.Dict):
+        return {key: zeros(part) for key, part in space.items()}  # pyright: ignore[reportReturnType]
+    return torch.zeros(1, *(space.shape or ()), dtype=torch.uint8 if is_image(space) else torch.float32)
 
 
 class Features(Body):
@@ -90,11 +124,11 @@ class Features(Body):
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         convolutions: Iterable[Sequence[int]] | None = None,
-        recurrent: Kind = "none",
+        recurrent: Component = "none",
         recurrent_size: int = 64,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(obs_norm, name, 0)
 
         def encoder(space: spaces.Space[Any]) -> tuple[nn.Module, int]:
             if isinstance(space, spaces.Dict):
@@ -110,15 +144,18 @@ class Features(Body):
             privileged = privileged and PRIVILEGED in space.spaces
             self.keys = [key for key in space if key != ACTION_MASK and (key == PRIVILEGED) == privileged]
             space = spaces.Dict({key: space[key] for key in self.keys})
-        self.obs_norm, self.name, self.dtype = obs_norm, name, torch.float32
+        self.dtype = torch.float32
         self.encoder, features = encoder(space)
         images = ["x".join(map(str, m.shape)) + " > " for m in self.encoder.modules() if isinstance(m, Convolutions)]
         self.shape = "".join(images) + str(features)  # for people
         self.recurrence = None
         if recurrent != "none":
-            self.recurrence = RECURRENCES[recurrent](features, recurrent_size, generator)
+            where = f"{name}.recurrent"
+            self.recurrence = make_component(
+                recurrent, RECURRENCES, Recurrence, where, features, recurrent_size, generator
+            )
             features = recurrent_size
-            self.shape += f" > {recurrent} {features} > {features}"
+            self.shape += f" > {type(self.recurrence).__name__.lower()} {features} > {features}"
         self.sequential = self.carries = self.recurrence is not None
         self.hidden = perceptron((features, *hidden), activation, generator)
         self.size = (features, *hidden)[-1]

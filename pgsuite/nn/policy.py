@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
+from pgsuite.components import Component
 from pgsuite.kernel import Kernel
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
@@ -25,7 +26,7 @@ class PolicyOutput(NamedTuple):
 
     action: Tensor  # [N, *A]
     logp: Tensor  # [N]
-    hidden_state: HiddenState  # to hidden_state on with
+    hidden_state: HiddenState  # after it
 
 
 class Policy(Network):
@@ -39,7 +40,7 @@ class Policy(Network):
         *,
         body: Body | None = None,
         head: Head | None = None,
-        distribution: str = "auto",
+        distribution: Component = "auto",
         log_sigma: float | None = None,
         sigma: Sigma = "free",
         **shape: Unpack[Shape],

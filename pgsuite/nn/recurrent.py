@@ -6,52 +6,48 @@ steps: trust regions need the first, and rollouts in which episodes follow one a
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor, nn
 
 from pgsuite.nn.layers import linear, tanh
 
-Kind = Literal["none", "gru", "lstm"]
-
 
 class Recurrence(nn.Module):
-    """``size`` numbers about every step, given those before it in the episode; ``width`` numbers are remembered."""
+    """A recurrent layer: ``size`` outputs at every step, and a hidden state of ``width`` numbers.
+
+    A subclass says how many ``gates`` of ``size`` the inputs are projected to, its ``width``, and how a ``step`` goes.
+    One of your own is chosen by ``policy.recurrent``; it is made as ``cls(inputs, size, generator, **settings)``.
+    """
 
     gates: int
     width: int
 
     def __init__(self, inputs: int, size: int, generator: Generator | None = None) -> None:
         super().__init__()
-        self.size = size
+        self.size = self.width = size
         self.read = linear(inputs, self.gates * size, 1.0, generator)
         self.recall = linear(size, self.gates * size, 1.0, generator)
 
     def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
-        """The memory [..., width] after a step that drives it by [..., gates * size]."""
+        """The hidden state [..., width] after a step, of which the first ``size`` numbers are the outputs; ``drive``
+        [..., gates * size] is the projection of the inputs."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, hidden_state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """What is made of inputs x [T, ..., inputs], as [T, ..., size], and what is remembered after each, as
-        [T, ..., width], beginning with a memory [..., width] and forgetting all before the steps where start [T, ...].
-        """
+        """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each,
+        beginning with one [..., width]; it is zero again at every step where start [T, ...]."""
         after = []
         for drive, fresh in zip(self.read(x).unbind(), start.unsqueeze(-1).unbind(), strict=True):
             hidden_state = self.step(drive, torch.where(fresh, 0.0, hidden_state))
             after.append(hidden_state)
-        memories = torch.stack(after)
-        return memories[..., : self.size], memories
+        states = torch.stack(after)
+        return states[..., : self.size], states
 
 
 class GRU(Recurrence):
     """Gated recurrent unit (Cho et al., 2014), with the gates in torch's order: reset, update, new."""
 
     gates = 3
-
-    def __init__(self, inputs: int, size: int, generator: Generator | None = None) -> None:
-        super().__init__(inputs, size, generator)
-        self.width = size
 
     def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
         reset, update, new = drive.chunk(3, -1)

@@ -80,6 +80,10 @@ class GenerationCollector(Collector):
         if horizon != env.max_episode_steps:
             raise ValueError(f"the texts of {env.name} have {env.max_episode_steps} positions: leave horizon out")
 
+    def validate(self, policy: Policy) -> None:
+        if not isinstance(policy.body, TokenBody):
+            raise ValueError(f"{self.env.name}: responses are written by language models: give policy=language_model")
+
     def _collect(self, policy: Policy) -> Rollout:
         env, began = self.env, perf_counter()
         prompts, real = env.prompts()

@@ -9,8 +9,9 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from gymnasium import spaces
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from pgsuite.nn.configs import PolicyConfig
 from pgsuite.nn.distributions import Categorical, Distribution
 from pgsuite.nn.heads import FORBIDDEN, CategoricalHead, permitted
 from pgsuite.nn.network import Body, PolicyInput
@@ -18,7 +19,7 @@ from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
 from pgsuite.nn.transformer import SEEN, Transformer, look
 from pgsuite.nn.transformer import LanguageModel as TrainedModel
-from pgsuite.settings import Checked, Natural, Positive, Range
+from pgsuite.settings import Natural, Positive, Range
 from pgsuite.types import HiddenState, Obs, Rollout
 
 FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
@@ -33,14 +34,11 @@ class TokenBody(Body):
     in it begins there.
     """
 
-    def __init__(self, transformer: Transformer | Pretrained, obs_norm: Standardize, name: str = "policy") -> None:
-        super().__init__()
-        self.transformer, self.obs_norm, self.name = transformer, obs_norm, name
-        self.size, self.shape = transformer.size, transformer.shape
-        self.sequential, self.carries = True, False
+    sequential = True
 
-    def initial_state(self, num_envs: int) -> HiddenState:
-        return {}
+    def __init__(self, transformer: Transformer | Pretrained, obs_norm: Standardize, name: str = "policy") -> None:
+        super().__init__(obs_norm, name, transformer.size, transformer.shape)
+        self.transformer = transformer
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The memory of having seen texts [T, N], padded where they are not ``real`` [T, N]."""
@@ -115,23 +113,22 @@ class LanguagePolicy(Policy):
 
 
 @dataclass(kw_only=True)
-class LanguageModel(Checked):
-    """The settings of a language model as the policy, in the place of a network of its own."""
+class LanguageModelConfig(PolicyConfig):
+    """A language model as the policy."""
 
     model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
     temperature: Positive = 1.0  # of sampling, and so of the policy
     top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
     frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
 
-    def build(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> LanguagePolicy:
+    def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> LanguagePolicy:
         """The policy over the tokens of ``action_space``.  Raises ValueError where the model does not fit it."""
         if self.model is None:
-            raise ValueError("responses are written by language models: give policy.language.model")
+            raise ValueError("responses are written by language models: give policy.model")
         policy = language_policy(*load(self.model), temperature=self.temperature, top_p=self.top_p, frozen=self.frozen)
         if policy.head.inputs != int(getattr(action_space, "n", 0)):
             raise ValueError(
-                f"the language model of policy.language.model knows {policy.head.inputs} tokens, and actions are "
-                f"{action_space}"
+                f"the language model of policy.model knows {policy.head.inputs} tokens, and actions are {action_space}"
             )
         return policy
 
@@ -204,7 +201,7 @@ def language_policy(
     """A policy that says what a language model would; its ``frozen`` lowest layers, with the embedding below them, are
     learned no more.  Raises ValueError where it has not so many."""
     if frozen > len(body.blocks):
-        raise ValueError(f"policy.language.frozen={frozen}, but the model has {len(body.blocks)} layers")
+        raise ValueError(f"policy.frozen={frozen}, but the model has {len(body.blocks)} layers")
     space = spaces.Discrete(body.vocabulary)
     norm = Standardize(space, None, enabled=False)
     policy = LanguagePolicy(norm, space, body=TokenBody(body, norm), head=TokenHead(space, temperature, top_p))

@@ -49,6 +49,9 @@ class Collector(ABC):
     def wait(self) -> None:
         """Let whatever else this process does for it come to its end."""
 
+    def validate(self, policy: Policy) -> None:
+        """Raise ValueError for a policy that cannot act here."""
+
     @abstractmethod
     def _collect(self, policy: Policy) -> Rollout:
         """A rollout [T, N] of views, good until the next one."""

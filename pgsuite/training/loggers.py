@@ -100,7 +100,7 @@ class TensorBoard(Logger):
             charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in drawn.items()}
             charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # drawn last wherever it stands
             layout = {"Returns beside diagnostics": charts}
-            if hyperparameters.get("policy.language.model") is not None:
+            if hyperparameters.get("policy.model") is not None:
                 held_out = {title: ["Multiline", [f"^{tag}$"]] for title, tag in ALIGNMENT.items()}
                 layout = {"Alignment, on prompts that are held out": held_out} | layout
             self.writer.add_custom_scalars(layout)

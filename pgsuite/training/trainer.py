@@ -118,6 +118,7 @@ class Trainer:
     def __post_init__(self) -> None:
         for percent in reversed(range(101)):  # settings may change in the course of the run
             self.algorithm.update_schedules(percent / 100)
+            self.collector.validate(self.algorithm.policy)
             self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)

@@ -1,0 +1,65 @@
+"""Components that a setting chooses: by name, by dotted path, or with settings of their own.
+
+    policy.recurrent=gru
+    policy.recurrent=my_package.MinGRU
+    'policy.recurrent={_target_: my_package.MinGRU, leak: 0.1}'
+
+A component is any class.  Its settings are those parameters of its constructor that the program does not fill itself,
+and their annotations are their types (``pgsuite.settings``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from pgsuite.settings import closest, imported, require
+
+T = TypeVar("T")
+Component = str | dict[str, Any]  # a name, a dotted path, or settings with a _target_ that is one of the two
+
+
+def component_class(choice: Component, known: Mapping[str, type[T]], base: type[T], where: str) -> type[T]:
+    """The subclass of ``base`` that the setting ``where`` chooses: one of ``known`` by its name, or any other by its
+    dotted path.  Raises ValueError if there is none."""
+    path = str(choice.get("_target_", "") if isinstance(choice, Mapping) else choice)
+    if path in known:
+        return known[path]
+    module, _, name = path.rpartition(".")
+    if not module:
+        options = f"{closest(path, known)} Or" if known else "give"
+        raise ValueError(f"no {where} {path!r}; {options} the dotted path of your own, as in {where}=my_package.Mine")
+    try:
+        found = getattr(imported(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"{where}={path} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{where}={path} is no subclass of {base.__module__}.{base.__qualname__}")
+    return found
+
+
+def make_component(
+    choice: Component, known: Mapping[str, type[T]], base: type[T], where: str, *args: Any, **parts: Any
+) -> T:
+    """The component that the setting ``where`` chooses, made from args, parts and the settings beside its ``_target_``.
+
+    Raises ValueError for an unknown class or setting, a missing one, and a value of the wrong type.
+    """
+    cls = component_class(choice, known, base, where)
+    given = {key: x for key, x in choice.items() if key != "_target_"} if isinstance(choice, Mapping) else {}
+    parameters = inspect.signature(cls).parameters
+    named = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    settings = [name for name in named[len(args) :] if name not in parts]
+    for name in given:
+        if name not in settings:
+            raise ValueError(f"no setting {name!r} in {where}; {closest(name, settings)}")
+    for name in settings:
+        if name not in given and parameters[name].default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{where} needs the setting {name!r}: {{_target_: {cls.__module__}.{cls.__qualname__}, {name}: ...}}"
+            )
+    hints = get_type_hints(cls.__init__, include_extras=True)
+    for name, value in given.items():
+        require(hints.get(name, Any), value, f"{where}.{name}")
+    return cls(*args, **parts, **given)

@@ -1,0 +1,102 @@
+"""The settings of policies and critics, and how they are built from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from gymnasium import spaces
+from torch import Generator
+
+from pgsuite.components import Component
+from pgsuite.nn.heads import Sigma
+from pgsuite.nn.network import Shape, make_body
+from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.policy import Critic, Policy
+from pgsuite.settings import Checked, Count
+
+
+@dataclass(kw_only=True)
+class NetworkConfig(Checked):
+    """A multilayer perceptron, with convolutions before it where observations have images."""
+
+    hidden: list[Count] = field(default_factory=lambda: [64, 64])  # sizes of the hidden layers
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # after each of them
+    convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
+    recurrent_size: Count = 64  # of the recurrent layer, where there is one
+    body: Component | None = None  # in place of all these layers: my_package.MyBody, a subclass of Body
+
+    def shape(self, recurrent: Component | None, generator: Generator) -> Shape:
+        """What ``Features`` of these settings are told."""
+        return Shape(
+            hidden=self.hidden,
+            activation=self.activation,
+            convolutions=self.convolutions,
+            recurrent=recurrent or "none",
+            recurrent_size=self.recurrent_size,
+            generator=generator,
+        )
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(Checked, ABC):
+    """What builds a policy; a policy of your own is a subclass, chosen by ``policy=<name of its configuration>``."""
+
+    @abstractmethod
+    def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
+        """A policy over observations of ``obs_norm.space``, with parameters drawn from the generator.  Raises
+        ValueError for spaces that it is not for."""
+
+
+@dataclass(kw_only=True)
+class MLPPolicyConfig(NetworkConfig, PolicyConfig):
+    """A network of its own, and the distribution of actions that is read off it."""
+
+    recurrent: Component = "none"  # none, gru, lstm, or my_package.MyRecurrence
+    distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
+    log_sigma: float | None = None  # of Gaussians, initially; null: -0.5
+    sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
+
+    def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
+        body = None if self.body is None else make_body(self.body, obs_norm, "policy", generator)
+        return Policy(
+            obs_norm,
+            action_space,
+            body=body,
+            distribution=self.distribution,
+            log_sigma=self.log_sigma,
+            sigma=self.sigma,
+            **self.shape(self.recurrent, generator),
+        )
+
+
+@dataclass(kw_only=True)
+class CriticConfig(NetworkConfig):
+    """The network of a critic."""
+
+    recurrent: Component | None = None  # null: as the policy's; so is body
+    shared: bool = False  # read values off the policy's body; the settings of layers then have no effect
+    zero_init: bool = False  # begin with values of zero
+
+    def like(self, policy: object) -> CriticConfig:
+        """These settings, with the ``recurrent`` and ``body`` of a policy's where they are null."""
+        recurrent = self.recurrent or getattr(policy, "recurrent", "none")
+        return replace(self, recurrent=recurrent, body=self.body or getattr(policy, "body", None))
+
+    def build(self, policy: Policy, num_envs: int, generator: Generator) -> Critic:
+        """A critic beside a policy, with parameters drawn from the generator.  Raises ValueError where a shared body
+        would not see what is for the critic alone."""
+        body = None
+        if not self.shared:
+            body = policy.critic_body()
+            if body is None and self.body is not None:
+                body = make_body(self.body, policy.obs_norm, "critic", generator)
+        return Critic(
+            policy.obs_norm,
+            shared=policy if self.shared else None,
+            body=body,
+            num_envs=num_envs,
+            zero_init=self.zero_init,
+            **self.shape(self.recurrent, generator),
+        )
