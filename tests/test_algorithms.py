@@ -32,7 +32,7 @@ from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTra
 from pgsuite.functional import estimators
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.normalize import Standardize
-from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.optim import Adam, make_optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeCollector, StepCollector
 from pgsuite.types import Batch
@@ -376,7 +376,7 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
     layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(2, 2)]
     twins = copy.deepcopy(layers)
     params = [p for twin in twins for p in twin.parameters()]
-    ours = Optimizer(layers, 0.05, kind, max_grad_norm=0.5)
+    ours = make_optimizer(layers, 0.05, kind, 0.5)
     if kind == "adam":
         theirs: torch.optim.Optimizer = torch.optim.Adam(params, 0.05, eps=1e-5)
     else:
@@ -394,7 +394,7 @@ def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
 
 def test_a_parameter_has_one_optimizer() -> None:
     layer = torch.nn.Linear(1, 1)
-    first, second = Optimizer([layer], 0.1), Optimizer([layer], 0.1)
+    first, second = Adam([layer], 0.1), Adam([layer], 0.1)
     second.step(lambda: (layer.weight.sum(), {}))
     with pytest.raises(RuntimeError, match="left its optimizer"):
         first.step(lambda: (layer.weight.sum(), {}))
@@ -701,7 +701,7 @@ class Twins(PPO):
         super().__post_init__()
         self.twins = [copy.deepcopy(self.critic), self.critic]
         self.more = {
-            "optimizers": (Optimizer([self.twins[0].own], 1e-3),),
+            "optimizers": (Adam([self.twins[0].own], 1e-3),),
             "generator": torch.Generator().manual_seed(3),
             "modules": nn.ModuleList([copy.deepcopy(self.critic)]),
         }

@@ -94,7 +94,7 @@ def events(run: Path) -> Any:
 
 ALGORITHM_SCALARS = {
     "reinforce": {"policy_loss", "entropy", "grad_norm", "explained_variance", "learning_rate"},
-    "a2c": {"policy_loss", "value_loss", "entropy", "kl", "grad_norm", "explained_variance", "learning_rate"},
+    "a2c": {"surrogate_improvement", "value_loss", "entropy", "kl", "grad_norm", "explained_variance", "learning_rate"},
     "ppo": {"policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm", "explained_variance"},
     "npg": {
         "surrogate_improvement",
@@ -104,6 +104,7 @@ ALGORITHM_SCALARS = {
         "value_loss",
         "entropy",
         "explained_variance",
+        "critic_learning_rate",
     },
     "trpo": {"surrogate_improvement", "kl", "step_fraction", "cg_residual", "backtracks", "value_loss", "entropy"},
 }

@@ -85,8 +85,8 @@ def first_gradient(algorithm: Any, rollout: Rollout) -> Tensor:
         norm = algorithm.update_policy(batch)["grad_norm"]
         step = tr.flatten(params).detach() - before
         return norm * step / step.norm()
-    apply, taken = algorithm.optimizer.apply_gradient, []
-    algorithm.optimizer.apply_gradient = lambda gradient: taken.append(gradient) or apply(gradient)
+    clip, taken = algorithm.optimizer.clip, []
+    algorithm.optimizer.clip = lambda gradient: taken.append(gradient) or clip(gradient)
     algorithm.update(batch)
     return -taken[-1][: sum(p.numel() for p in params)]
 

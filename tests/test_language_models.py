@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite import seeding
 from pgsuite.errors import UserError
-from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.optim import Adam
 from pgsuite.nn.transformer import Transformer
 from pgsuite.rlhf import preferences
 from pgsuite.rlhf.grammar import Grammar
@@ -74,7 +74,7 @@ def test_a_model_learns_a_small_grammar_to_its_own_entropy() -> None:
     corpus = grammar.sample(64 * 60, seed=0)
     generator = seeding.generator(0, "test")
     model = WordModel(vocabulary, Transformer(len(vocabulary), **SMALL, generator=generator), generator)
-    optimizer = Optimizer([model], 0.0)
+    optimizer = Adam([model], 0.0)
     for start in range(0, len(corpus), 64):
         optimizer.lr.fill_(2e-2 * (1 - start / len(corpus)))
         optimizer.step(partial(loss, model), *encode(vocabulary, corpus[start : start + 64]))

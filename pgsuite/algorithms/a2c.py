@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic
+from pgsuite.components import Component
 from pgsuite.functional import objectives
-from pgsuite.nn.optim import Kind, Optimizer
+from pgsuite.nn.optim import make_optimizer
 from pgsuite.settings import NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_means
 
@@ -16,7 +18,7 @@ from pgsuite.types import Batch, Metrics, masked_means
 class A2C(ActorCritic):
     """One gradient step per rollout, on actor and critic together (Mnih et al., 2016)."""
 
-    optim: Kind = "rmsprop"
+    optim: Component = "rmsprop"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
     lr: Positive = 7e-4
     value_coef: NonNegative = 0.5
     value_clip: Positive | None = None  # how far from what it said when credit was assigned the critic is moved
@@ -26,13 +28,27 @@ class A2C(ActorCritic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optimizer = Optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
+        self.optimizer = make_optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
 
     def update(self, batch: Batch) -> Metrics:
-        return self.optimizer.step(self.loss, batch)
+        metrics = self.optimizer.step(self.loss, batch)
+        del metrics["policy_loss"]  # before the only step the ratio is one: that is the mean advantage, and no news
+        return metrics | self.step_metrics(batch)
+
+    @torch.no_grad()
+    def step_metrics(self, batch: Batch) -> Metrics:
+        """What the step has done to the policy: the surrogate's improvement, and the KL from the acting policy."""
+        logp = self.policy.dist(batch).log_prob(batch.action)
+        log_ratio = objectives.log_ratio(logp, batch.logp)
+        after = self.surrogate(self.ratio_of(log_ratio, batch.mask), batch.advantage)
+        before = self.policy_objective(batch.advantage, batch.logp, batch)
+        improvement = self.policy_objective(after, logp, batch) - before
+        kl = self.importance_weighted(objectives.sampled_kl(log_ratio), batch)
+        means = masked_means({"surrogate_improvement": improvement, "kl": kl}, batch.mask)
+        return {name: distributed.mean(x) for name, x in means.items()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and what to watch."""
+        """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and metrics."""
         dist = self.policy.dist(batch)
         logp = dist.log_prob(batch.action)
         log_ratio = objectives.log_ratio(logp, batch.logp)
@@ -43,9 +59,7 @@ class A2C(ActorCritic):
             "entropy": dist.entropy(),
         }
         with torch.no_grad():
-            cells |= {"kl": self.importance_weighted(objectives.sampled_kl(log_ratio), batch)} | self.ratio_metrics(
-                ratio
-            )
+            cells |= self.ratio_metrics(log_ratio, ratio, batch)
         means = masked_means(cells, batch.mask)
         loss = means["policy_loss"] + self.value_coef * means["value_loss"] - self.entropy_coef * means["entropy"]
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
@@ -56,6 +70,6 @@ class A2C(ActorCritic):
             return objectives.squared_error(value, batch.target, self.huber_delta)
         return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber_delta)
 
-    def ratio_metrics(self, ratio: Tensor) -> Metrics:
-        """What is worth knowing about how far the policy has moved [...], cell by cell."""
+    def ratio_metrics(self, log_ratio: Tensor, ratio: Tensor, batch: Batch) -> Metrics:
+        """Metrics of how far the policy has moved [...], cell by cell; none where the loss is taken before it moves."""
         return {}

@@ -13,10 +13,11 @@ from torch import Generator, Tensor, nn
 from pgsuite import distributed
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.algorithms.reference import Reference
+from pgsuite.components import Component
 from pgsuite.functional import objectives
 from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.normalize import RewardScale
-from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.optim import Optimizer, make_optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
@@ -44,8 +45,6 @@ class Algorithm(Scheduled, ABC):
     generator: Generator | None = None  # draws minibatches
 
     gamma: Fraction = 0.99
-
-    optimizer: Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,9 +134,11 @@ class Algorithm(Scheduled, ABC):
     def metrics(self, batch: Batch) -> Metrics:
         """What a practitioner watches whatever the method."""
         metrics = {
-            "learning_rate": self.optimizer.lr * self.optimizer.lr_scale,
-            "explained_variance": explained_variance(batch.value, batch.target, batch.mask),
+            f"{name.removesuffix('optimizer')}learning_rate": part.lr * part.lr_scale
+            for name, part in self.held.items()
+            if isinstance(part, Optimizer)
         }
+        metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.mask)
         if (weight := batch.extra.get("weight")) is not None:  # Kish, 1965
             mean, variance = moments(weight, batch.mask)
             metrics["effective_sample_fraction"] = mean**2 / (mean**2 + variance)
@@ -155,7 +156,7 @@ class Algorithm(Scheduled, ABC):
     @property
     def host_sync_reason(self) -> str | None:
         """What learning reads back to the host, and what to set so that it does not; None where it reads nothing."""
-        return None
+        return next(filter(None, (optimizer.host_sync_reason for optimizer in self.optimizers)), None)
 
     @property
     def scheduled(self) -> dict[str, Scheduled]:
@@ -180,6 +181,13 @@ class Algorithm(Scheduled, ABC):
 
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if rollouts of this collector cannot be learned from."""
+        for name, part in self.held.items():
+            if isinstance(part, torch.optim.Optimizer):
+                path = f"{type(part).__module__}.{type(part).__qualname__}"
+                raise ValueError(
+                    f"{type(self).__name__}.{name} is a {path}, and must be a pgsuite.nn.optim.Optimizer: write "
+                    f"self.{name} = pgsuite.nn.optim.make_optimizer([self.policy], self.lr, '{path}')"
+                )
         if collector.is_off_policy and not self.supports_off_policy:
             raise ValueError(
                 f"overlap=true has an earlier policy act, and {type(self).__name__} is right only about what its own "
@@ -313,6 +321,7 @@ class ActorCritic(Algorithm):
 class CriticRegressionMixin(Algorithm):
     """A critic with an optimizer of its own, regressed on a batch's targets over several epochs."""
 
+    critic_optim: Component = "adam"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
     critic_lr: Positive = 1e-3
     critic_epochs: Count = 10
     critic_minibatches: Count = 4
@@ -322,6 +331,9 @@ class CriticRegressionMixin(Algorithm):
         if self.critics:
             split = self.critic_minibatches
             check_split(collector.horizon, collector.env.num_envs, split, columns=self.sequential)
+
+    def make_critic_optimizer(self, critic: Critic) -> Optimizer:
+        return make_optimizer([critic.own], self.critic_lr, self.critic_optim, where="algo.critic_optim")
 
     @is_phase("critic")
     def fit_critic(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:

@@ -11,7 +11,6 @@ from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic, CriticRegressionMixin
 from pgsuite.functional import objectives, trust_region
 from pgsuite.kernel import Kernel, is_phase, phase
-from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_mean
@@ -50,7 +49,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optimizer = Optimizer([self.critic.own], self.critic_lr)
+        self.critic_optimizer = self.make_critic_optimizer(self.critic)
         self.linearize = Kernel("linearize", self._linearize)
         self.update_networks = Kernel("policy and critic", self._update_networks)
 
@@ -59,7 +58,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
 
     def _update_networks(self, batch: Batch) -> Metrics:
         """Both read the batch, and neither what the other writes, unless they share a body."""
-        return self.update_policy(batch) | self.fit_critic(self.critic, self.optimizer, batch)
+        return self.update_policy(batch) | self.fit_critic(self.critic, self.critic_optimizer, batch)
 
     @is_phase("policy")
     def update_policy(self, batch: Batch) -> Metrics:
@@ -75,7 +74,8 @@ class NPG(ActorCritic, CriticRegressionMixin):
 
         direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
         fisher_direction = product(direction)
-        step = direction * (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
+        length = (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
+        step = direction * (length * self.critic_optimizer.lr_scale)  # a run that had to be slowed down is so in both
 
         with phase("line search"):
             fraction, metrics = self.line_search(evaluate_fraction, start.new_ones(()))

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pgsuite import distributed
 from pgsuite.algorithms.a2c import A2C
+from pgsuite.components import Component
 from pgsuite.functional import objectives
 from pgsuite.kernel import phase
-from pgsuite.nn.optim import Kind
 from pgsuite.rollout import Collector
 from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, Positive, Range
@@ -21,7 +21,7 @@ from pgsuite.types import Batch, Metrics, Rollout, average, standardize
 class PPO(A2C):
     """Many small steps per rollout, on a surrogate that pays nothing for straying (Schulman et al., 2017)."""
 
-    optim: Kind = "adam"
+    optim: Component = "adam"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
     lr: Positive = 3e-4
     clip: Positive = 0.2
     clip_high: Positive | None = None  # upwards; null stands for clip
@@ -80,6 +80,9 @@ class PPO(A2C):
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
         return super().loss(batch)
 
-    def ratio_metrics(self, ratio: Tensor) -> Metrics:
+    def ratio_metrics(self, log_ratio: Tensor, ratio: Tensor, batch: Batch) -> Metrics:
         low, high = self.clips
-        return {"clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)}
+        return {
+            "kl": self.importance_weighted(objectives.sampled_kl(log_ratio), batch),
+            "clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype),
+        }

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pgsuite.algorithms.base import CriticRegressionMixin
 from pgsuite.algorithms.estimators import Estimator
+from pgsuite.components import Component
 from pgsuite.functional import estimators
-from pgsuite.nn.optim import Kind, Optimizer
+from pgsuite.nn.optim import make_optimizer
 from pgsuite.nn.policy import Critic
 from pgsuite.rollout import Collector, EpisodeCollector
 from pgsuite.settings import Positive
@@ -32,19 +33,19 @@ class Reinforce(CriticRegressionMixin):
     baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"
     estimator: Estimator | None = None  # of advantages, instead of returns less a baseline
     normalize_advantage: bool = False
-    optim: Kind = "adam"
+    optim: Component = "adam"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
     lr: Positive = 1e-3
     max_grad_norm: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optimizer = Optimizer([self.policy], self.lr, self.optim, self.max_grad_norm)
+        self.optimizer = make_optimizer([self.policy], self.lr, self.optim, self.max_grad_norm)
         if self.baseline != "critic":
             self.critic = None
         elif self.critic is None:
             raise ValueError("algo.baseline=critic needs a critic")
         else:
-            self.critic_optimizer = Optimizer([self.critic.own], self.critic_lr)
+            self.critic_optimizer = self.make_critic_optimizer(self.critic)
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)

@@ -139,7 +139,7 @@ def _is_part(hint: Any) -> bool:
 
 def _is_component(hint: Any) -> bool:
     """Whether a field holds a ``Component``, or None."""
-    return set(get_args(Component)) <= set(get_args(hint))
+    return all(kind in get_args(hint) for kind in get_args(Component))
 
 
 @functools.cache

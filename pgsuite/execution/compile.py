@@ -79,7 +79,7 @@ class SideBySide:
         if about not in self.known:
             self.known.add(about)
             return self.update(batch)
-        self.regression = self.other.submit(a.fit_critic, a.critic, a.optimizer, batch)
+        self.regression = self.other.submit(a.fit_critic, a.critic, a.critic_optimizer, batch)
         return a.update_policy(batch) | self.regression.result()
 
     def alone(self) -> None:

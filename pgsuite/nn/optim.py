@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pgsuite.components import Component, component_class, make_component
 from pgsuite.functional import trust_region
 from pgsuite.kernel import Kernel
+from pgsuite.settings import Fraction, Positive
 from pgsuite.types import Metrics
 
-Kind = Literal["adam", "rmsprop"]
-Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to descend, and what to watch
-BETA1, BETA2, EPS = (
-    0.9,
-    {"adam": 0.999, "rmsprop": 0.99},
-    1e-5,
-)  # torch's defaults, but eps, which follows baselines
+Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to minimize, and metrics
 
 
-class Optimizer:
+class Optimizer(ABC):
     """One optimizer over the parameters of several modules.
 
     It moves them into one vector, ``flat`` [P], of which they become views: the collective, the norm, the clipping and
     the step are then one operation each, however many layers there are.  The learning rate is a tensor, so that a
-    schedule may write to it and nothing is read back to the host; steps are taken at ``share`` of it, which is one
+    schedule may write to it and nothing is read back to the host; steps are taken at ``lr_scale`` of it, which is one
     until a run had to be slowed down.  ``max_grad_norm`` bounds the global norm of the averaged gradient; None leaves
     it alone.
+
+    A subclass defines ``apply_gradient``.  One of your own is chosen by ``algo.optim``; it is made as
+    ``cls(modules, lr, max_grad_norm, **settings)``.
     """
 
+    state_names: tuple[str, ...] = ()  # of its tensors beside ``flat``, in the order of ``apply_gradient``
+    host_sync_reason: str | None = None  # what a step reads back to the host; None where it reads nothing
+
     def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        lr: float | Tensor,
-        kind: Kind = "adam",
-        max_grad_norm: float | Tensor | None = None,
+        self, modules: Sequence[nn.Module], lr: float | Tensor, max_grad_norm: float | Tensor | None = None
     ) -> None:
         self.params = list(dict.fromkeys(p for module in modules for p in module.parameters()))
-        self.kind, self.max_grad_norm = kind, max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self.flat = trust_region.flatten(self.params).detach()
-        for p, chunk in zip(self.params, self.flat.split([p.numel() for p in self.params]), strict=True):
-            p.data = chunk.view_as(p)
+        for p, chunk in zip(self.params, self.chunks(self.flat), strict=True):
+            p.data = chunk
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
         self.lr_scale = torch.ones_like(self.lr)
         self.skip_mask: Tensor | None = None  # [] bool: where it is true, steps change nothing
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # of gradients [P], decaying
-        self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # or 1 - 0.999 would lose half its digits
         self.gradient_step = Kernel("gradient step", self._gradient_step)
 
     def step(self, objective: Objective, *seen: Any) -> Metrics:
@@ -56,41 +54,46 @@ class Optimizer:
 
         Raises RuntimeError if another optimizer has since taken parameters of this one.
         """
-        storage = self.flat.untyped_storage().data_ptr()
-        if any(p.untyped_storage().data_ptr() != storage for p in self.params):
-            raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
+        self.check_views()
         metrics, moved = self.gradient_step(objective, *seen)
-        for x, new in zip((self.flat, self.mean, self.square, self.steps), moved, strict=True):
+        own = (self.flat, *(getattr(self, name) for name in self.state_names))
+        for x, new in zip(own, moved, strict=True):
             x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
         return metrics
 
     def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
-        """Where a step would lead: the metrics, and what takes the place of flat, mean, square and steps."""
+        """Where a step would lead: the metrics, and what takes the place of ``flat`` and the optimizer's state."""
         loss, metrics = objective(*seen)
-        norm, moved = self.apply_gradient(trust_region.flat_grad(loss, self.params))
-        return metrics | {"grad_norm": norm}, moved
+        gradient, norm = self.clip(trust_region.flat_grad(loss, self.params))
+        with torch.no_grad():
+            return metrics | {"grad_norm": norm}, self.apply_gradient(gradient)
+
+    @abstractmethod
+    def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
+        """What takes the place of ``flat`` and of the tensors of ``state_names`` after a step against a gradient [P],
+        which is averaged over processes and clipped.  Nothing is written in place, so that the step can be compiled."""
 
     @torch.no_grad()
-    def apply_gradient(self, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Against a gradient [P], which is averaged over processes: its norm before clipping, and what takes the place
-        of flat, mean, square and steps.  Torch's own optimizers could not be compiled or captured so: they count their
-        steps on the host."""
+    def clip(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient [P], scaled down to ``max_grad_norm``, and its norm [] before that."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        memory, steps = BETA2[self.kind], self.steps + 1
-        square = (self.square * memory).addcmul_(gradient, gradient, value=1 - memory)
-        if self.kind == "adam":  # Kingma and Ba, 2015, algorithm 1
-            mean = self.mean.lerp(gradient, 1 - BETA1)
-            deviation = (square / (1 - memory**steps)).sqrt_()
-            direction = mean / (1 - BETA1**steps) / deviation.add_(EPS)
-        else:  # Tieleman and Hinton, 2012
-            mean, direction = self.mean, gradient / square.sqrt().add_(EPS)
-        return norm, (self.flat - self.lr * self.lr_scale * direction, mean, square, steps)
+        return gradient, norm
+
+    def chunks(self, flat: Tensor) -> list[Tensor]:
+        """Views of a vector [P], shaped as the parameters."""
+        parts = flat.split([p.numel() for p in self.params])
+        return [chunk.view_as(p) for p, chunk in zip(self.params, parts, strict=True)]
+
+    def check_views(self) -> None:
+        storage = self.flat.untyped_storage().data_ptr()
+        if any(p.untyped_storage().data_ptr() != storage for p in self.params):
+            raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("mean", "square", "steps", "lr_scale")}
+        return {name: getattr(self, name) for name in (*self.state_names, "lr_scale")}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: x.clone() for name, x in self.state.items()}
@@ -98,3 +101,144 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, x in self.state.items():
             x.copy_(state[name])
+
+
+class Adam(Optimizer):
+    """Kingma and Ba, 2015, algorithm 1.  ``eps`` is that of OpenAI's baselines."""
+
+    state_names = ("mean", "square", "steps")
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        lr: float | Tensor,
+        max_grad_norm: float | Tensor | None = None,
+        *,
+        beta1: Fraction = 0.9,
+        beta2: Fraction = 0.999,
+        eps: Positive = 1e-5,
+    ) -> None:
+        super().__init__(modules, lr, max_grad_norm)
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # decaying means [P]
+        self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # or 1 - 0.999 would lose half its digits
+
+    def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
+        steps = self.steps + 1
+        square = (self.square * self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        mean = self.mean.lerp(gradient, 1 - self.beta1)
+        deviation = (square / (1 - self.beta2**steps)).sqrt_()
+        direction = mean / (1 - self.beta1**steps) / deviation.add_(self.eps)
+        return self.flat - self.lr * self.lr_scale * direction, mean, square, steps
+
+
+class RMSprop(Optimizer):
+    """Tieleman and Hinton, 2012.  ``eps`` is that of OpenAI's baselines."""
+
+    state_names = ("square",)
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        lr: float | Tensor,
+        max_grad_norm: float | Tensor | None = None,
+        *,
+        alpha: Fraction = 0.99,
+        eps: Positive = 1e-5,
+    ) -> None:
+        super().__init__(modules, lr, max_grad_norm)
+        self.alpha, self.eps = alpha, eps
+        self.square = torch.zeros_like(self.flat)  # decaying mean [P]
+
+    def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
+        square = (self.square * self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
+        direction = gradient / square.sqrt().add_(self.eps)
+        return self.flat - self.lr * self.lr_scale * direction, square
+
+
+class MakesTorchOptimizer(Protocol):
+    def __call__(self, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer: ...
+
+
+class TorchOptimizer(Optimizer):
+    """Any optimizer of the ``torch.optim`` kind.  The loss with its gradient is a kernel, the step is not: these
+    optimizers count their steps and read their learning rate on the host."""
+
+    host_sync_reason = "a torch.optim optimizer takes its learning rate from the host; adam and rmsprop do not"
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        lr: float | Tensor,
+        max_grad_norm: float | Tensor | None,
+        make: MakesTorchOptimizer,
+    ) -> None:
+        super().__init__(modules, lr, max_grad_norm)
+        self.inner = make(self.params, float(self.lr))
+
+    def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
+        loss, metrics = objective(*seen)
+        gradient, norm = self.clip(trust_region.flat_grad(loss, self.params))
+        return metrics | {"grad_norm": norm}, (gradient,)
+
+    def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
+        raise NotImplementedError("the optimizer of torch steps in place")
+
+    def step(self, objective: Objective, *seen: Any) -> Metrics:
+        self.check_views()
+        metrics, (gradient,) = self.gradient_step(objective, *seen)
+        if self.skip_mask is not None and bool(self.skip_mask):
+            return metrics
+        for p, chunk in zip(self.params, self.chunks(gradient), strict=True):
+            p.grad = chunk
+        for group in self.inner.param_groups:
+            group["lr"] = float(self.lr * self.lr_scale)
+        self.inner.step()
+        self.inner.zero_grad()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        for i, p in enumerate(self.params):
+            for name, x in self.inner.state[p].items():
+                if x is not None:
+                    found[f"{i}.{name}"] = x.clone() if isinstance(x, Tensor) else x
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.inner.state.clear()
+        for key, x in state.items():
+            i, dot, name = key.partition(".")
+            if dot:
+                self.inner.state[self.params[int(i)]][name] = x.clone() if isinstance(x, Tensor) else x
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "rmsprop": RMSprop}
+
+
+def make_optimizer(
+    modules: Sequence[nn.Module],
+    lr: float | Tensor,
+    optim: Component = "adam",
+    max_grad_norm: float | Tensor | None = None,
+    where: str = "algo.optim",
+) -> Optimizer:
+    """The optimizer that a setting chooses: adam, rmsprop, a subclass of ``Optimizer`` or of ``torch.optim.Optimizer``
+    by its dotted path, or ``{_target_: torch.optim.AdamW, weight_decay: 0.01}``.
+
+    Raises ValueError for an unknown one, for settings that it does not have, and for one that wants a closure.
+    """
+    cls: type[Any] = component_class(optim, OPTIMIZERS, object, where)
+    if not issubclass(cls, torch.optim.Optimizer):
+        return make_component(optim, OPTIMIZERS, Optimizer, where, modules, lr, max_grad_norm)
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{where}={cls.__module__}.{cls.__qualname__} wants a closure that computes the loss again: none"
+        )
+
+    def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return make_component(optim, {}, torch.optim.Optimizer, where, params, lr=lr)
+
+    return TorchOptimizer(modules, lr, max_grad_norm, make)

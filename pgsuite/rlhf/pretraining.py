@@ -19,7 +19,7 @@ from pgsuite import seeding, settings
 from pgsuite.app.build import commit, versions
 from pgsuite.app.train import short
 from pgsuite.errors import UserError
-from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.optim import Adam
 from pgsuite.nn.transformer import Transformer
 from pgsuite.rlhf import files
 from pgsuite.rlhf.grammar import Grammar, Review
@@ -103,7 +103,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         f"{facts['grammar_perplexity']:.3f} on {wanted.held_out:,} held out | {facts['parameters']:,} parameters"
     )
     corpus, found = grammar.sample(wanted.reviews, wanted.seed), dict[str, float]()
-    optimizer, steps = Optimizer([model], wanted.lr, max_grad_norm=1.0), -(-wanted.reviews // wanted.batch)
+    optimizer, steps = Adam([model], wanted.lr, max_grad_norm=1.0), -(-wanted.reviews // wanted.batch)
     with SummaryWriter(str(folder)) as writer:
         for step in range(steps):
             optimizer.lr.fill_(wanted.lr * min(1.0, (step + 1) / WARMUP) * (1 - step / steps))

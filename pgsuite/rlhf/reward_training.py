@@ -19,7 +19,7 @@ from pgsuite import seeding, settings
 from pgsuite.app.build import commit, versions
 from pgsuite.app.train import short
 from pgsuite.errors import UserError
-from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.optim import Adam
 from pgsuite.rlhf import files, preferences, scorer
 from pgsuite.rlhf.grammar import Grammar
 from pgsuite.rlhf.model import WordModel
@@ -85,7 +85,7 @@ def fit(
 ) -> list[float]:
     """Descend the loss of Bradley and Terry, -log sigmoid(r(chosen) - r(rejected)); its mean over each step's pairs."""
     losses: list[float] = []
-    optimizer = Optimizer([judge], wanted.lr, max_grad_norm=1.0)
+    optimizer = Adam([judge], wanted.lr, max_grad_norm=1.0)
 
     def loss(tokens: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = judge(tokens, real).chunk(2)
