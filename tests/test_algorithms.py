@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from reads import NothingRead
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import (
@@ -35,6 +34,7 @@ from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.optim import Optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeCollector, StepCollector
+from pgsuite.testing.reads import NothingRead
 from pgsuite.types import Batch
 
 

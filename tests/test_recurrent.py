@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from reads import NothingRead
 from test_algorithms import flat
 from torch import Tensor
 from toys import ALL, BRIEF, PointMass, Toy, build, collector, resume_alike
@@ -16,6 +15,7 @@ from pgsuite.functional import trust_region as tr
 from pgsuite.nn.policy import Critic
 from pgsuite.nn.recurrent import GRU, LSTM, Recurrence
 from pgsuite.rollout import EpisodeCollector, StepCollector, minibatches
+from pgsuite.testing.reads import NothingRead
 from pgsuite.training.trainer import Trainer
 
 KINDS: list[Any] = ["gru", "lstm"]

@@ -44,7 +44,7 @@ class IsaacPoints:
         if critic:
             groups["critic"] = spaces.Dict({"b": box(1), "a": box(4)})
         self.single_observation_space = spaces.Dict(groups)
-        self.training_state, self.velocity = torch.zeros(2, num_envs, 2, device=device)
+        self.position, self.velocity = torch.zeros(2, num_envs, 2, device=device)
         self.clock = torch.zeros(num_envs, device=device)
         self.reward = torch.zeros(num_envs, device=device)
         self.terminated, self.timed_out = torch.zeros(2, num_envs, dtype=torch.bool, device=device)
@@ -56,7 +56,7 @@ class IsaacPoints:
         return self
 
     def observe(self) -> dict[str, Any]:
-        policy = torch.cat([self.training_state, self.velocity], -1)
+        policy = torch.cat([self.position, self.velocity], -1)
         return {"policy": policy, "critic": {"a": policy.clone(), "b": self.clock.unsqueeze(-1).clone()}, "other": None}
 
     def write(self, buffers: dict[str, Any]) -> dict[str, Any]:
@@ -67,8 +67,8 @@ class IsaacPoints:
         return buffers
 
     def restart(self, which: Tensor) -> None:
-        fresh = torch.empty_like(self.training_state).uniform_(-1, 1, generator=self.generator)
-        self.training_state.copy_(torch.where(which.unsqueeze(-1), fresh, self.training_state))
+        fresh = torch.empty_like(self.position).uniform_(-1, 1, generator=self.generator)
+        self.position.copy_(torch.where(which.unsqueeze(-1), fresh, self.position))
         self.velocity.mul_(~which.unsqueeze(-1))
         self.clock.mul_(~which)
 
@@ -79,13 +79,13 @@ class IsaacPoints:
         return self.write(self.buffers), self.extras
 
     def move(self, action: Tensor) -> None:
-        self.reward.copy_(1 - self.training_state.square().sum(-1))
-        position, velocity = dynamics(self.training_state, self.velocity, action)
+        self.reward.copy_(1 - self.position.square().sum(-1))
+        position, velocity = dynamics(self.position, self.velocity, action)
         action.zero_()  # it is the environment's to write to
-        self.training_state.copy_(position)
+        self.position.copy_(position)
         self.velocity.copy_(velocity)
         self.clock += 1
-        self.terminated.copy_(self.training_state.abs().amax(-1) > 1.2)
+        self.terminated.copy_(self.position.abs().amax(-1) > 1.2)
         self.timed_out.copy_(self.clock >= self.max_episode_length)  # both may be true
 
     def step(self, action: Tensor) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -105,7 +105,7 @@ class SavedPoints(IsaacPoints):
         return {name: getattr(self, name) for name in names} | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.training_state, self.velocity, self.clock = state["position"], state["velocity"], state["clock"]
+        self.position, self.velocity, self.clock = state["position"], state["velocity"], state["clock"]
         self.generator.set_state(state["generator"])
 
 
@@ -141,7 +141,7 @@ class ManiSkillPoints:
         return self._env
 
     def observe(self) -> dict[str, Any]:
-        agent = {"qvel": self._env.velocity, "qpos": self._env.training_state}
+        agent = {"qvel": self._env.velocity, "qpos": self._env.position}
         return {"agent": agent, "extra": {"clock": self._env.clock.unsqueeze(-1)}}
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:

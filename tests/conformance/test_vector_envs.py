@@ -92,8 +92,8 @@ def test_atari(mode: str) -> None:
 class Aliased(PointMass):
     def step(self, action: Any) -> Any:
         step = super().step(action)
-        self.hidden_state = getattr(self, "memory", torch.empty_like(step.reward))
-        return step._replace(reward=self.hidden_state.copy_(step.reward))
+        self.memory = getattr(self, "memory", torch.empty_like(step.reward))
+        return step._replace(reward=self.memory.copy_(step.reward))
 
 
 class BothEnds(PointMass):
