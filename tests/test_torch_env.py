@@ -255,7 +255,7 @@ def test_ppo_learns_through_the_adapter(kind: str) -> None:
     tracker, returns = EpisodeTracker(16, env.device), []
     for _ in range(25):
         algorithm.iterate(rollouts)
-        returns.append(tracker.update(rollouts.buffer.read())[0].mean().item())
+        returns.append(tracker.finished(rollouts.buffer.read())[0].mean().item())
     assert returns[-1] > 35 > 20 > returns[0]
 
 
