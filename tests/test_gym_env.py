@@ -232,5 +232,5 @@ def test_ppo_learns_through_the_adapter(way: dict[str, Any]) -> None:
     tracker, returns = EpisodeTracker(8, env.device), [0.0]
     for _ in range(16):
         algorithm.iterate(rollouts)
-        returns += tracker.update(rollouts.buffer.read())[0].tolist()
+        returns += tracker.finished(rollouts.buffer.read())[0].tolist()
     assert np.mean(returns[-10:]) > 100 > 60 > np.mean(list(itertools.islice(returns, 20)))

@@ -83,7 +83,7 @@ def test_bounded_and_state_dependent_policies_learn(cls: Any, look: dict[str, An
     for _ in range(15):
         algorithm.iterate(rollouts)
         rollout = rollouts.buffer.read()
-        returns.append(tracker.update(rollout)[0].mean().item())
+        returns.append(tracker.finished(rollout)[0].mean().item())
         assert look.get("distribution") is None or float(rollout.action.abs().max()) <= 1
     assert returns[-1] > 25 > returns[0]
 

@@ -93,7 +93,7 @@ def test_episode_returns_run_on_from_rollout_to_rollout() -> None:
     steps, tracker, returns, lengths = StepCollector(env, 2), EpisodeTracker(2, env.device), [], []
     policy = build(PPO, env).policy
     for _ in range(5):
-        got = tracker.update(steps.collect(policy))
+        got = tracker.finished(steps.collect(policy))
         returns += got[0].tolist()
         lengths += got[1].tolist()
     assert sorted(returns) == [6, 6, 6, 28] and sorted(lengths) == [3, 3, 3, 7]
@@ -104,7 +104,7 @@ def test_the_tracker_counts_one_episode_per_environment_of_whole_episodes() -> N
     tracker = EpisodeTracker(3, env.device)
     policy, episodes = build(PPO, env).policy, EpisodeCollector(env, 50)
     for _ in range(2):
-        assert sorted(tracker.update(episodes.collect(policy))[0].tolist()) == [3, 6, 15]
+        assert sorted(tracker.finished(episodes.collect(policy))[0].tolist()) == [3, 6, 15]
 
 
 def example(steps: int = 4, envs: int = 6) -> Batch:

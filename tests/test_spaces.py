@@ -254,7 +254,7 @@ def test_ppo_learns_what_is_shown_in_any_way(shown: str, action: str) -> None:
     returns = []
     for _ in range(25):
         algorithm.iterate(rollouts)
-        returns.append(tracker.update(rollouts.buffer.read())[0].mean().item())
+        returns.append(tracker.finished(rollouts.buffer.read())[0].mean().item())
     assert returns[0] < 8 and returns[-1] > 16
 
 

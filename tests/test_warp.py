@@ -243,5 +243,5 @@ def test_ppo_learns_on_the_gpu() -> None:
     rollouts, tracker, lengths = StepCollector(env, 64), EpisodeTracker(256, env.device), [math.nan]
     for _ in range(30):
         algorithm.iterate(rollouts)
-        lengths.append(tracker.update(rollouts.buffer.read())[1].mean().item())
+        lengths.append(tracker.finished(rollouts.buffer.read())[1].mean().item())
     assert lengths[1] < 20 and lengths[-1] > 100
