@@ -61,7 +61,7 @@ def test_a_search_that_fails_changes_no_bit() -> None:
             assert torch.equal(before, flat(algorithm))
         return 0 * whole, {}
 
-    algorithm.search = refuse
+    algorithm.line_search = refuse
     metrics = algorithm.update_policy(batch)
     assert float(metrics["accepted"]) == float(metrics["step_fraction"]) == float(metrics["step_norm"]) == 0
     assert torch.equal(before, flat(algorithm)) and tried[0] > tried[1] > 1e-3

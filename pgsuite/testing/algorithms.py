@@ -285,21 +285,18 @@ def _check_addresses(algorithm: Algorithm, addresses: Mapping[str, int]) -> None
 
 def _check_trained(run: Run, before: Mapping[str, Tensor]) -> None:
     algorithm, now = run.algorithm, run.parameters()
-    trained = {id(p) for optimizer in algorithm.optimizers for p in optimizer.params}
+    still = {id(x) for name, x in _tensors(algorithm, buffers=False).items() if torch.equal(before[name], now[name])}
+    owned = {id(p) for optimizer in algorithm.optimizers for p in optimizer.params}
 
     def lies_still(module: nn.Module) -> bool:
-        ids = {id(p) for p in module.parameters() if p.requires_grad}
-        names = [name for name, x in _tensors(algorithm, buffers=False).items() if id(x) in ids]
-        return bool(names) and all(torch.equal(before[name], now[name]) for name in names) and not ids & trained
+        trainable = {id(p) for p in module.parameters() if p.requires_grad}
+        return bool(trainable) and trainable <= still
 
-    for name, part in algorithm.parts.items():
-        if isinstance(part, Policy):
-            moved = any(not torch.equal(before[key], now[key]) for key in now if key.startswith(f"{name}."))
-            assert moved or part is not algorithm.policy, "two iterations do not move the policy at all"
-        elif isinstance(part, Critic):
-            assert not lies_still(part.own), (
-                f"{name} neither moves nor has an optimizer: train it, or set it to None if the method needs none"
-            )
+    assert not lies_still(algorithm.policy), "two iterations do not move the policy at all"
+    for critic in algorithm.critics:
+        name = next(name for name, part in algorithm.parts.items() if critic in part.modules())
+        trained = not lies_still(critic.own) or any(id(p) in owned for p in critic.own.parameters())
+        assert trained, f"{name} neither moves nor has an optimizer: train it, or set it to None if it is not needed"
 
 
 def _check_seed(cls: type[Algorithm], world: World, settings: Mapping[str, Any], state: dict[str, Any]) -> None:
