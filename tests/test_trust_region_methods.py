@@ -218,7 +218,7 @@ def test_the_step_spends_the_budget_to_second_order(fisher: Any) -> None:
         kls.extend(float(attempt(whole / 2**i)[1]) for i in range(5))
         return whole, {}
 
-    algorithm.search = search
+    algorithm.line_search = search
     algorithm.update_policy(batch)
     over = [abs(kl - 1e-3 / 4**i) for i, kl in enumerate(kls)]
     orders = [math.log2(one / half) for one, half in itertools.pairwise(over)]
@@ -340,7 +340,7 @@ def test_hyperparameters_may_be_tensors(fisher: Any, line_search: Any) -> None:
     algorithm = build(TRPO, env, fisher=fisher, backtracking=line_search, max_kl=0.3, damping=1e-3)
     batch = first_batch(algorithm, env)
     twin = copy.deepcopy(algorithm)
-    for name in ("max_kl", "damping", "cg_tol", "shrink"):
+    for name in ("max_kl", "damping", "cg_tol", "backtrack_coef"):
         setattr(twin, name, torch.tensor(getattr(algorithm, name)))
     for each in (algorithm, twin):
         each.update_policy(batch)
