@@ -104,7 +104,7 @@ def test_steps_spent_on_restarting_teach_nothing() -> None:
         rollout = StepCollector(env, STEPS).collect(policy)
         value, next_value = (x.sum(-1).sin() for x in (rollout.obs, rollout.next_obs))
         advantage, _ = GAE(lam=0.9)(rollout, value, next_value, torch.ones_like(value), gamma=0.97)
-        returns, lengths = EpisodeTracker(ENVS, env.device).update(rollout)
+        returns, lengths = EpisodeTracker(ENVS, env.device).finished(rollout)
         cells = [advantage[:, i][rollout.mask[:, i]] for i in range(ENVS)]
         starts = [rollout.start[:, i][rollout.mask[:, i]] for i in range(ENVS)]
         found.append((cells, starts, sorted(returns.tolist()), sorted(lengths.tolist()), rollout))

@@ -43,7 +43,7 @@ def test_a_rollout_holds_texts_and_its_mask_what_was_chosen() -> None:
 
 def test_the_tracker_counts_the_tokens_of_responses() -> None:
     _, r = collected()
-    returns, lengths = EpisodeTracker(16, r.reward.device).update(r)
+    returns, lengths = EpisodeTracker(16, r.reward.device).finished(r)
     assert torch.equal(lengths, r.mask.sum(0)[(r.mask & r.terminated).nonzero()[:, 1]].double()) and len(returns) == 16
 
 

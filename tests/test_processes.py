@@ -77,11 +77,13 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     env, rank, world = PointMass(8, max_episode_steps=20), distributed.rank(), distributed.size()
     algorithm = build(cls, env, look=hidden_state | {"recurrent_size": 8}, **options | given)
     acting = collector(algorithm, env)
-    for part in (algorithm.reward_scale, *algorithm.critics):
-        part.hidden_state = part.hidden_state[rank::world]
+    scale = algorithm.reward_scale
+    scale.discounted_return = scale.discounted_return[rank::world]
+    for critic in algorithm.critics:
+        critic.hidden_state = critic.hidden_state[rank::world]
 
     class Share:
-        def collect(self, policy: Any) -> Any:
+        def collect_rollout(self, policy: Any) -> Any:
             whole = acting.collect(policy)
             whole.mask[10:, ::3] = False
             return whole[:, rank::world]
@@ -93,7 +95,7 @@ def learn(name: str) -> dict[str, torch.Tensor]:
     parts = {"policy": algorithm.policy, "rewards": algorithm.reward_scale.moments}
     parts |= {f"critic {i}": part for i, part in enumerate(algorithm.critics)}
     state = {f"{key}.{name}": x for key, part in parts.items() for name, x in part.state_dict().items()}
-    return found | {name: x for name, x in state.items() if not name.endswith("carry")}
+    return found | {name: x for name, x in state.items() if not name.endswith("hidden_state")}
 
 
 def learn_everything(folder: str, told: dict[str, str]) -> None:
