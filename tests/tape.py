@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from reads import NothingRead
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgsuite.execution.cuda_graphs import Graphs
+from pgsuite.testing.reads import NothingRead
 
 
 def bare(x: Any) -> Any:

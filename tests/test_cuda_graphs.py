@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from reads import NothingRead
 from tape import Tape
 from toys import ALL, PointMass, build, collector
 
@@ -25,6 +24,7 @@ from pgsuite.app.cli import CONFIGS
 from pgsuite.envs import make
 from pgsuite.execution.cuda_graphs import PATIENCE, Graphs, Slots, capture
 from pgsuite.rollout import EpisodeCollector
+from pgsuite.testing.reads import NothingRead
 from pgsuite.training.recovery import Recovery, clone
 from pgsuite.training.trainer import Trainer
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from reads import NothingRead
 from torch import Tensor
 from toys import ALL, PointMass, Probe, Toy, build, collector
 
@@ -19,6 +18,7 @@ from pgsuite.functional import trust_region as tr
 from pgsuite.nn.distributions import Bernoulli, Beta, Categorical, Gaussian, MultiCategorical, Squashed
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.testing.reads import NothingRead
 from pgsuite.types import Rollout
 
 

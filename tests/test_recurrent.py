@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from reads import NothingRead
 from test_algorithms import flat
 from torch import Tensor
-from toys import ALL, BRIEF, PointMass, Toy, build, collector, resume_alike
+from toys import ALL, BRIEF, PointMass, Toy, build, collector
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.policy import Critic
 from pgsuite.nn.recurrent import GRU, LSTM, Recurrence
-from pgsuite.rollout import EpisodeCollector, StepCollector, minibatches
+from pgsuite.rollout import StepCollector, minibatches
 from pgsuite.training.trainer import Trainer
 
 KINDS: list[Any] = ["gru", "lstm"]
@@ -186,37 +185,6 @@ def test_a_trust_region_holds_for_a_policy_that_remembers(kind: Any) -> None:
     for _ in range(6):
         metrics = algorithm.iterate(rollouts)
         assert 0 < metrics["kl"] <= algorithm.max_kl and metrics["surrogate_improvement"] > 0
-
-
-@pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, PPOPenalty, NPG])
-def test_an_iteration_with_memory_reads_nothing_back(cls: type[Algorithm]) -> None:
-    env = PointMass(8)
-    options: dict[str, Any] = {"baseline": "critic"} if cls is Reinforce else {}
-    algorithm = remembering(cls, env, **options)
-    rollouts = collector(algorithm, env)
-    if isinstance(rollouts, EpisodeCollector):
-        rollouts.poll = rollouts.horizon
-    algorithm.iterate(rollouts)
-    with NothingRead():
-        algorithm.iterate(rollouts)
-
-
-@pytest.mark.parametrize("cls", ALL)
-def test_a_memory_is_restored_with_the_rest(cls: type[Algorithm]) -> None:
-    """Bit for bit, from the middle of episodes, with every parameter and buffer where it was."""
-    env, twin_env = PointMass(8, 30), PointMass(8, 30, seed=5)
-    options: dict[str, Any] = {"baseline": "critic"} if cls is Reinforce else {}
-    algorithm, twin = remembering(cls, env, **options), remembering(cls, twin_env, seed=7, **options)
-    one, two = collector(algorithm, env), collector(twin, twin_env, seed=3)
-    parts = [algorithm.policy, algorithm.critic]
-    addresses = [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
-    for _ in range(2):
-        algorithm.iterate(one)
-    assert addresses == [x.data_ptr() for part in parts for x in (*part.parameters(), *part.buffers())]
-    assert cls is Reinforce or algorithm.critic.hidden_state.any()
-    resume_alike((algorithm, one), (twin, two))
-    assert torch.equal(flat(algorithm), flat(twin))
-    assert torch.equal(algorithm.critic.hidden_state, twin.critic.hidden_state)
 
 
 # Bodies that are shared

@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from reads import NothingRead
 from toys import ALL, PointMass, build, collector
 
 from pgsuite import settings
@@ -15,6 +14,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GAE
 from pgsuite.nn.schedules import Adaptive, parse
 from pgsuite.rollout import EpisodeCollector
+from pgsuite.testing.reads import NothingRead
 from pgsuite.training.trainer import Trainer
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch_worlds
 from gymnasium import spaces
-from reads import NothingRead
 from torch import Tensor
 from torch_worlds import LIMIT, Points, dynamics
 from toys import build
@@ -23,6 +22,7 @@ from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import BrokenEnvError, TorchNative, TorchNativeEnv, make
 from pgsuite.rollout import EpisodeTracker, StepCollector
 from pgsuite.testing import play, random_actions
+from pgsuite.testing.reads import NothingRead
 from pgsuite.types import Step, map_obs
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from reads import NothingRead
 from test_algorithms import first_batch, flat
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,6 +23,7 @@ from pgsuite.nn.distributions import Categorical, Gaussian
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
 from pgsuite.nn.stateless import functional_in_parameters
+from pgsuite.testing.reads import NothingRead
 from pgsuite.types import ACTION_MASK, masked_mean
 
 FISHER = pytest.mark.parametrize("fisher", ["double-backward", "gauss-newton"])

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reads import NothingRead
 from toys import build
 
 from pgsuite.algorithms import PPO
 from pgsuite.envs import make, tasks
 from pgsuite.rollout import EpisodeTracker, StepCollector
 from pgsuite.testing import check_vector_env, random_actions
+from pgsuite.testing.reads import NothingRead
 
 WORLDS, STEPS = 32, 80
 MUJOCO = sorted(name for name in tasks.__all__ if "warp" in getattr(getattr(tasks, name), "backends", ()))

@@ -84,7 +84,7 @@ class Toy:
 
 
 class PointMass(Toy):
-    """Push a point to the origin of the plane; leaving the make_eval_env ends the episode."""
+    """Push a point to the origin of the plane; leaving the arena ends the episode."""
 
     obs_size = 4
     action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (2,))

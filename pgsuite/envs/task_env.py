@@ -22,14 +22,15 @@ class TaskEnv:
     def __init__(self, task: Task, *, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.task, self.device, self.dtype = task, device, dtype
         self.name, self.num_envs, self.max_episode_steps = (
-            task.gymnasium_id,
+            task.name,
             task.num_envs,
             task.max_episode_steps,
         )
         self.observation_space, self.action_space = task.observation_space, task.action_space
         how, closeness = task.describe()
         self.backend = how.split()[0].split(".")[0]
-        self.description = f"{self.name} | {how} | {self.num_envs} environments | {closeness}"
+        said = (self.name, how, f"{self.num_envs} environments", closeness)
+        self.description = " | ".join(filter(None, said))
         self.generator = seeding.generator(seed, "environment", task.device)
         self.step_task = Kernel("step task", self._step_task)
         self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)

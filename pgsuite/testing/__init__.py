@@ -1,5 +1,7 @@
 """Checks of a user's own parts, for their tests."""
 
+from pgsuite.testing.algorithms import check_algorithm
 from pgsuite.testing.envs import check_vector_env, play, random_actions
+from pgsuite.testing.tasks import check_task
 
-__all__ = ["check_vector_env", "play", "random_actions"]
+__all__ = ["check_algorithm", "check_task", "check_vector_env", "play", "random_actions"]

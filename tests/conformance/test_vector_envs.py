@@ -1,6 +1,7 @@
 """Every environment of the suite, behind every back end and adapter, keeps one contract; and breaking it is noticed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +11,14 @@ from toys import PointMass
 
 from pgsuite.envs import EnvPool, Gym, GymEnv, TorchNative, VectorEnv, make, tasks
 from pgsuite.envs.gym_env import Maker
-from pgsuite.testing import check_vector_env
+from pgsuite.testing import check_task, check_vector_env
 
 TASKS = sorted(set(tasks.__all__) - {"Task"})
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks(name: str) -> None:
-    check_vector_env(lambda seed: make(name, 3, seed=seed, max_episode_steps=40), steps=120)
+    check_task(partial(getattr(tasks, name), max_episode_steps=40), num_envs=3, steps=120)
 
 
 def gym(mode: AutoresetMode, seed: int) -> GymEnv:

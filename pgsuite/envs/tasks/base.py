@@ -18,12 +18,15 @@ from pgsuite.settings import Count
 class Task(ABC):
     """N copies of one world, in tensors.  Options are the dataclass fields; ``place`` gives it a device.
 
+    A subclass says what is observed (``observe``), paid and terminated (``advance``), how worlds start (``reset``), and
+    which two spaces it has; one whose worlds are tensors makes them in ``place``.  Everything else has a default.
+
     Code of a task neither reads tensors back to the host nor makes shapes that depend on data, unless its back end
     lives on the host, so that it can be captured and compiled.
     """
 
-    gymnasium_id: ClassVar[str]  # the environment that it is equal to
-    backends: ClassVar[tuple[str, ...]]
+    gymnasium_id: ClassVar[str] = ""  # the environment that it is equal to, if there is one
+    backends: ClassVar[tuple[str, ...]] = ("torch",)
 
     max_episode_steps: Count = 1000
 
@@ -37,13 +40,17 @@ class Task(ABC):
         settings.check(self)
         settings.require(Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps")  # as redeclared too
 
+    @property
+    def name(self) -> str:
+        return self.gymnasium_id or type(self).__name__
+
     def preferred(self, device: torch.device) -> str:
         """The back end that auto stands for on a device."""
         return self.backends[0]
 
-    @abstractmethod
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
-        """Set up N worlds with a back end, and the attributes above that depend on it."""
+        """Set up N worlds with a back end, and the attributes above that depend on it.  By default, float32."""
+        self.num_envs, self.device, self.dtype = num_envs, device, torch.float32
 
     @abstractmethod
     def reset(self, mask: Tensor, generator: Generator) -> None:
@@ -65,12 +72,15 @@ class Task(ABC):
     def observe(self) -> Tensor:
         """The observation [N, *O] of where the worlds stand, in memory of its own."""
 
-    @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Back end with precision, and closeness to gymnasium."""
+        """Back end with precision, and closeness to gymnasium; empty for a world of one's own."""
+        return f"torch {str(self.dtype).removeprefix('torch.')}", ""
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """All that the future depends on, copied.  By default, every tensor that is an attribute."""
+        return {name: x.clone() for name, x in vars(self).items() if isinstance(x, Tensor)}
 
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, written into the tensors that are there."""
+        for name, x in state.items():
+            getattr(self, name).copy_(x)

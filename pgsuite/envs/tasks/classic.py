@@ -25,7 +25,7 @@ class ClassicTask(Task):
     state_size: ClassVar[int]
 
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
-        self.num_envs, self.device = num_envs, device
+        super().place(num_envs, device, backend, threads)
         self.dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.state = torch.zeros(num_envs, self.state_size, device=device, dtype=self.dtype)
 
@@ -38,13 +38,8 @@ class ClassicTask(Task):
 
     def describe(self) -> tuple[str, str]:
         verb = "equals" if self.dtype == torch.float64 else "rounds"
-        return f"torch {str(self.dtype).removeprefix('torch.')}", f"{verb} gymnasium {gymnasium.__version__}"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"state": self.state.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state.copy_(state["state"])
+        closeness = f"{verb} gymnasium {gymnasium.__version__}" if self.gymnasium_id else ""
+        return super().describe()[0], closeness
 
 
 @dataclass(kw_only=True, eq=False)

@@ -74,7 +74,7 @@ class MujocoTask(Task):
         if device.type != "cuda":
             return "mujoco"
         if importlib.util.find_spec("mujoco_warp") is None:
-            warnings.warn(f"{self.gymnasium_id} is simulated on the CPU; for the GPU: {REMEDY}", stacklevel=3)
+            warnings.warn(f"{self.name} is simulated on the CPU; for the GPU: {REMEDY}", stacklevel=3)
             return "mujoco"
         return "warp"
 
