@@ -291,11 +291,18 @@ WRONG: list[tuple[list[str], str]] = [
     (["+sed=1"], "no setting 'sed' in the configuration; did you mean seed"),
     (["algo.clpi=1"], "no setting 'clpi' in algo; did you mean clip"),
     (["+algo.clpi=1"], "no setting 'clpi' in algo; did you mean clip"),
-    (["algo=trpo", "algo.clip=0.1"], "no setting 'clip' in algo; one of: cg_iters"),
+    (["algo=trpo", "algo.clip=0.1"], "no setting 'clip' in algo; one of: backtrack_coef, backtracking, cg_iters"),
     (["algo.estimator.lambda=1"], "no setting 'lambda' in algo.estimator; did you mean lam"),
     (["env.frameskip=2"], "no setting 'frameskip' in env; did you mean frame_skip"),
     (["+env.frameskip=2"], "no setting 'frameskip' in env; did you mean frame_skip"),
     (["policy.hiden=[8]"], "no setting 'hiden' in policy; did you mean hidden"),
+    (["algo=trpo", "algo.shrink=0.5"], "no setting 'shrink' in algo; it is now called backtrack_coef"),
+    (["algo=trpo", "algo.tries=5"], "no setting 'tries' in algo; it is now called max_backtracks"),
+    (["algo=trpo", "algo.line_search=batched"], "no setting 'line_search' in algo; it is now called backtracking"),
+    (["algo=trpo", "+algo.shrink=0.5"], "no setting 'shrink' in algo; it is now called backtrack_coef"),
+    (["algo=a2c", "algo.huber=1"], "no setting 'huber' in algo; it is now called huber_delta"),
+    (["algo/estimator=n_step", "algo.estimator.n=3"], "no setting 'n' in algo.estimator; it is now called n_steps"),
+    (["env=rlhf", "env.unfinished=1"], "no setting 'unfinished' in env; it is now called truncation_penalty"),
     (["algo.clip=abc"], "PPO.clip must be a number greater than 0, got 'abc'"),
     (["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
     (["num_envs=1.5"], "num_envs: Value '1.5' of type 'float' could not be converted to Integer"),
@@ -554,7 +561,7 @@ def test_a_method_from_elsewhere_trains_through_the_script_with_no_edit_here(els
     assert done.returncode == 0, done.stderr
     (path,) = elsewhere.glob("runs/klppo-CartPole/*/config.yaml")
     config = path.read_text()
-    assert "beta: 0.5" in config and "my_methods.KLPPO" in config and "'n': 7" in config
+    assert "beta: 0.5" in config and "my_methods.KLPPO" in config and "n_steps: 7" in config
 
 
 @pytest.mark.parametrize(
