@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite import distributed
+from pgsuite.app import help as help_page
 from pgsuite.app import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.distributed import LostProcessError
@@ -81,8 +82,14 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         return guarded(lambda: task(cfg))
 
     def compose() -> None:
+        nonlocal composed
         if distributed.size() > 1:
             _divide(processes)
+        if help_page.asked():
+            found = help_page.composed(config, str(CONFIGS))
+            composed = True
+            help_page.show(config, *found)
+            return
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
 
     def together() -> None:

@@ -57,11 +57,11 @@ class Language(VectorEnvConfig):
     reward: str = ""  # a callable of prompts and responses
     rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
     ensemble: Ensemble = "mean"  # of several; the minimum is what the most doubtful one says (Coste et al., 2024)
-    scorer: str | None = None  # what is true, if that is known: looked at, never learned from
-    held_out: str | None = None  # prompts that are never learned from
+    scorer: str | None = None  # true score, if it is known: logged, never learned from
+    held_out: str | None = None  # prompts to evaluate on, never learned from
     samples: Count = 1  # responses to each prompt
-    length: Count = 32  # tokens that a response may have
-    truncation_penalty: NonNegative = 0.0  # taken off the score of a response without a stop token
+    length: Count = 32  # the most tokens of a response
+    truncation_penalty: NonNegative = 0.0  # taken off the reward of a response without a stop token
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
