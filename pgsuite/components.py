@@ -28,8 +28,8 @@ def component_class(choice: Component, known: Mapping[str, type[T]], base: type[
         return known[path]
     module, _, name = path.rpartition(".")
     if not module:
-        options = f"{closest(path, known)} Or" if known else "give"
-        raise ValueError(f"no {where} {path!r}; {options} the dotted path of your own, as in {where}=my_package.Mine")
+        options = f"{closest(path, known).removesuffix('?')}, or " if known else ""
+        raise ValueError(f"no {where} {path!r}; {options}a class by its dotted path, such as my_package.Mine")
     try:
         found = getattr(imported(module), name, None)
     except ImportError as error:

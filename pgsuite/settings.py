@@ -51,6 +51,19 @@ WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes 
 INCIDENTAL = ("resume", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads")
 
 
+# Settings and metrics that were renamed: the former name, and the present one.
+RENAMED = {
+    "shrink": "backtrack_coef",
+    "tries": "max_backtracks",
+    "line_search": "backtracking",
+    "huber": "huber_delta",
+    "n": "n_steps",
+    "unfinished": "truncation_penalty",
+    "improvement": "surrogate_improvement",
+    "effective_share": "effective_sample_fraction",
+}
+
+
 def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:
     """Raise ValueError, naming the field and what would be right, if a field of dataclass obj breaks its type.
 
@@ -120,8 +133,13 @@ def imported(name: str) -> types.ModuleType:
 
 
 def closest(word: str, options: Iterable[str]) -> str:
-    """A sentence that names the nearest options, or all of them when none is near."""
+    """A sentence that names the option that the word was renamed to, the nearest options, or all of them when none is
+    near."""
     options = sorted(options)
+    # A metric's name may have its group before it, as in algorithm/improvement.
+    now = RENAMED.get(word.rpartition("/")[2])
+    if renamed := [option for option in options if option.rpartition("/")[2] == now]:
+        return f"it is now called {renamed[0]}"
     near = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
     folded = [option for option in options if option.lower() == word.lower()]
     if near := folded or near:

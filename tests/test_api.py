@@ -119,6 +119,23 @@ def test_a_run_acts_measures_evaluates_and_draws(here: Path) -> None:
         run.plot("algorithm/entropi")
 
 
+def test_former_names_are_answered_with_the_present_ones(here: Path) -> None:
+    former: dict[str, Any] = {"algo.shrink": 0.5}
+    with pytest.raises(pgsuite.UserError, match=r"no setting 'shrink' in algo; it is now called backtrack_coef$"):
+        pgsuite.train("trpo", "CartPole", **former)
+    folder = here / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
+    (folder / "metrics.csv").write_text(
+        "steps,algorithm/surrogate_improvement,algorithm/effective_sample_fraction\n1,2,3\n"
+    )
+    run = pgsuite.Run(folder)
+    for name, present in (("improvement", "surrogate_improvement"), ("effective_share", "effective_sample_fraction")):
+        for prefix in ("", "algorithm/"):
+            with pytest.raises(pgsuite.UserError, match=f"no metric .*; it is now called algorithm/{present}$"):
+                run.plot(f"{prefix}{name}")
+
+
 def test_reports_take_runs_and_folders(here: Path) -> None:
     pytest.importorskip("scipy")
     train("b", seed=1)

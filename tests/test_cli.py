@@ -146,7 +146,8 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
 
     state = torch.load(checkpoint.numbered(run)[-1], weights_only=True)
     assert state["steps"] == summary["steps"] and state["config"]["env"]["max_episode_steps"] == 20
-    assert {"policy", "reward_scale", "optimizer", "generator"} <= set(state["algorithm"])
+    optimizer = "critic_optimizer" if algo in ("npg", "trpo") else "optimizer"
+    assert {"policy", "reward_scale", optimizer, "generator"} <= set(state["algorithm"])
     assert "body.obs_norm.moments.mean" in state["algorithm"]["policy"]
 
 
@@ -293,11 +294,18 @@ WRONG: list[tuple[list[str], str]] = [
     (["+sed=1"], "no setting 'sed' in the configuration; did you mean seed"),
     (["algo.clpi=1"], "no setting 'clpi' in algo; did you mean clip"),
     (["+algo.clpi=1"], "no setting 'clpi' in algo; did you mean clip"),
-    (["algo=trpo", "algo.clip=0.1"], "no setting 'clip' in algo; one of: backtrack_coef"),
+    (["algo=trpo", "algo.clip=0.1"], "no setting 'clip' in algo; one of: backtrack_coef, backtracking, cg_iters"),
     (["algo.estimator.lambda=1"], "no setting 'lambda' in algo.estimator; did you mean lam"),
     (["env.frameskip=2"], "no setting 'frameskip' in env; did you mean frame_skip"),
     (["+env.frameskip=2"], "no setting 'frameskip' in env; did you mean frame_skip"),
     (["policy.hiden=[8]"], "no setting 'hiden' in policy; did you mean hidden"),
+    (["algo=trpo", "algo.shrink=0.5"], "no setting 'shrink' in algo; it is now called backtrack_coef"),
+    (["algo=trpo", "algo.tries=5"], "no setting 'tries' in algo; it is now called max_backtracks"),
+    (["algo=trpo", "algo.line_search=batched"], "no setting 'line_search' in algo; it is now called backtracking"),
+    (["algo=trpo", "+algo.shrink=0.5"], "no setting 'shrink' in algo; it is now called backtrack_coef"),
+    (["algo=a2c", "algo.huber=1"], "no setting 'huber' in algo; it is now called huber_delta"),
+    (["algo/estimator=n_step", "algo.estimator.n=3"], "no setting 'n' in algo.estimator; it is now called n_steps"),
+    (["env=rlhf", "env.unfinished=1"], "no setting 'unfinished' in env; it is now called truncation_penalty"),
     (["algo.clip=abc"], "PPO.clip must be a number greater than 0, got 'abc'"),
     (["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
     (["num_envs=1.5"], "num_envs: Value '1.5' of type 'float' could not be converted to Integer"),
@@ -308,7 +316,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["algo.gamma=1.5"], "PPO.gamma must be a number from 0 to 1, got 1.5"),
     (["algo.gamma=nan"], "PPO.gamma must be a number from 0 to 1, got nan"),
     (["algo.estimator.lam=-0.1"], "GAE.lam must be a number from 0 to 1, got -0.1"),
-    (["algo.optim=sgd"], "PPO.optim must be one of adam, rmsprop, got 'sgd'"),
+    (["algo.optim=sgd"], "no algo.optim 'sgd'; one of: adam, rmsprop, or a class by its dotted path"),
     (["seed=-1"], "seed must be a whole number at least 0, got -1"),
     (["torch_threads=20000"], "torch_threads must be a whole number from 1 to 256 or one of measure, got 20000"),
     (["env_threads=20000"], "env_threads must be a whole number from 0 to 256, got 20000"),

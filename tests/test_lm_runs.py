@@ -25,7 +25,6 @@ WORLD = [
     "env.prompts=test_lm_runs:PROMPTS",
     "env.tokens=lm_worlds:Letters",
     "env.reward=lm_worlds:vowels",
-    "env.rewards=[]",
 ]
 APART = ["env.scorer=lm_worlds:vowels", "env.held_out=null", "env.length=5", "policy.model=model.pt"]
 ALL = [*TINY, *WORLD, *APART]
@@ -63,6 +62,21 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
     assert all(torch.equal(x, torn["policy"][name]) for name, x in whole["policy"].items())
 
 
+@pytest.mark.parametrize("none", [[], ["env.rewards=null"], ["env.rewards=[]"]], ids=str)
+def test_a_reward_of_the_users_own_needs_no_files(ready: Cli, none: list[str]) -> None:
+    """The form that docs/alignment.md gives, and the two that say it."""
+    code, _, err = ready("train", *ALL, *none, "total_steps=8", "hydra.run.dir=run")
+    assert code == 0, err
+    assert "rewards: []" in (config := Path("run/config.yaml").read_text()) or "rewards: null" in config
+
+
+def test_reward_models_are_the_suites_own_where_none_are_named(ready: Cli) -> None:
+    code, _, err = ready("train", *TINY, "policy.model=model.pt")
+    assert code == 1 and "no reward model at runs/language/reward" in err
+    code, _, err = ready("train", *TINY, "policy.model=model.pt", "env.rewards=[a.pt]")
+    assert code == 1 and "no reward model at a.pt" in err
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -80,6 +94,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
             "env.prompts=math:floor cannot be called with nothing: missing a",
         ),
         (["env.reward=math:floor", "env.rewards=[x]"], "env.reward=math:floor cannot be called with 'x', 'mean'"),
+        (
+            ["env.rewards=[x]"],
+            "env.reward=lm_worlds:vowels made no callable of 'x': ValueError: zip() argument 2 is longer",
+        ),
+        (["env.reward=operator:add", "env.rewards=[x]"], "env.reward=operator:add made a str of 'x', and no callable"),
+        (["env.rewards=[x]"], "where it takes prompts and responses itself, env.rewards=null leaves them out"),
         (["env.reward=math:floor"], "rlhf: env.reward raised TypeError: math.floor() takes exactly one argument"),
         (["env.scorer=math:floor"], "rlhf: env.scorer raised TypeError: math.floor() takes exactly one argument"),
         (["env.scorer=builtins:zip"], "rlhf: env.scorer raised TypeError"),

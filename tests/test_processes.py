@@ -83,7 +83,7 @@ def learn(name: str) -> dict[str, torch.Tensor]:
         critic.hidden_state = critic.hidden_state[rank::world]
 
     class Share:
-        def collect_rollout(self, policy: Any) -> Any:
+        def collect(self, policy: Any) -> Any:
             whole = acting.collect(policy)
             whole.mask[10:, ::3] = False
             return whole[:, rank::world]

@@ -15,7 +15,7 @@ from toys import ALL, BRIEF
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.envs.tasks import Task
-from pgsuite.nn.optim import Optimizer
+from pgsuite.nn.optim import Adam
 from pgsuite.settings import NonNegative
 from pgsuite.testing import check_algorithm, check_task
 from pgsuite.testing.worlds import Point
@@ -200,7 +200,7 @@ class Forgets(A2C):
 class HidesAnOptimizer(A2C):
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tools = SimpleNamespace(optimizers=[Optimizer([nn.Linear(1, 1)], 1e-3)])
+        self.tools = SimpleNamespace(optimizers=[Adam([nn.Linear(1, 1)], 1e-3)])
 
 
 @dataclass(kw_only=True, eq=False)
@@ -223,12 +223,12 @@ class HidesInTheEstimator(A2C):
 class LeavesTheCritic(A2C):
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optimizer = Optimizer([self.policy], self.lr)
+        self.optimizer = Adam([self.policy], self.lr)
 
 
 class LeavesThePolicy(NPG):
     def update(self, batch: Batch) -> Metrics:
-        return self.fit_critic(self.critic, self.optimizer, batch)
+        return self.fit_critic(self.critic, self.critic_optimizer, batch)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -18,13 +18,13 @@ from pgsuite.types import Batch, Metrics, masked_means
 class A2C(ActorCritic):
     """One gradient step per rollout, on actor and critic together (Mnih et al., 2016)."""
 
-    optim: Component = "rmsprop"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
-    lr: Positive = 7e-4
-    value_coef: NonNegative = 0.5
-    value_clip: Positive | None = None  # how far from what it said when credit was assigned the critic is moved
-    huber_delta: Positive | None = None  # where the critic's squared error goes over into a straight line
-    entropy_coef: NonNegative = 0.0
-    max_grad_norm: Positive | None = 0.5
+    optim: Component = "rmsprop"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
+    lr: Positive = 7e-4  # learning rate
+    value_coef: NonNegative = 0.5  # weight of the value loss
+    value_clip: Positive | None = None  # clip range of the change of values from those of the rollout; null clips none
+    huber_delta: Positive | None = None  # error from which the value loss is linear (Huber); null: squared throughout
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
+    max_grad_norm: Positive | None = 0.5  # gradients with a greater norm are scaled down to it; null clips none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,7 +32,9 @@ class A2C(ActorCritic):
 
     def update(self, batch: Batch) -> Metrics:
         metrics = self.optimizer.step(self.loss, batch)
-        del metrics["policy_loss"]  # before the only step the ratio is one: that is the mean advantage, and no news
+        metrics.pop(
+            "policy_loss", None
+        )  # before the only step the ratio is one: that is the mean advantage, and no news
         return metrics | self.step_metrics(batch)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class Algorithm(Scheduled, ABC):
     reward_scale: RewardScale | None = None
     generator: Generator | None = None  # draws minibatches
 
-    gamma: Fraction = 0.99
+    gamma: Fraction = 0.99  # discount factor of rewards, per step
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,8 +281,8 @@ class ActorCritic(Algorithm):
 
     critic: Critic
     estimator: Estimator = field(default_factory=GAE)
-    normalize_advantage: Literal["none", "batch"] = "batch"
-    ratio: Literal["token", "sequence"] = "token"  # of probabilities, of each action or of whole episodes
+    normalize_advantage: Literal["none", "batch"] = "batch"  # advantages of zero mean and unit variance
+    ratio: Literal["token", "sequence"] = "token"  # probability ratio of each action, or of whole episodes
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
@@ -321,10 +321,10 @@ class ActorCritic(Algorithm):
 class CriticRegressionMixin(Algorithm):
     """A critic with an optimizer of its own, regressed on a batch's targets over several epochs."""
 
-    critic_optim: Component = "adam"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
-    critic_lr: Positive = 1e-3
-    critic_epochs: Count = 10
-    critic_minibatches: Count = 4
+    critic_optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
+    critic_lr: Positive = 1e-3  # learning rate of the critic's own optimizer
+    critic_epochs: Count = 10  # passes of the critic over each batch
+    critic_minibatches: Count = 4  # gradient steps of the critic in each pass
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)

@@ -55,7 +55,7 @@ class Lambda(Estimator, ABC):
 
     supports_off_policy = True
 
-    lam: Fraction = 0.95
+    lam: Fraction = 0.95  # lambda: 0 is one-step TD, 1 Monte Carlo
 
     def correct(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
@@ -93,7 +93,7 @@ class TDLambda(Lambda):
 class NStep(Estimator):
     """n rewards, then the critic (Mnih et al., 2016)."""
 
-    n_steps: Count = 5
+    n_steps: Count = 5  # rewards before the critic's value is taken
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
@@ -120,9 +120,9 @@ class VTrace(Estimator):
     """Importance-corrected lambda returns (Espeholt et al., 2018)."""
 
     off_policy = supports_off_policy = True
-    lam: Fraction = 1.0
-    rho_clip: Positive = 1.0
-    c_clip: Positive = 1.0
+    lam: Fraction = 1.0  # lambda: 0 is one-step TD, 1 Monte Carlo
+    rho_clip: Positive = 1.0  # rho-bar: truncation of the importance weights of TD errors
+    c_clip: Positive = 1.0  # c-bar: truncation of the importance weights of traces
 
     def __call__(
         self,
@@ -152,7 +152,7 @@ class RLOO(Estimator):
     same for each of its tokens, undiscounted, and the critic has no part in it.  ``group`` adjacent columns answer one
     prompt."""
 
-    group: Count = 4
+    group: Count = 4  # responses to each prompt, as env.samples says
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
@@ -171,7 +171,7 @@ class GRPO(RLOO):
     """What a response got in all, less the mean of its group, over its deviation (Shao et al., 2024); without the
     ``deviation``, which favours prompts whose answers are alike, it is Dr. GRPO's (Liu et al., 2025)."""
 
-    deviation: bool = True
+    deviation: bool = True  # divide by the standard deviation of the group; false is Dr. GRPO
 
     def compare(self, score: Tensor) -> Tensor:
         centred = score - score.mean(-1, keepdim=True)

@@ -41,11 +41,11 @@ class NPG(ActorCritic, CriticRegressionMixin):
     the network forward and back, and its backward never; both are exact.
     """
 
-    max_kl: Positive = 0.01
-    damping: NonNegative = 0.1
-    cg_iters: Count = 10
-    cg_tol: NonNegative = 1e-10  # the squared residual at which conjugate gradient has arrived
-    fisher: Literal["double-backward", "gauss-newton"] = "double-backward"
+    max_kl: Positive = 0.01  # trust region: mean KL(old || new) of a step, in nats
+    damping: NonNegative = 0.1  # multiple of the identity added to the Fisher matrix
+    cg_iters: Count = 10  # iterations of conjugate gradient
+    cg_tol: NonNegative = 1e-10  # squared residual at which conjugate gradient stops
+    fisher: Literal["double-backward", "gauss-newton"] = "double-backward"  # Fisher-vector products; both are exact
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,16 +21,16 @@ from pgsuite.types import Batch, Metrics, Rollout, average, standardize
 class PPO(A2C):
     """Many small steps per rollout, on a surrogate that pays nothing for straying (Schulman et al., 2017)."""
 
-    optim: Component = "adam"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
+    optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
     lr: Positive = 3e-4
-    clip: Positive = 0.2
-    clip_high: Positive | None = None  # upwards; null stands for clip
-    dual_clip: Annotated[float, Range(1, open=True)] | None = None  # the most that a bad action may cost, in advantages
-    epochs: Count = 10
-    minibatches: Count = 4
-    recompute_advantage: bool = False  # before every epoch but the first, with the critic as it then is
-    target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this
-    early_stop: Literal["read", "masked"] = "read"  # one bit an epoch; masked epochs are made, and change nothing
+    clip: Positive = 0.2  # clip range of the probability ratio: 1 - clip to 1 + clip
+    clip_high: Positive | None = None  # upper clip range: 1 - clip to 1 + clip_high; null stands for clip
+    dual_clip: Annotated[float, Range(1, open=True)] | None = None  # bound of the ratio at negative advantages
+    epochs: Count = 10  # passes over each batch
+    minibatches: Count = 4  # gradient steps in each pass
+    recompute_advantage: bool = False  # before every epoch but the first, with the current critic
+    target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this; null makes all
+    early_stop: Literal["read", "masked"] = "read"  # how target_kl stops: read one bit an epoch, or mask the others
     normalize_advantage: Literal["none", "batch", "minibatch"] = "minibatch"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property

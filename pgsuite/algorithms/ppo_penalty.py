@@ -25,7 +25,7 @@ class PPOPenalty(PPO):
 
     unused_settings = ("dual_clip",)
 
-    beta: NonNegative = field(default_factory=doubling)
+    beta: NonNegative = field(default_factory=doubling)  # coefficient of the KL penalty; by default adaptive
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         return ratio * advantage - self.beta * objectives.sampled_kl(ratio.log())

@@ -29,13 +29,13 @@ class Reinforce(CriticRegressionMixin):
     collector = EpisodeCollector
 
     critic: Critic | None = None
-    returns: Literal["to-go", "total"] = "to-go"
-    baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"
-    estimator: Estimator | None = None  # of advantages, instead of returns less a baseline
-    normalize_advantage: bool = False
-    optim: Component = "adam"  # adam, rmsprop, or by dotted path, as torch.optim.AdamW
-    lr: Positive = 1e-3
-    max_grad_norm: Positive | None = None
+    returns: Literal["to-go", "total"] = "to-go"  # credit: the return from the action on, or of the episode
+    baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"  # what is subtracted from returns
+    estimator: Estimator | None = None  # advantage estimator, in place of returns less a baseline; null has none
+    normalize_advantage: bool = False  # to zero mean and unit variance, over the batch
+    optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
+    lr: Positive = 1e-3  # learning rate
+    max_grad_norm: Positive | None = None  # gradients with a greater norm are scaled down to it; null clips none
 
     def __post_init__(self) -> None:
         super().__post_init__()

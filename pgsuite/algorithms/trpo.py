@@ -20,9 +20,9 @@ class TRPO(NPG):
     one tries all at once, in ``max_backtracks`` times the memory, and reads nothing.
     """
 
-    backtrack_coef: Shrink = 0.8
-    max_backtracks: Count = 10
-    backtracking: Literal["sequential", "batched"] = "sequential"
+    backtrack_coef: Shrink = 0.8  # factor by which the line search shortens the step each time
+    max_backtracks: Count = 10  # step lengths that the line search tries
+    backtracking: Literal["sequential", "batched"] = "sequential"  # try one step length after the other, or all at once
 
     @property
     def host_sync_reason(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite import distributed
+from pgsuite.app import help as help_page
 from pgsuite.app import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.distributed import LostProcessError
@@ -80,8 +82,14 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         return guarded(lambda: task(cfg))
 
     def compose() -> None:
+        nonlocal composed
         if distributed.size() > 1:
             _divide(processes)
+        if help_page.asked():
+            found = help_page.composed(config, str(CONFIGS))
+            composed = True
+            help_page.show(config, *found)
+            return
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
 
     def together() -> None:
@@ -164,6 +172,8 @@ def explain(error: BaseException) -> str:
             return _missing(link)
         if isinstance(link, OmegaConfBaseException):
             return _value(link)
+        if isinstance(link, ConfigCompositionException) and isinstance(link.__context__, OmegaConfBaseException):
+            return _within(link, link.__context__)
     if isinstance(error, OSError):
         return f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}"
     return " ".join(str(error).split("\n\n")[0].split())
@@ -180,6 +190,16 @@ def _missing(error: MissingConfigException) -> str:
         )
         return f"{group}={name} needs hydra-{name.split('_')[0]}-{group[6:]}: pip install -e '.[{extra}]'"
     return f"no {group} {name!r}; {closest(name, error.options or [])}"
+
+
+def _within(error: ConfigCompositionException, inner: OmegaConfBaseException) -> str:
+    """A configuration file, such as a recipe, with a setting that does not go with the user's choices."""
+    if (found := re.match(r"In '(.+?)'", str(error))) is None:
+        return _value(inner)
+    name = found[1]
+    if name.startswith("tuned/"):
+        return f"the recipe {name[6:]} does not go with the other choices: {_value(inner)}; ~tuned leaves it out"
+    return f"{name}: {_value(inner)}"
 
 
 def _value(error: OmegaConfBaseException) -> str:

@@ -1,5 +1,6 @@
 """List the environments that env= knows, with back ends, spaces and time limits: pgsuite envs"""
 
+import sys
 from typing import Any
 
 import gymnasium
@@ -19,6 +20,10 @@ def actions(space: spaces.Space[Any]) -> str:
 
 def main() -> None:
     """The command line."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        purpose = "List the environments that env= knows, with back ends, spaces and time limits."
+        print(f"usage: {command('envs')}\n\n{purpose}")
+        return
     table = Table("env=", "gymnasium's", "back ends", "observation", "action", "time limit", box=None)
     for name in sorted(set(tasks.__all__) - {"Task"}):
         env, cls = make(name, 1), getattr(tasks, name)
@@ -31,4 +36,4 @@ def main() -> None:
     print("env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: pip install -e '.[atari]'")
     print("env=envpool env.id=<id>: any that envpool lists: pip install -e '.[envpool]'")
     print("env=torch env.entry=<package>:<callable>: any that steps torch tensors itself")
-    print(f"Options of one: {command('train')} env=<name> --cfg job --package env")
+    print(f"Options of one: {command('train')} env=<name> --help")

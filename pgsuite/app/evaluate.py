@@ -33,9 +33,9 @@ class EvaluateConfig:
     """The settings of an evaluation."""
 
     run: str = ""  # a run directory, or one checkpoint of it
-    episodes: Count = 20
-    deterministic: bool = True
-    seed: Natural = 0
+    episodes: Count = 20  # whole episodes, one in each of as many environments
+    deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
+    seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # of the first episode: a file, mp4 or GIF by its suffix, or tensorboard
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class Export:
     """The settings of an export."""
 
     run: str = ""  # a run directory, or one checkpoint of it
-    format: Literal["onnx", "torch"] = "onnx"
+    format: Literal["onnx", "torch"] = "onnx"  # an ONNX graph, or a torch.export program
     to: str | None = None  # the file; null puts it beside the run's other results
     seed: Natural = 0  # of the observations that the file is tried on
     tolerance: Positive = TOLERANCE  # a greater difference from the policy is an error

@@ -49,22 +49,22 @@ GROUP = "schema/"
 class Reference(Checked):
     """What straying from the policy as it was at the start costs."""
 
-    coef: NonNegative | None = None  # a nat; null leaves it out
-    penalty: Penalty = "reward"  # of each action; or in the loss
-    target: Positive | None = None  # nats an episode, which the price then follows
-    horizon: Count = 10_000  # episodes in which the price can change by a fifth
+    coef: NonNegative | None = None  # coefficient of KL(policy || reference), per nat; null has no reference
+    penalty: Penalty = "reward"  # where it is paid: in the reward of each action, or in the loss
+    target: Positive | None = None  # KL per episode that an adaptive coefficient aims at, in nats; null keeps coef
+    horizon: Count = 10_000  # episodes in which an adaptive coefficient can change by a fifth
 
 
 @dataclass(kw_only=True)
 class Recover(Checked):
     """What is done where something is no longer finite."""
 
-    attempts: Natural = 3  # to go on from the last good state, at half the learning rate
+    attempts: Natural = 3  # times to go on from the last good state, at half the learning rate
 
 
 @dataclass(kw_only=True)
 class Logging(Checked):
-    points: Count = 500  # lines in a run
+    points: Count = 500  # lines of metrics in a run
     wandb: Wandb = field(default_factory=Wandb)
 
 
@@ -72,30 +72,30 @@ class Logging(Checked):
 class Run:
     """The settings of a run that belong to no method and no environment."""
 
-    seed: Natural = 0
-    total_steps: Count = 1_000_000
-    num_envs: Count = 64
+    seed: Natural = 0  # of environments, initial weights, actions and minibatches
+    total_steps: Count = 1_000_000  # environment steps of the run, over all environments
+    num_envs: Count = 64  # environments that step in parallel
     horizon: Count | None = None  # steps per rollout; null stands for a whole episode
-    device: str = "auto"  # auto, cpu, cuda or cuda:1
-    backend: str = "auto"  # of the environment
-    env_threads: WorldThreads = 0  # for physics on the CPU; 0 takes every core
-    torch_threads: TorchThreads | Literal["measure"] = 1  # more slow small networks and the physics, as a rule
-    execution: Execution = "eager"
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto is CUDA where there is one
+    backend: str = "auto"  # of the environment, such as mujoco or warp; auto takes the best for the device
+    env_threads: WorldThreads = 0  # CPU threads for the physics; 0 takes every core
+    torch_threads: TorchThreads | Literal["measure"] = 1  # CPU threads of torch; more slow small networks down
+    execution: Execution = "eager"  # of collecting and learning: as written, compiled, or replayed as CUDA graphs
     overlap: bool = False  # collect the next rollout while learning from the present one, one update behind
     precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
-    standardize_obs: bool = True
-    clip_obs: Positive | None = 10.0  # standardized ones, to +- this many deviations
-    scale_reward: bool = True
-    clip_reward: Positive | None = 10.0  # scaled ones
-    whiten_reward: bool = False  # scale the rewards of each rollout by itself instead
+    standardize_obs: bool = True  # by their running mean and deviation
+    clip_obs: Positive | None = 10.0  # standardized observations are clipped to +- this; null clips none
+    scale_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    clip_reward: Positive | None = 10.0  # scaled rewards are clipped to +- this; null clips none
+    whiten_reward: bool = False  # divide the rewards of each rollout by their own deviation instead
     resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    profile: bool = False  # say where the time of an iteration goes, and leave a trace
+    profile: bool = False  # say where the time of an iteration goes, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
-    callbacks: dict[str, Any] = field(default_factory=dict)  # by name: settings with a _target_
-    loggers: dict[str, Any] = field(default_factory=dict)  # likewise, beside those of logging
+    callbacks: dict[str, Any] = field(default_factory=dict)  # further callbacks by name, each settings with a _target_
+    loggers: dict[str, Any] = field(default_factory=dict)  # further loggers by name, each settings with a _target_
     policy: PolicyConfig = field(default_factory=MLPPolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: Reference = field(default_factory=Reference)

@@ -1,4 +1,5 @@
-"""What sweeps need of Hydra beyond its launchers: names, shares of the cores, and searches that go on.
+"""What configurations need of Hydra beyond its launchers: defaults that depend on a choice, and for sweeps names,
+shares of the cores, and searches that go on.
 
 Importing it registers the resolvers that ``configs/`` uses; every process of a sweep does, through ``app.cli``.
 """
@@ -39,6 +40,12 @@ def cores_each(workers: int) -> int:
     return max(1, cores // workers) if workers > 0 else 1
 
 
+def if_equal(value: Any, other: Any, then: Any, otherwise: Any) -> Any:
+    """``then`` where two values are equal, else ``otherwise``."""
+    return then if value == other else otherwise
+
+
+OmegaConf.register_new_resolver("if_equal", if_equal, replace=True)
 OmegaConf.register_new_resolver("label", label, replace=True)
 OmegaConf.register_new_resolver("cores_each", cores_each, replace=True)
 

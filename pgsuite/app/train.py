@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from pgsuite import distributed
+from pgsuite.app import recipes
 from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
 from pgsuite.app.evaluate import make_evaluator
 from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
@@ -99,7 +100,8 @@ def _run(
     idle = [x for x in given if x.startswith("critic.") and x not in ("critic.shared", "critic.zero_init")]
     if cfg.resume is None and cfg.critic.shared and idle:
         raise UserError(f"{', '.join(idle)} would have no effect with critic.shared=true: leave it out")
-    parse_run_config(cfg)  # complains before anything is looked for
+    with recipes.naming(hydra):
+        parse_run_config(cfg)  # complains before anything is looked for
     folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
     before = find_run_to_resume(cfg, hydra, say)
     if before is not None:
@@ -111,7 +113,9 @@ def _run(
         raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
     else:
         cfg = measured(cfg, say)
-    trainer, settings = build(cfg), parse_run_config(cfg)
+    with recipes.naming(hydra) if before is None else nullcontext():  # a resumed run has settings of its own
+        trainer = build(cfg)
+    settings = parse_run_config(cfg)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)

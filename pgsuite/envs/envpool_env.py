@@ -27,8 +27,8 @@ class EnvPool(VectorEnvConfig):
     backends = ("envpool",)
 
     id: str = ""  # such as HalfCheetah-v5 or Pong-v5
-    max_episode_steps: Count | None = None  # null stands for envpool's own
-    threads: WorldThreads = 0  # that share the environments; 0 takes every core
+    max_episode_steps: Count | None = None  # time limit; null takes envpool's own
+    threads: WorldThreads = 0  # CPU threads that step the environments; 0 takes every core
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
 
     def __post_init__(self) -> None:

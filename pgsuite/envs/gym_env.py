@@ -33,7 +33,7 @@ class Gym(VectorEnvConfig):
     workers: Natural = 0  # processes that share the environments, where steps are slow; 0 steps them in this one
     native: bool = False  # the environment's own vectorization, where it registers one
     action_mask: bool = False  # the environment says in its info which discrete actions are allowed
-    max_episode_steps: Count | None = None  # null stands for what is registered
+    max_episode_steps: Count | None = None  # time limit; null takes the registered one
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
 
     def __post_init__(self) -> None:

@@ -21,11 +21,11 @@ from pgsuite.settings import Checked, Count
 class NetworkConfig(Checked):
     """A multilayer perceptron, with convolutions before it where observations have images."""
 
-    hidden: list[Count] = field(default_factory=lambda: [64, 64])  # sizes of the hidden layers
-    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # after each of them
-    convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null: by image size
-    recurrent_size: Count = 64  # of the recurrent layer, where there is one
-    body: Component | None = None  # in place of all these layers: my_package.MyBody, a subclass of Body
+    hidden: list[Count] = field(default_factory=lambda: [64, 64])  # units of each hidden layer
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # of hidden layers
+    convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null goes by image size
+    recurrent_size: Count = 64  # units of the recurrent layer
+    body: Component | None = None  # in place of all these layers, by its dotted path: my_package.MyBody
 
     def shape(self, recurrent: Component | None, generator: Generator) -> Shape:
         """What ``Features`` of these settings are told."""
@@ -53,9 +53,9 @@ class PolicyConfig(Checked, ABC):
 class MLPPolicyConfig(NetworkConfig, PolicyConfig):
     """A network of its own, and the distribution of actions that is read off it."""
 
-    recurrent: Component = "none"  # none, gru, lstm, or my_package.MyRecurrence
+    recurrent: Component = "none"  # a layer before the hidden ones: none, gru, lstm, or by dotted path
     distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
-    log_sigma: float | None = None  # of Gaussians, initially; null: -0.5
+    log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null stands for -0.5
     sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
@@ -75,9 +75,9 @@ class MLPPolicyConfig(NetworkConfig, PolicyConfig):
 class CriticConfig(NetworkConfig):
     """The network of a critic."""
 
-    recurrent: Component | None = None  # null: as the policy's; so is body
-    shared: bool = False  # read values off the policy's body; the settings of layers then have no effect
-    zero_init: bool = False  # begin with values of zero
+    recurrent: Component | None = None  # a layer before the hidden ones; null stands for the policy's, and so for body
+    shared: bool = False  # read values off the policy's network; the other settings then have no effect
+    zero_init: bool = False  # values are zero at first
 
     def like(self, policy: object) -> CriticConfig:
         """These settings, with the ``recurrent`` and ``body`` of a policy's where they are null."""

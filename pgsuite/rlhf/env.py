@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from gymnasium import spaces
@@ -14,6 +14,7 @@ from torch import Tensor
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import find, make
+from pgsuite.errors import UserError
 from pgsuite.rollout import Collector
 from pgsuite.settings import Count, NonNegative
 from pgsuite.types import Step
@@ -54,21 +55,20 @@ class Language(VectorEnvConfig):
     prompts: str = ""  # a list of texts, or what makes one; or a file with one on each line
     tokens: str = ""  # an object with pad, stop, encode and decode, or what makes one; or a directory of transformers
     reward: str = ""  # a callable of prompts and responses
-    rewards: list[str] = field(default_factory=list)
+    rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
     ensemble: Ensemble = "mean"  # of several; the minimum is what the most doubtful one says (Coste et al., 2024)
-    scorer: str | None = None  # what is true, if that is known: looked at, never learned from
-    held_out: str | None = None  # prompts that are never learned from
+    scorer: str | None = None  # true score, if it is known: logged, never learned from
+    held_out: str | None = None  # prompts to evaluate on, never learned from
     samples: Count = 1  # responses to each prompt
-    length: Count = 32  # tokens that a response may have
-    truncation_penalty: NonNegative = 0.0  # taken off the score of a response without a stop token
+    length: Count = 32  # the most tokens of a response
+    truncation_penalty: NonNegative = 0.0  # taken off the reward of a response without a stop token
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
         tokens = self.vocabulary()
-        rewards: list[Reward] = [make(self.reward, "env.reward", file, self.ensemble) for file in self.rewards]
-        rewards = rewards or [find(self.reward, "env.reward")]
+        rewards = [self.made_of(file) for file in self.rewards or ()] or [find(self.reward, "env.reward")]
         scorer: Reward | None = None if self.scorer is None else find(self.scorer, "env.scorer")
         if num_envs % self.samples:
             raise ValueError(f"num_envs={num_envs} responses do not divide into env.samples={self.samples} a prompt")
@@ -86,6 +86,24 @@ class Language(VectorEnvConfig):
             device=device,
             dtype=dtype,
             seed=seed,
+        )
+
+    def made_of(self, file: str) -> Reward:
+        """What ``reward`` makes of a file.  Raises ValueError where it makes no callable, and UserError for a file that
+        it refuses."""
+        made: Any = None
+        try:
+            made = make(self.reward, "env.reward", file, self.ensemble)
+            wrong = f"made a {type(made).__name__} of {file!r}, and no callable"
+        except UserError:
+            raise
+        except Exception as error:
+            wrong = f"made no callable of {file!r}: {type(error).__name__}: {' '.join(str(error).split())}"
+        if callable(made):
+            return cast(Reward, made)
+        raise ValueError(
+            f"env.reward={self.reward} {wrong}; with env.rewards it is called with each of these files and "
+            "env.ensemble, and where it takes prompts and responses itself, env.rewards=null leaves them out"
         )
 
     def texts(self, path: str, name: str) -> list[str]:

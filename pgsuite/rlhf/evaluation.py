@@ -70,7 +70,7 @@ class Alignment(Callback):
     The first process does so, for all, and only where the method has a reference.
     """
 
-    points: Count = 20
+    points: Count = 20  # comparisons with the reference in a run
 
     def setup(self, run: RunDir) -> None:
         self.run = run

@@ -35,9 +35,9 @@ WARMUP = 50  # steps
 class Size:
     """Of a transformer."""
 
-    width: Count = 64
-    layers: Count = 2
-    heads: Count = 4
+    width: Count = 64  # features of each token (d_model)
+    layers: Count = 2  # transformer blocks
+    heads: Count = 4  # attention heads
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -47,13 +47,13 @@ class Size:
 class Pretraining:
     """The settings of a pretraining."""
 
-    seed: Natural = 0
+    seed: Natural = 0  # of corpus, initial weights and order
     reviews: Count = 96_000  # in the corpus, each read once
     held_out: Count = 2_000  # reviews to measure on
     batch: Count = 64  # reviews to a step
     lr: Positive = 3e-3  # rises over the first fifty steps, and falls to zero
     points: Count = 20  # measurements on the way
-    torch_threads: TorchThreads = 1
+    torch_threads: TorchThreads = 1  # CPU threads of torch
     size: Size = field(default_factory=Size)
 
     def __post_init__(self) -> None:

@@ -43,11 +43,11 @@ class RewardTraining:
     noise: Positive = 1.0  # of choices: the score difference that is e times as likely preferred
     held_out: Count = 1_000  # of the pairs, the last ones
     members: Count = 1  # judges, each trained with a seed of its own
-    seed: Natural = 0
-    epochs: Count = 2
+    seed: Natural = 0  # of pairs, choices, initial weights and order
+    epochs: Count = 2  # passes over the training pairs
     batch: Count = 64  # pairs to a step
     lr: Positive = 5e-4  # falls to zero
-    torch_threads: TorchThreads = 1
+    torch_threads: TorchThreads = 1  # CPU threads of torch
 
     def __post_init__(self) -> None:
         settings.check(self, label="")

@@ -378,7 +378,7 @@ def _check_masks(cls: type[Algorithm], world: World, settings: Mapping[str, Any]
             return update(_spoil(batch, junk) if isinstance(batch, Batch) else batch, *args, **kwargs)
 
         run.algorithm.update = spoiled
-        metrics = run.algorithm.training_step(_cut(run.collector.collect_rollout(run.algorithm.policy), junk))
+        metrics = run.algorithm.training_step(_cut(run.collector.collect(run.algorithm.policy), junk))
         del run.algorithm.update
         ends.append(({**run.parameters(), **_statistics(run.algorithm)}, metrics))
     (one, metrics), (two, others) = ends

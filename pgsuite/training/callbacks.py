@@ -29,19 +29,19 @@ from pgsuite.training.trainer import Callback, Report, Trainer, slots
 class Checkpoint(Checked):
     """When the state of a run is saved, and for how long."""
 
-    every: Count | None = 250_000  # steps
-    minutes: Positive | None = None  # or after this long, whichever is first
-    keep: Count = 3  # the last ones, beside the best
+    every: Count | None = 250_000  # environment steps between checkpoints; null saves at the end only
+    minutes: Positive | None = None  # or minutes between them, whichever comes first
+    keep: Count = 3  # newest checkpoints that are kept, beside the best
 
 
 @dataclass(kw_only=True)
 class Evaluation(Checked):
     """Whole episodes in environments of their own while training, which they do not touch."""
 
-    every: Count | None = None  # steps
-    episodes: Count = 10  # one in each of as many environments
-    video_every: Count | None = None  # steps; of an evaluation's first episode
-    video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # files lie in the run's videos/
+    every: Count | None = None  # environment steps between evaluations; null makes none
+    episodes: Count = 10  # of each evaluation, one in each of as many environments
+    video_every: Count | None = None  # environment steps between films of a first episode; null films none
+    video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # where films go; files lie in the run's videos/
 
 
 class MetricAverager:

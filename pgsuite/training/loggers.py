@@ -48,10 +48,10 @@ MACHINERY = re.compile(rf"(device|backend|execution|torch_threads|({'|'.join(INC
 
 @dataclass(kw_only=True)
 class Wandb(Checked):
-    project: str | None = None  # on Weights & Biases; null logs nothing there
-    name: str | None = None  # null stands for the run's directory
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    project: str | None = None  # project on Weights & Biases; null logs nothing there
+    name: str | None = None  # of the run there; null takes the run directory's
+    group: str | None = None  # that the run belongs to there
+    tags: list[str] = field(default_factory=list)  # of the run there
 
 
 @dataclass(kw_only=True)

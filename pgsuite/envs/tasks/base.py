@@ -28,7 +28,7 @@ class Task(ABC):
     gymnasium_id: ClassVar[str] = ""  # the environment that it is equal to, if there is one
     backends: ClassVar[tuple[str, ...]] = ("torch",)
 
-    max_episode_steps: Count = 1000
+    max_episode_steps: Count = 1000  # time limit: episodes are truncated there
 
     num_envs: int = field(init=False)
     device: torch.device = field(init=False)

@@ -52,7 +52,7 @@ class CartPole(ClassicTask):
     gymnasium_id = "CartPole-v1"
     state_size = 4
     max_episode_steps: Count = 500
-    sutton_barto_reward: bool = False
+    sutton_barto_reward: bool = False  # -1 for falling and 0 else, instead of 1 each step
 
     GRAVITY: ClassVar = 9.8
     POLE_MASS: ClassVar = 0.1
@@ -98,7 +98,7 @@ class Pendulum(ClassicTask):
     gymnasium_id = "Pendulum-v1"
     state_size = 2
     max_episode_steps: Count = 200
-    g: float = 10.0
+    g: float = 10.0  # gravity, in m/s^2
 
     MAX_SPEED: ClassVar = 8.0
     MAX_TORQUE: ClassVar = 2.0
@@ -199,7 +199,7 @@ class MountainCar(ClassicTask):
     gymnasium_id = "MountainCar-v0"
     state_size = 2
     max_episode_steps: Count = 200
-    goal_velocity: float = 0.0
+    goal_velocity: float = 0.0  # least velocity at the goal that counts as reaching it
 
     GRAVITY: ClassVar = 0.0025
     FORCE: ClassVar = 0.001

@@ -65,10 +65,10 @@ class MujocoTask(Task):
     backends = ("mujoco", "warp")
     outputs: ClassVar[tuple[str, ...]] = ()  # derived fields of MjData that the task looks at
 
-    xml_file: str
-    frame_skip: Count = 5
-    warp_contacts: Count | None = None  # room per environment on Warp; null is enough for gymnasium's models
-    warp_constraints: Count | None = None
+    xml_file: str  # MuJoCo model: one of gymnasium's, or a path
+    frame_skip: Count = 5  # physics steps in each environment step
+    warp_contacts: Count | None = None  # contacts per environment on Warp; null is enough for gymnasium's models
+    warp_constraints: Count | None = None  # constraints per environment on Warp; null is enough for gymnasium's models
 
     def preferred(self, device: torch.device) -> str:
         if device.type != "cuda":
@@ -143,7 +143,7 @@ class NoisyStart(MujocoTask):
 
     normal_qvel: ClassVar[bool] = False  # noise on velocities is normal rather than uniform
 
-    reset_noise_scale: NonNegative = 0.1
+    reset_noise_scale: NonNegative = 0.1  # size of the noise on positions and velocities at the start
 
     def initial_qpos(self, generator: Generator) -> Tensor:
         return self.init_qpos + self.uniform(self.physics.qpos, self.reset_noise_scale, generator)
@@ -161,7 +161,7 @@ class Robot(NoisyStart):
     skipped: ClassVar[int] = 1  # leading positions that an observation leaves out
     qvel_limit: ClassVar[float] = math.inf  # of what is observed
 
-    exclude_current_positions_from_observation: bool = True
+    exclude_current_positions_from_observation: bool = True  # leave out the position along the track
 
     def observe(self) -> Tensor:
         first = self.skipped if self.exclude_current_positions_from_observation else 0
@@ -177,8 +177,8 @@ class Robot(NoisyStart):
 class Locomotion(Robot):
     """Go forward; effort costs."""
 
-    forward_reward_weight: float = 1.0
-    ctrl_cost_weight: float = 0.1
+    forward_reward_weight: float = 1.0  # weight of the forward velocity
+    ctrl_cost_weight: float = 0.1  # weight of the squared action, a cost
 
     def bind(self, physics: Physics) -> None:
         super().bind(physics)
@@ -219,8 +219,8 @@ class Swimmer(Locomotion):
 class Legged(Locomotion):
     """Locomotion that ends with a fall."""
 
-    healthy_reward: float = 1.0
-    terminate_when_unhealthy: bool = True
+    healthy_reward: float = 1.0  # reward of each step that has not fallen
+    terminate_when_unhealthy: bool = True  # end the episode with a fall
 
     @abstractmethod
     def healthy(self) -> Tensor:
@@ -246,8 +246,8 @@ class Walker2d(Legged):
     frame_skip: Count = 4
     ctrl_cost_weight: float = 1e-3
     reset_noise_scale: NonNegative = 5e-3
-    healthy_z_range: tuple[float, float] = (0.8, 2.0)
-    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
+    healthy_z_range: tuple[float, float] = (0.8, 2.0)  # heights of the torso that are no fall, in m
+    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)  # angles of the torso that are no fall, in rad
 
     def healthy(self) -> Tensor:
         z, angle = self.physics.qpos[:, 1], self.physics.qpos[:, 2]
@@ -259,7 +259,7 @@ class Hopper(Walker2d):
     gymnasium_id = "Hopper-v5"
 
     xml_file: str = "hopper.xml"
-    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
+    healthy_state_range: tuple[float, float] = (-100.0, 100.0)  # values of all other state variables that are no fall
     healthy_z_range: tuple[float, float] = (0.7, math.inf)
     healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
 
@@ -277,11 +277,11 @@ class Ant(Legged):
 
     xml_file: str = "ant.xml"
     ctrl_cost_weight: float = 0.5
-    contact_cost_weight: float = 5e-4
-    main_body: int | str = 1  # whose velocity counts
-    healthy_z_range: tuple[float, float] = (0.2, 1.0)
-    contact_force_range: tuple[float, float] = (-1.0, 1.0)
-    include_cfrc_ext_in_observation: bool = True
+    contact_cost_weight: float = 5e-4  # weight of squared contact forces, a cost
+    main_body: int | str = 1  # name or number of the body whose velocity counts
+    healthy_z_range: tuple[float, float] = (0.2, 1.0)  # heights of the torso that are no fall, in m
+    contact_force_range: tuple[float, float] = (-1.0, 1.0)  # contact forces are clipped to it
+    include_cfrc_ext_in_observation: bool = True  # observe contact forces
 
     def bind(self, physics: Physics) -> None:
         try:
@@ -318,10 +318,10 @@ class HumanBody(Robot):
     skipped = 2
 
     reset_noise_scale: NonNegative = 1e-2
-    include_cinert_in_observation: bool = True
-    include_cvel_in_observation: bool = True
-    include_qfrc_actuator_in_observation: bool = True
-    include_cfrc_ext_in_observation: bool = True
+    include_cinert_in_observation: bool = True  # observe inertia and mass of each body
+    include_cvel_in_observation: bool = True  # observe the velocity of each body
+    include_qfrc_actuator_in_observation: bool = True  # observe actuator forces
+    include_cfrc_ext_in_observation: bool = True  # observe contact forces
 
     def more(self) -> list[Tensor]:
         skipped = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}  # what is the world's or the root's
@@ -342,10 +342,10 @@ class Humanoid(HumanBody, Legged):
 
     xml_file: str = "humanoid.xml"
     forward_reward_weight: float = 1.25
-    contact_cost_weight: float = 5e-7
-    contact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+    contact_cost_weight: float = 5e-7  # weight of squared contact forces, a cost
+    contact_cost_range: tuple[float, float] = (-math.inf, 10.0)  # the contact cost is clipped to it
     healthy_reward: float = 5.0
-    healthy_z_range: tuple[float, float] = (1.0, 2.0)
+    healthy_z_range: tuple[float, float] = (1.0, 2.0)  # heights of the torso that are no fall, in m
 
     def bind(self, physics: Physics) -> None:
         mass = torch.as_tensor(physics.model.body_mass, device=physics.device, dtype=physics.dtype)
@@ -370,9 +370,9 @@ class HumanoidStandup(HumanBody):
     gymnasium_id = "HumanoidStandup-v5"
 
     xml_file: str = "humanoidstandup.xml"
-    ctrl_cost_weight: float = 0.1
-    impact_cost_weight: float = 0.5e-6
-    impact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+    ctrl_cost_weight: float = 0.1  # weight of the squared action, a cost
+    impact_cost_weight: float = 0.5e-6  # weight of squared contact forces, a cost
+    impact_cost_range: tuple[float, float] = (-math.inf, 10.0)  # the contact cost is clipped to it
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         height = self.physics.qpos[:, 2] / self.model.opt.timestep
@@ -408,7 +408,7 @@ class InvertedDoublePendulum(NoisyStart):
     normal_qvel = True
 
     xml_file: str = "inverted_double_pendulum.xml"
-    healthy_reward: float = 10.0
+    healthy_reward: float = 10.0  # reward of each step that has not fallen
 
     def observe(self) -> Tensor:
         angles, force = self.physics.qpos[:, 1:], self.physics.outputs["qfrc_constraint"][:, :1]
@@ -434,8 +434,8 @@ class Reacher(MujocoTask):
     max_episode_steps: Count = 50
     xml_file: str = "reacher.xml"
     frame_skip: Count = 2
-    reward_dist_weight: float = 1.0
-    reward_control_weight: float = 1.0
+    reward_dist_weight: float = 1.0  # weight of the distance from fingertip to goal, a cost
+    reward_control_weight: float = 1.0  # weight of the squared action, a cost
 
     def initial_qpos(self, generator: Generator) -> Tensor:
         qpos = self.init_qpos + self.uniform(self.physics.qpos, 0.1, generator)
@@ -472,9 +472,9 @@ class Pusher(MujocoTask):
 
     max_episode_steps: Count = 100
     xml_file: str = "pusher_v5.xml"
-    reward_near_weight: float = 0.5
-    reward_dist_weight: float = 1.0
-    reward_control_weight: float = 0.1
+    reward_near_weight: float = 0.5  # weight of the distance from fingertip to object, a cost
+    reward_dist_weight: float = 1.0  # weight of the distance from object to goal, a cost
+    reward_control_weight: float = 0.1  # weight of the squared action, a cost
 
     TRIES: ClassVar = 40  # all fail once in 10^17 resets
 

@@ -1,0 +1,74 @@
+"""What is said where a recipe and the user's other choices exclude each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Cli, command  # noqa: F401
+
+import pgsuite
+
+HEAD = "from pgsuite.nn.heads import BetaHead\n\n\nclass Own(BetaHead):\n    pass\n"
+TINY = ["env=Pendulum", "total_steps=8", "num_envs=2", "horizon=4", "algo.minibatches=1", "hydra.run.dir=run"]
+OURS = "policy.log_sigma is for Gaussian policies, and this one is"
+
+
+@pytest.fixture
+def own(command: Cli) -> Cli:  # noqa: F811
+    (command.folder / "a_head.py").write_text(HEAD)
+    command.monkeypatch.syspath_prepend(command.folder)
+    return command
+
+
+@pytest.mark.parametrize("head", ["a_head.Own", "beta"])
+def test_a_head_that_a_recipe_does_not_fit_is_told_of_the_recipe(own: Cli, head: str) -> None:
+    code, _, err = own("train", *TINY, f"policy.distribution={head}")
+    gives = "; the recipe ppo-Pendulum gives policy.log_sigma=-1.0: policy.log_sigma=null leaves that out"
+    assert code == 1 and f"{OURS} {head}" in err and gives in err and ": leave it out" not in err
+    for folder, remedy in {"a": "policy.log_sigma=null", "b": "~tuned"}.items():
+        code, _, err = own("train", *TINY, f"policy.distribution={head}", remedy, f"hydra.run.dir={folder}")
+        assert code == 0, err
+
+
+def test_what_the_user_gave_is_not_put_down_to_the_recipe(own: Cli) -> None:
+    code, _, err = own("train", *TINY, "policy.distribution=beta", "policy.log_sigma=-2")
+    assert code == 1 and err.rstrip().endswith(": leave it out") and "recipe" not in err
+    code, _, err = own("train", *TINY, "policy.hidden=[0]")
+    assert code == 1 and "recipe" not in err
+
+
+def test_python_is_told_of_the_recipe_as_well(own: Cli) -> None:
+    given: dict[str, Any] = {"policy.distribution": "beta"}
+    with pytest.raises(pgsuite.UserError, match=r"the recipe ppo-Pendulum gives policy\.log_sigma=-1"):
+        pgsuite.train("ppo", "Pendulum", **given)
+    assert not list(own.folder.glob("runs/*/*"))
+
+
+def test_any_setting_that_a_message_names_is_put_down_to_the_recipe_that_gave_it(own: Cli) -> None:
+    code, _, err = own("train", "env=Pendulum", "policy.recurrent=gru", "num_envs=3")
+    assert code == 1 and "8 minibatches do not divide a batch of 3" in err
+    assert "the recipe ppo-Pendulum gives algo.minibatches=8: algo.minibatches=4 leaves that out" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["algo=trpo", "env=Pendulum", "algo/estimator=n_step"],
+            "trpo-Pendulum does not go with the other choices: no",
+        ),
+        (["env=Pendulum", "tuned=trpo-Pendulum"], "no setting 'max_kl' in algo"),
+    ],
+)
+def test_a_recipe_that_other_choices_have_no_room_for_is_named(own: Cli, given: list[str], said: str) -> None:
+    code, _, err = own("train", *given)
+    assert code == 1 and said in err and "~tuned leaves it out" in err and err.strip().count("\n") == 0
+
+
+def test_a_configuration_of_the_users_own_is_named_with_its_mistake(own: Cli) -> None:
+    path = Path("tuned/ppo_penalty-CartPole.yaml")
+    path.parent.mkdir()
+    path.write_text("# @package _global_\nalgo: {huber: 1}\n")
+    code, _, err = own("train", "--config-dir", ".", "algo=ppo_penalty", "env=CartPole")
+    assert code == 1 and "the recipe ppo_penalty-CartPole does not go with" in err
+    assert "no setting 'huber' in algo; it is now called huber_delta" in err
