@@ -68,6 +68,7 @@ def test_texts_come_back_from_their_tokens_with_nothing_but_padding_behind_them(
     vocabulary = corpus.vocabulary()
     tokens, real = vocabulary.encode([r.prompt for r in reviews], [r.response for r in reviews])
     assert vocabulary.decode(tokens) == [f"{r.prompt} {r.response}" for r in reviews]
+    assert all(word.isalpha() for r in reviews for word in f"{r.prompt} {r.response}".split() if word not in ".,!?")
     assert (tokens[0] == BEGIN).all() and ((tokens == PAD) == ~real).all()
     assert ((tokens == STOP).sum(0) == 1).all() and (real.sum(0) == (tokens == STOP).int().argmax(0) + 1).all()
     assert tokens.max() < len(vocabulary)

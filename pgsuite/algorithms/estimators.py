@@ -32,8 +32,8 @@ class Estimator(Scheduled, ABC):
     def correct(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        """The same of the policy that learns, where an earlier one acted.  An advantage is right about what follows its
-        action; by how likely that action was, it is importance_weighted by whoever ascends it."""
+        """The same of the policy that learns, where an earlier one acted.  An advantage is corrected for what follows
+        its action; whoever ascends it weights it by the importance ratio of that action itself."""
         raise NotImplementedError
 
     def truncate(self, weight: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def map_tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def tensors(x: Any) -> list[Tensor]:
-    """Every tensor that map_tensors reaches, in its order."""
+    """Every tensor that ``map_tensors`` reaches, in its order."""
     found: list[Tensor] = []
     map_tensors(lambda y: found.append(y) or y, x)
     return found

@@ -26,7 +26,7 @@ VALUES = {  # of what may be said of anything, then of what suits one kind of to
     },
     "food": {
         "tasty": 1.5, "fresh": 1.0, "warm": 0.5, "delicious": 2.0, "divine": 2.5,
-        "bland": -1.0, "cold": -1.0, "salty": -1.0, "is_off_policy": -1.5, "disgusting": -2.5,
+        "bland": -1.0, "cold": -1.0, "salty": -1.0, "stale": -1.5, "disgusting": -2.5,
     },
     "service": {
         "friendly": 1.5, "quick": 1.0, "polite": 1.0, "attentive": 1.5, "charming": 2.0,

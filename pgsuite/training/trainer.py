@@ -110,7 +110,7 @@ class Trainer:
     failure_handler: FailureHandler | None = None
     steps: int = 0
     execution: str = "eager"  # how its parts run; for people
-    recoveries: int = 0  # how often a failure_handler put it right
+    recoveries: int = 0  # how often the failure handler has restored it
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
     asked: int = 0  # the number of the signal that asked this process to stop
     stop: int = 0  # or any of them, as all of them know at the end of an iteration
@@ -136,7 +136,7 @@ class Trainer:
                 callback.on_end(self)
 
     def step(self) -> None:
-        """One iteration, told to everybody if it was is_finite."""
+        """One iteration; callbacks are told of it if all its numbers were finite."""
         try:
             report = self.iterate()
         except NotFiniteError as error:
