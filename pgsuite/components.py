@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pgsuite.settings import closest, imported, require
 
 T = TypeVar("T")
 Component = str | dict[str, Any]  # a name, a dotted path, or settings with a _target_ that is one of the two
+
+
+def is_component(hint: Any) -> bool:
+    """Whether a field of this type holds a ``Component``, or one or None."""
+    return all(kind in get_args(hint) for kind in get_args(Component))
 
 
 def component_class(choice: Component, known: Mapping[str, type[T]], base: type[T], where: str) -> type[T]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from gymnasium import spaces
@@ -22,6 +22,7 @@ from pgsuite import distributed, seeding
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.reference import Reference
 from pgsuite.app.schema import Run, locate
+from pgsuite.components import is_component
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.spaces import to_data
 from pgsuite.errors import UserError
@@ -54,10 +55,10 @@ def instantiate(settings: Any, where: str, **parts: Any) -> Any:
     if "_target_" not in settings:
         raise UserError(f"{where} names no class: its configuration needs /schema/<package.Class> in its defaults list")
     cls = locate(settings["_target_"])
-    known, arguments = {f.name: f for f in fields(cls) if f.init}, {}
+    known, arguments, hints = {f.name: f for f in fields(cls) if f.init}, {}, get_type_hints(cls, include_extras=True)
     for key, value in settings.items():
         name = f"{key}_" if keyword.iskeyword(key) else key
-        if isinstance(value, dict) and "_target_" in value:
+        if isinstance(value, dict) and "_target_" in value and not is_component(hints.get(name)):
             arguments[name] = instantiate(value, f"{where}.{key}")
         elif name in known and not (value is None and known[name].default_factory is not MISSING):
             arguments[name] = value
@@ -252,7 +253,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
 
 
 def _activation(network: Network, settings: Any) -> str:
-    return f" {settings.activation}" if isinstance(network.body, Features) else ""
+    return f" {settings.activation}" if isinstance(network.body, Features) and hasattr(settings, "activation") else ""
 
 
 def versions() -> dict[str, str]:

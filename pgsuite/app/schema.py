@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.algorithms.reference import Penalty
-from pgsuite.components import Component
+from pgsuite.components import is_component
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import Execution, Precision
 from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig, PolicyConfig
@@ -137,11 +137,6 @@ def _is_part(hint: Any) -> bool:
     )
 
 
-def _is_component(hint: Any) -> bool:
-    """Whether a field holds a ``Component``, or None."""
-    return all(kind in get_args(hint) for kind in get_args(Component))
-
-
 @functools.cache
 def schema(cls: type) -> type:
     """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
@@ -155,7 +150,7 @@ def schema(cls: type) -> type:
     hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
     for f in filter(lambda f: f.init and not f.name.endswith("_") and f.name not in unused, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
-        if _is_component(hint):
+        if is_component(hint):
             options.append((f.name, Any, field(default=f.default)))
         elif hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from pgsuite.app.evaluate import make_evaluator
 from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
+from pgsuite.nn.configs import CriticConfig
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
 from pgsuite.training.recovery import Recovery
@@ -97,11 +98,8 @@ def _run(
             console.print(line, highlight=False)
 
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
-    idle = [x for x in given if x.startswith("critic.") and x not in ("critic.shared", "critic.zero_init")]
-    if cfg.resume is None and cfg.critic.shared and idle:
-        raise UserError(f"{', '.join(idle)} would have no effect with critic.shared=true: leave it out")
-    with recipes.naming(hydra):
-        parse_run_config(cfg)  # complains before anything is looked for
+    _refuse_unused(cfg, given)
+    parse_run_config(cfg)  # complains before anything is looked for
     folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
     before = find_run_to_resume(cfg, hydra, say)
     if before is not None:
@@ -150,6 +148,20 @@ def _run(
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
     )
     return Outcome(folder, trainer.steps)
+
+
+def _refuse_unused(cfg: DictConfig, given: Sequence[str]) -> None:
+    """Raise UserError for settings given on the command line that another setting leaves without an effect."""
+    if cfg.resume is not None:
+        return
+    critic = {f.name for f in fields(CriticConfig)}
+    layers = critic - {"body", "shared", "zero_init"}
+    pairs = [("critic.shared=true", cfg.critic.shared, "critic", critic - {"shared", "zero_init"})]
+    pairs += [(f"{name}.body", cfg[name].get("body") is not None, name, layers) for name in ("policy", "critic")]
+    for reason, chosen, network, names in pairs:
+        unused = [x for x in given if x.partition(".")[0] == network and x.partition(".")[2] in names]
+        if chosen and unused:
+            raise UserError(f"{', '.join(unused)} would have no effect with {reason}: leave it out")
 
 
 def recorders(

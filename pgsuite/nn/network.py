@@ -14,7 +14,7 @@ from pgsuite.components import Component, make_component
 from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
 from pgsuite.nn.normalize import Standardize, is_image
 from pgsuite.nn.recurrent import RECURRENCES, Recurrence
-from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves
+from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves, map_obs
 
 
 class PolicyInput(Protocol):
@@ -42,8 +42,9 @@ class Shape(TypedDict, total=False):
 class Body(nn.Module):
     """Features [..., size] of observations [..., *O], from which ``Network`` reads actions or values.
 
-    A body without memory defines ``forward(obs)`` alone.  One with memory is ``sequential`` and defines
-    ``initial_state``, ``sequence`` and ``step``; its hidden state goes by its ``name``, which is policy or critic.
+    A body without memory defines ``forward(obs)``.  One with memory is ``sequential`` and ``carries`` its hidden state:
+    it defines ``initial_state`` and ``step``, and keeps the state under its ``name``, which is policy or critic.
+
     One of your own is chosen by ``policy.body``; it is made as ``cls(obs_norm, name, generator, **settings)``.
 
     obs_norm: what observations are, as ``obs_norm.space``, and their standardization, ``obs_norm(obs)``; it may be
@@ -60,7 +61,7 @@ class Body(nn.Module):
 
     def forward(self, obs: Obs) -> Tensor:
         """Features [..., size] of observations [..., *O], each by itself."""
-        raise NotImplementedError(f"{type(self).__name__} has neither forward nor sequence and step")
+        raise NotImplementedError(f"{type(self).__name__} defines neither forward(obs) nor step")
 
     def initial_state(self, num_envs: int) -> HiddenState:
         """The hidden states [num_envs, ...] before the first step of an episode."""
@@ -69,11 +70,18 @@ class Body(nn.Module):
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         """Features [..., size] of all that was seen, with the hidden states after each step where they are carried.  A
         ``sequential`` body gets [T, N] cells, and begins with the hidden states of the first row."""
-        return self(seen.obs), {}
+        if not self.sequential:
+            return self(seen.obs), {}
+        state, features, after = {self.name: seen.hidden_state[self.name][0]}, [], []
+        for t, start in enumerate(seen.start):
+            row, state = self.step(map_obs(lambda x, t=t: x[t], seen.obs), state, start)
+            features.append(row)
+            after.append(state[self.name])
+        return torch.stack(features), {self.name: torch.stack(after)}
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
-        """Features [N, size] of one observation of each environment, and the hidden states after it; ``start`` [N]
-        says which begin an episode."""
+        """Features [..., size] of single observations [..., *O], each after a hidden state of its own, and the hidden
+        states after them; where ``start`` [...], an episode begins and the hidden state before it does not count."""
         return self(obs), {}
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

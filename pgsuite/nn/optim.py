@@ -234,9 +234,7 @@ def make_optimizer(
         return make_component(optim, OPTIMIZERS, Optimizer, where, modules, lr, max_grad_norm)
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{where}={cls.__module__}.{cls.__qualname__} wants a closure that computes the loss again: none"
-        )
+        raise ValueError(f"{where}: {cls.__qualname__} computes the loss again by a closure, which no method gives it")
 
     def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         return make_component(optim, {}, torch.optim.Optimizer, where, params, lr=lr)

@@ -134,7 +134,7 @@ class Critic(Network):
         self.shared = shared is not None
         self.values_and_next_values = Kernel("values", self._values_and_next_values)
         self.register_buffer(
-            "hidden_state", body.initial_state(num_envs)["critic"] if self.remembers else torch.zeros(0)
+            "hidden_state", body.initial_state(num_envs)["critic"].clone() if self.remembers else torch.zeros(0)
         )
 
     @property
