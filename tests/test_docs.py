@@ -1,6 +1,7 @@
 """The Python of the README and of docs/api.md, executed as it stands."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 import pgsuite
 from pgsuite.__main__ import COMMANDS
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -52,3 +54,21 @@ def test_the_first_screen_of_the_readme_has_three_ways_in() -> None:
     screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
     assert all(way in screen for way in ("make train", "pgsuite train algo=", "pgsuite.train("))
     assert all(name in screen for name in COMMANDS)
+
+
+SECTIONS = {"REINFORCE": Reinforce, "A2C": A2C, "PPO": PPO, "NPG": NPG, "TRPO": TRPO}
+
+
+def test_the_switches_of_every_method_are_its_settings() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    seen = set()
+    for heading, section in re.findall(r"^## (\w+)[^\n]*\n(.*?)(?=^## |\Z)", page, re.M | re.S):
+        if heading in SECTIONS:
+            cls = SECTIONS[heading]
+            names = {
+                name for row in re.findall(r"^\| (`[^|]*) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)
+            }
+            assert names <= {f.name for f in fields(cls)}, heading
+            seen.add(heading)
+            assert names
+    assert seen == SECTIONS.keys()

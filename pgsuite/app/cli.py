@@ -140,9 +140,13 @@ def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 
 def replacing(argument: str) -> list[str]:
-    """A schedule given on the command line stands for what a recipe says; Hydra would merge the two."""
+    """A schedule or a component given on the command line replaces that of a recipe; Hydra would merge the two."""
     setting, given, value = argument.partition("=")
-    return [f"{setting}=null", argument] if given and setting.startswith("algo.") and value[:1] == "{" else [argument]
+    return (
+        [f"{setting}=null", argument]
+        if given and setting.startswith(("algo.", "policy.", "critic.")) and value[:1] == "{"
+        else [argument]
+    )
 
 
 def uncomposable(error: BaseException) -> str:
