@@ -204,8 +204,10 @@ def test_where_the_ratio_is_one_the_correction_is_none(estimator: Any) -> None:
     rollout = collector(algorithm, env).collect(algorithm.policy)
     with torch.no_grad():
         values = algorithm.critic.values_and_next_values(rollout)
-    parts = rollout, *values, torch.ones_like(values[0])
-    for plain, corrected in zip(estimator(*parts, gamma=0.9), estimator.correct(*parts, gamma=0.9), strict=True):
+    on_policy, off_policy = (
+        estimator(rollout, *values, ratio, gamma=0.9) for ratio in (None, torch.ones_like(values[0]))
+    )
+    for plain, corrected in zip(on_policy, off_policy, strict=True):
         assert torch.allclose(plain, corrected, atol=1e-5)
 
 

@@ -296,14 +296,16 @@ class ActorCritic(Algorithm):
 
     def _compute_advantages(self, rollout: Rollout) -> Batch:
         value, next_value = self.critic.values_and_next_values(rollout)
-        ratio = torch.ones_like(value)
+        ratio = weight = rollout.extra.get("weight")
         if self.estimator.off_policy:
-            ratio = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
-        if (weight := rollout.extra.get("weight")) is None:
-            advantage, target = self.estimator(rollout, value, next_value, ratio, gamma=self.gamma)
-        else:
-            advantage, target = self.estimator.correct(rollout, value, next_value, weight * ratio, gamma=self.gamma)
-            rollout = replace(rollout, extra=rollout.extra | {"weight": self.estimator.truncate(weight)})
+            since = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
+            ratio = since if weight is None else weight * since
+        advantage, target = self.estimator(rollout, value, next_value, ratio, gamma=self.gamma)
+        if weight is not None:
+            clipped = weight.clamp(max=self.estimator.rho_clip)
+            rollout = replace(rollout, extra=rollout.extra | {"weight": clipped})
+        elif ratio is not None:
+            advantage = ratio.clamp(max=self.estimator.rho_clip) * advantage
         if self.normalize_advantage == "batch":
             advantage = standardize(advantage, rollout.mask)
         return Batch.of(rollout, value=value, advantage=advantage, target=target)

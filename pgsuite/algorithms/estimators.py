@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from pgsuite.functional import estimators
@@ -17,61 +18,59 @@ from pgsuite.types import Rollout
 
 @dataclass(kw_only=True, eq=False)
 class Estimator(Scheduled, ABC):
-    """Turns a rollout and the critic's opinion of it into credit."""
+    """Computes advantages from a rollout and the critic's values."""
 
-    off_policy: ClassVar[bool] = False  # whether it wants the ratio
-    supports_off_policy: ClassVar[bool] = False  # whether it has a form for what an earlier policy did
+    off_policy: ClassVar[bool] = False  # whether it wants the ratio wherever there is one, also between PPO's epochs
+    supports_off_policy: ClassVar[bool] = False  # whether it is right where an earlier policy acted (overlap=true)
+    rho_clip: float = field(default=math.inf, init=False)  # most that an advantage is weighted by its action's ratio
 
     @abstractmethod
     def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        """Advantage and critic's target, each [T, N], from value, next_value and ratio, each [T, N]; the ratio of
-        probabilities, learning policy over acting one, is all ones unless ``off_policy``."""
+        """Advantages and the critic's targets, each [T, N], from the values of the steps and of their true successors.
 
-    def correct(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
-    ) -> tuple[Tensor, Tensor]:
-        """The same of the policy that learns, where an earlier one acted.  An advantage is corrected for what follows
-        its action; whoever ascends it weights it by the importance ratio of that action itself."""
-        raise NotImplementedError
-
-    def truncate(self, weight: Tensor) -> Tensor:
-        """The weights [T, N] of advantages that ``correct`` gave, from the ratios."""
-        return weight
+        ratio [T, N]: the probability of each action under the learning policy over that under the acting one; None
+        where they are one policy.  Advantages are corrected for what follows their action; whoever ascends them
+        weights them by the ratio of that action itself, up to ``rho_clip``.
+        """
 
 
 def trace(
     rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
     r = rollout
-    return estimators.vtrace(r.reward, value, next_value, r.terminated, r.done, ratio, gamma=gamma, **options)
+    return estimators.vtrace(
+        r.reward, value, next_value, r.terminated, r.done, ratio, gamma=gamma, importance_weighted=False, **options
+    )
 
 
 @dataclass(kw_only=True, eq=False)
 class Lambda(Estimator, ABC):
-    """Credit that fades with lam; where an earlier policy acted, faster by what it was likelier to do (Munos et al.,
-    2016), which keeps the sums of unlikely actions from growing."""
+    """Advantages whose n-step parts fade with lam; where an earlier policy acted, faster by what it was likelier to do
+    (Munos et al., 2016), which keeps the sums of unlikely actions from growing."""
 
     supports_off_policy = True
 
     lam: Fraction = 0.95  # lambda: 0 is one-step TD, 1 Monte Carlo
 
-    def correct(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+    def __call__(
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        return trace(
-            rollout, value, next_value, ratio, gamma=gamma, lam=self.lam, rho_clip=math.inf, importance_weighted=False
-        )
+        if ratio is None:
+            return self.on_policy(rollout, value, next_value, gamma)
+        return trace(rollout, value, next_value, ratio, gamma=gamma, lam=self.lam, rho_clip=math.inf)
+
+    @abstractmethod
+    def on_policy(self, rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+        """The same where the learning policy acted."""
 
 
 @dataclass(kw_only=True, eq=False)
 class GAE(Lambda):
     """Generalized advantages (Schulman et al., 2016); the target is advantage plus value."""
 
-    def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
-    ) -> tuple[Tensor, Tensor]:
+    def on_policy(self, rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         r = rollout
         advantage = estimators.gae(r.reward, value, next_value, r.terminated, r.done, gamma=gamma, lam=self.lam)
         return advantage, advantage + value
@@ -81,9 +80,7 @@ class GAE(Lambda):
 class TDLambda(Lambda):
     """Lambda returns (Sutton and Barto, 2018); where values are consistent, the same as GAE by another road."""
 
-    def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
-    ) -> tuple[Tensor, Tensor]:
+    def on_policy(self, rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         r = rollout
         target = estimators.td_lambda(r.reward, next_value, r.terminated, r.done, gamma=gamma, lam=self.lam)
         return target - value, target
@@ -96,7 +93,7 @@ class NStep(Estimator):
     n_steps: Count = 5  # rewards before the critic's value is taken
 
     def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
         r = rollout
         target = estimators.n_step(r.reward, next_value, r.terminated, r.done, gamma=gamma, n=self.n_steps)
@@ -108,7 +105,7 @@ class MonteCarlo(Estimator):
     """Every reward to the end of the episode; the critic only where clock or rollout cut it short."""
 
     def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
         r = rollout
         target = estimators.monte_carlo(r.reward, next_value, r.terminated, r.done, gamma=gamma)
@@ -125,25 +122,11 @@ class VTrace(Estimator):
     c_clip: Positive = 1.0  # c-bar: truncation of the importance weights of traces
 
     def __call__(
-        self,
-        rollout: Rollout,
-        value: Tensor,
-        next_value: Tensor,
-        ratio: Tensor,
-        *,
-        gamma: float,
-        importance_weighted: bool = True,
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"lam": self.lam, "rho_clip": self.rho_clip, "c_clip": self.c_clip}
-        return trace(rollout, value, next_value, ratio, gamma=gamma, importance_weighted=importance_weighted, **options)
-
-    def correct(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
-    ) -> tuple[Tensor, Tensor]:
-        return self(rollout, value, next_value, ratio, gamma=gamma, importance_weighted=False)
-
-    def truncate(self, weight: Tensor) -> Tensor:
-        return weight.clamp(max=self.rho_clip)
+        options = {"lam": self.lam, "rho_clip": self.rho_clip, "c_clip": self.c_clip}
+        ratio = torch.ones_like(value) if ratio is None else ratio
+        return trace(rollout, value, next_value, ratio, gamma=gamma, **options)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -155,7 +138,7 @@ class RLOO(Estimator):
     group: Count = 4  # responses to each prompt, as env.samples says
 
     def __call__(
-        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor, *, gamma: float
+        self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
         r = rollout
         advantage = self.compare(estimators.group_returns(r.reward, r.mask, self.group)).view(1, -1)

@@ -62,7 +62,7 @@ class Reinforce(CriticRegressionMixin):
             value = self.critic(rollout)
         advantage = returns - value
         if self.estimator is not None:
-            advantage, returns = self.estimator(rollout, value, value, torch.ones_like(value), gamma=self.gamma)
+            advantage, returns = self.estimator(rollout, value, value, None, gamma=self.gamma)
         advantage = standardize(advantage, rollout.mask) if self.normalize_advantage else advantage
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 
