@@ -110,8 +110,8 @@ def test_a_search_that_was_cut_off_goes_on_with_the_trial_that_it_was_in(sweep: 
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    search = ("sweep=optuna", "algo=ppo", "algo.epochs=1", "hydra.sweeper.n_jobs=1")
-    # an episode has to end in the last tenth of the steps, or a trial has no value and failed
+    # An episode has to end in the last tenth of the steps, or a trial has no value and fails: a short limit sees to it.
+    search = ("sweep=optuna", "algo=ppo", "algo.epochs=1", "hydra.sweeper.n_jobs=1", "env.max_episode_steps=16")
     assert sweep(*search, "hydra.sweeper.n_trials=1", steps=2000) == 0
     study = optuna.load_study(study_name="ppo-CartPole", storage="sqlite:///runs/optuna.db")
     cut = study.ask()
