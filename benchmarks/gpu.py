@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from record import RESULTS, keep, source
 
 from pgsuite.app import schema
-from pgsuite.app.build import build
+from pgsuite.app.build import build, parse_run_config, to_dict
 from pgsuite.app.cli import CONFIGS
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.trainer import Trainer
@@ -45,7 +45,8 @@ CONTENDERS = {
 
 
 def trainer(settings: str, device: str) -> Trainer:
-    made = build(compose("train", [*settings.split(), f"device={device}", f"total_steps={10**12}", "~tuned"]))
+    cfg = compose("train", [*settings.split(), f"device={device}", f"total_steps={10**12}", "~tuned"])
+    made = build(parse_run_config(to_dict(cfg)))
     made.failure_handler = Recovery(Path(), {}, attempts=0, say=print)
     made.failure_handler.on_start(made)
     for _ in range(WARM_UP):

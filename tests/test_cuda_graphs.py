@@ -20,6 +20,7 @@ from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.app import schema
 from pgsuite.app.build import build as build_run
+from pgsuite.app.build import parse_run_config, to_dict
 from pgsuite.app.cli import CONFIGS
 from pgsuite.envs import make
 from pgsuite.execution.cuda_graphs import PATIENCE, Graphs, Slots, capture
@@ -203,7 +204,7 @@ def test_what_the_host_counts_or_reads_is_found_and_named() -> None:
 def train(*overrides: str) -> Trainer:
     schema.register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build_run(compose("train", [*overrides, "device=cuda", "~tuned"]))
+        return build_run(parse_run_config(to_dict(compose("train", [*overrides, "device=cuda", "~tuned"]))))
 
 
 @pytest.mark.gpu

@@ -1,16 +1,16 @@
 """Numbers of threads that are measured before a run, and are then as if they had been given."""
 
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import kills
 import pytest
 import torch
 import yaml
-from omegaconf import DictConfig
 from test_cli import TINY, Cli, command  # noqa: F401
 
 from pgsuite.app import threads
+from pgsuite.app.schema import Run
 from pgsuite.envs.physics import mujoco_batch
 
 CHEETAH = ["env=HalfCheetah", "env.max_episode_steps=30", *TINY, "total_steps=200"]
@@ -54,8 +54,8 @@ def test_the_fastest_pair_is_taken_whatever_disturbs_a_single_iteration(
     clock, order, given = [0.0], [], torch.get_num_threads()
 
     class Copy:
-        def __init__(self, cfg: Any) -> None:
-            self.env_threads = cfg.env_threads
+        def __init__(self, run: Run) -> None:
+            self.env_threads = run.env_threads
             self.collector = SimpleNamespace(env=SimpleNamespace(backend=backend), wait=lambda: None)
 
         def iterate(self) -> None:
@@ -63,17 +63,16 @@ def test_the_fastest_pair_is_taken_whatever_disturbs_a_single_iteration(
             disturbed = len(order) in (3, 30) or order.count(pair) <= threads.WARM
             clock[0] += 100.0 if disturbed else abs(pair[0] - 2) + abs(pair[1] - 4) + 1
 
-    cfg, said = DictConfig({"torch_threads": "measure", "env_threads": 0, "seed": 7}), []
-    monkeypatch.setattr(threads, "parse_run_config", lambda cfg: SimpleNamespace(**cfg))
+    run, said = Run(torch_threads="measure", seed=7), []
     monkeypatch.setattr(threads, "build", Copy)
     monkeypatch.setattr(threads, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(mujoco_batch, "usable_cores", lambda: 6)
     try:
-        found = threads.measured(cfg, said.append)
+        found = threads.measured(run, said.append)
     finally:
         torch.set_num_threads(given)
     pairs = [(t, e) for t in (1, 2, 4, 6) for e in ((1, 2, 4, 6) if backend == "mujoco" else (0,))]
     assert order == pairs * (threads.WARM + threads.ROUNDS)
-    assert found == {"torch_threads": 2, "env_threads": 4 if backend == "mujoco" else 0, "seed": 7}
+    assert found == replace(run, torch_threads=2, env_threads=4 if backend == "mujoco" else 0)
     assert len(said) == 1 and said[0].endswith("takes 2 + 4" if backend == "mujoco" else "takes 2")
     assert threads.measured(found, said.append) is found and len(said) == 1

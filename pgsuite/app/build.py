@@ -7,7 +7,7 @@ import keyword
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -78,14 +78,16 @@ def part(settings: Any, where: str, base: type) -> Any:
     return made
 
 
-def parse_run_config(cfg: DictConfig) -> Run:
-    """The settings outside method and environment, checked.  Raises UserError."""
-    plain = to_dict(cfg)
+def parse_run_config(config: dict[str, Any]) -> Run:
+    """The settings of a run from its configuration, checked; those of method and environment stay dictionaries until
+    they are built.  Raises UserError."""
+    plain = dict(config)
     parts = [f.name for f in fields(Run) if f.default_factory not in (MISSING, dict) and f.name in plain]
     nodes = {name: instantiate(plain.pop(name), name) for name in parts}
     for group, base in (("callbacks", Callback), ("loggers", Logger)):
         nodes[group] = {name: part(x, f"{group}.{name}", base) for name, x in (plain.pop(group, None) or {}).items()}
-    return instantiate(plain | {"algo": None, "env": None}, "the configuration", **nodes)
+    run: Run = instantiate(plain | {"algo": None, "env": None}, "the configuration", **nodes)
+    return replace(run, algo=config["algo"], env=config["env"])
 
 
 def pick_device(name: str) -> torch.device:
@@ -129,9 +131,9 @@ def share(num_envs: int) -> int:
     return num_envs // processes
 
 
-def build_env(cfg: DictConfig, run: Run, num_envs: int, device: torch.device) -> VectorEnv:
-    """The environments of a configuration.  Raises UserError for options that make no sense."""
-    task = instantiate(to_dict(cfg.env), "env")
+def build_env(run: Run, num_envs: int, device: torch.device) -> VectorEnv:
+    """The environments of a run.  Raises UserError for options that make no sense."""
+    task = instantiate(run.env, "env")
     try:
         seed = seeding.of_process(run.seed, distributed.rank())
         return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
@@ -163,12 +165,11 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     return policy.to(env.device), critic.to(env.device)
 
 
-def build(cfg: DictConfig) -> Trainer:
+def build(run: Run) -> Trainer:
     """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
-    run = parse_run_config(cfg)
     torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
-    env = build_env(cfg, run, share(run.num_envs), device)
+    env = build_env(run, share(run.num_envs), device)
     seed = seeding.of_process(run.seed, distributed.rank())
     policy, critic = build_networks(env, run)
     reward_scale = None
@@ -177,7 +178,7 @@ def build(cfg: DictConfig) -> Trainer:
         reward_scale = kind(env.num_envs, run.clip_reward).to(device)
     reference = dict(vars(run.reference))
     algorithm: Algorithm = instantiate(
-        to_dict(cfg.algo),
+        run.algo,
         "algo",
         policy=policy,
         critic=critic,
@@ -208,7 +209,7 @@ def build(cfg: DictConfig) -> Trainer:
     return trainer
 
 
-def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
+def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:
     """Raise UserError unless all processes begin with the same settings, the same steps behind, and the same
     parameters and statistics, bit for bit."""
     if distributed.size() == 1:
@@ -218,7 +219,7 @@ def check_alike(trainer: Trainer, cfg: DictConfig) -> None:
         for name, x in module.state_dict().items():
             if name.split(".")[-1] not in ("hidden_state", "discounted_return"):  # of its own environments
                 digest.update(name.encode() + x.cpu().numpy().tobytes())
-    mine = {"settings": to_dict(cfg), "steps": trainer.steps, "parameters": digest.hexdigest()}
+    mine = {"settings": config, "steps": trainer.steps, "parameters": digest.hexdigest()}
     theirs = distributed.broadcast(mine)
     for what, value in mine.items():
         if distributed.any_of(value != theirs[what]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -75,20 +74,19 @@ def play(
     return returns, lengths
 
 
-def make_eval_env(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> VectorEnv:
+def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
     """Environments to play in: on a CPU, where auto is the float64 back end, and seeing themselves if they are to be
     filmed."""
     run, cpu = replace(run, backend="auto"), torch.device("cpu")
-    if film and locate(cfg.env._target_) is Gym and not cfg.env.native:
-        cfg = copy.deepcopy(cfg)
-        cfg.env.workers = 0  # it draws itself in this process, if it can
-        first: Any = build_env(cfg, run, 1, cpu)
+    if film and locate(run.env["_target_"]) is Gym and not run.env["native"]:
+        run = replace(run, env=run.env | {"workers": 0})  # it draws itself in this process, if it can
+        first: Any = build_env(run, 1, cpu)
         if "rgb_array" in first.vec.metadata.get("render_modes", ()):
-            cfg.env.options.render_mode = "rgb_array"
-    return build_env(cfg, run, episodes, cpu)
+            run = replace(run, env=run.env | {"options": run.env["options"] | {"render_mode": "rgb_array"}})
+    return build_env(run, episodes, cpu)
 
 
-def make_evaluator(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
+def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
     """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
     made."""
     wanted, stream = run.evaluation, "evaluation"
@@ -100,10 +98,10 @@ def make_evaluator(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif,
     if wanted.video_every is not None:
         if wanted.video != "tensorboard":
             folder.mkdir(exist_ok=True)
-        open_camera(make_eval_env(cfg, own, 1, film=True), place(0))
+        open_camera(make_eval_env(own, 1, film=True), place(0))
 
     def play_both(policy: Policy, steps: int, film: bool) -> dict[str, float]:
-        env, generator = make_eval_env(cfg, own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
+        env, generator = make_eval_env(own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
         policy, found = policy.to(env.device), {}
         for prefix, deterministic in (("", True), ("stochastic_", False)):
             shot = record_video(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
@@ -136,10 +134,9 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
     ``say`` is told of damaged checkpoints that are passed over.  Raises UserError.
     """
     restored = restore(wanted.run, say)
-    trained = DictConfig(restored.config)
-    run = replace(parse_run_config(trained), seed=wanted.seed)
+    run = replace(parse_run_config(restored.config), seed=wanted.seed)
     torch.set_num_threads(int(run.torch_threads))
-    env = make_eval_env(trained, run, wanted.episodes, film=wanted.video is not None)
+    env = make_eval_env(run, wanted.episodes, film=wanted.video is not None)
     generator = seeding.generator(wanted.seed, "acting")
     folder = checkpoint.run_of(restored.path)
 

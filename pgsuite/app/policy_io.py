@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pgsuite import seeding
@@ -83,7 +82,7 @@ def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Re
     """
     path, state = checkpoint.newest(Path(run), say)
     try:
-        config, settings = state["config"], parse_run_config(DictConfig(state["config"]))
+        config, settings = state["config"], parse_run_config(state["config"])
         observation_space, action_space = (of_data(state["spaces"][key]) for key in ("observation", "action"))
         interface = Interface(observation_space, action_space)
         generator = seeding.generator(settings.seed, "networks")

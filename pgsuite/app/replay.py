@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from pgsuite.app.build import build, instantiate, to_dict
+from pgsuite.app.build import build, instantiate, parse_run_config, to_dict
 from pgsuite.errors import UserError
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
@@ -39,7 +39,7 @@ def replay(cfg: DictConfig) -> None:
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
         raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
-    trainer = build(DictConfig(bundle["config"] | {"execution": "eager"}))  # compiled, operations have no names
+    trainer = build(parse_run_config(bundle["config"] | {"execution": "eager"}))  # compiled, operations have no names
     algorithm, env = trainer.algorithm, trainer.collector.env
     say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
     algorithm.load_state_dict(bundle["state"]["algorithm"])

@@ -37,24 +37,20 @@ class ResumePoint:
     state: dict[str, Any]
 
     @property
-    def cfg(self) -> DictConfig:
-        return DictConfig(self.config)
-
-    @property
     def steps(self) -> int:
         return self.state["steps"]
 
 
-def find_run_to_resume(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint | None:
+def find_run_to_resume(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint | None:
     """What the setting ``resume`` asks to go on with; None to begin.  The first process looks, for all.
 
     Raises UserError for a run that is not there or not whole, and for changes that would make another run of it.
     """
     found: ResumePoint | UserError | None = None
-    if cfg.resume is not None and distributed.rank() == 0:
+    if config["resume"] is not None and distributed.rank() == 0:
         try:
             home = Path(hydra.runtime.output_dir)
-            found = newest_like(cfg, home, say) if cfg.resume == "auto" else named(cfg, hydra, say)
+            found = newest_like(config, home, say) if config["resume"] == "auto" else named(config, hydra, say)
         except UserError as error:
             found = error
     found = distributed.broadcast(found)
@@ -63,9 +59,10 @@ def find_run_to_resume(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], N
     return found
 
 
-def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint:
+def named(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint:
     """The run that ``resume`` names, or one checkpoint of it."""
-    path, state = checkpoint.newest(Path(cfg.resume), say)
+    path, state = checkpoint.newest(Path(config["resume"]), say)
+    cfg = OmegaConf.create(config)
     own, choices = OmegaConf.create(state["config"]), hydra.runtime.choices
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
         key = override.key_or_group
@@ -87,19 +84,19 @@ def named(cfg: DictConfig, hydra: HydraConf, say: Callable[[str], None]) -> Resu
     return ResumePoint(checkpoint.run_of(path), to_dict(own), state)
 
 
-def newest_like(cfg: DictConfig, home: Path, say: Callable[[str], None]) -> ResumePoint | None:
+def newest_like(wanted: dict[str, Any], home: Path, say: Callable[[str], None]) -> ResumePoint | None:
     """The newest run of the same settings, in or beside the directory that this one would have."""
     beside = home.parent.iterdir() if home.parent.is_dir() else []
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
         config = written(path)
-        if identity(config) != identity(wanted := with_threads_of(config, cfg)):
+        if identity(config) != identity(same := with_threads_of(config, wanted)):
             continue
         try:
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, OSError):
             continue  # nothing that could be gone on with
-        return ResumePoint(path.parent, wanted, state)
+        return ResumePoint(path.parent, same, state)
     return None
 
 
@@ -112,12 +109,11 @@ def written(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def with_threads_of(config: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
-    """The settings of cfg; where it would measure threads, with those that were measured for another run."""
-    wanted = to_dict(cfg)
-    if wanted["torch_threads"] == "measure":
-        wanted |= {key: config.get(key) for key in ("torch_threads", "env_threads")}
-    return wanted
+def with_threads_of(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are wanted; where threads would be measured, with those that were for another run."""
+    if wanted["torch_threads"] != "measure":
+        return wanted
+    return wanted | {key: config.get(key) for key in ("torch_threads", "env_threads")}
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,13 +122,13 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return {key: x for key, x in plain.items() if key not in INCIDENTAL}
 
 
-def holds_another(folder: Path, cfg: DictConfig) -> bool:
+def holds_another(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether a directory holds a run already; one that ``resume=auto`` found nothing saved of may begin again."""
     path = folder / "config.yaml"
     if not path.exists():
         return False
     config = written(path)
-    return cfg.resume != "auto" or identity(config) != identity(with_threads_of(config, cfg))
+    return wanted["resume"] != "auto" or identity(config) != identity(with_threads_of(config, wanted))
 
 
 def resume_trainer(trainer: Trainer, state: dict[str, Any], say: Callable[[str], None]) -> None:

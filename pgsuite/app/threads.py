@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from time import perf_counter
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from pgsuite import distributed
-from pgsuite.app.build import build, parse_run_config, to_dict
+from pgsuite.app.build import build
+from pgsuite.app.schema import Run
 
 WARM, ROUNDS = 2, 5  # iterations of each
 
@@ -22,8 +23,8 @@ def counts(cores: int) -> list[int]:
     return sorted({2**i for i in range(cores.bit_length())} | {cores})
 
 
-def measured(cfg: DictConfig, say: Callable[[str], None]) -> DictConfig:
-    """The configuration, with numbers of threads in the place of ``torch_threads=measure``: those with which whole
+def measured(run: Run, say: Callable[[str], None]) -> Run:
+    """The settings, with numbers of threads in the place of ``torch_threads=measure``: those with which whole
     iterations took the least time, of every number for torch with every one for MuJoCo, if that was left to us.
 
     The iterations are those of copies of the run that are thrown away.  They take turns, so that what else the machine
@@ -31,12 +32,12 @@ def measured(cfg: DictConfig, say: Callable[[str], None]) -> DictConfig:
     """
     from pgsuite.envs.physics.mujoco_batch import usable_cores
 
-    run, some = parse_run_config(cfg), counts(usable_cores())
     if run.torch_threads != "measure":
-        return cfg
+        return run
+    some = counts(usable_cores())
 
-    def having(torch_threads: int, env_threads: int) -> DictConfig:
-        return DictConfig(to_dict(cfg) | {"torch_threads": torch_threads, "env_threads": env_threads})
+    def having(torch_threads: int, env_threads: int) -> Run:
+        return replace(run, torch_threads=torch_threads, env_threads=env_threads)
 
     copies = {run.env_threads: build(having(1, run.env_threads))}
     if not run.env_threads and copies[0].collector.env.backend == "mujoco":

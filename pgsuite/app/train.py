@@ -25,6 +25,7 @@ from pgsuite.app import recipes
 from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
 from pgsuite.app.evaluate import make_evaluator
 from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
+from pgsuite.app.schema import Run
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
 from pgsuite.nn.configs import CriticConfig
@@ -98,31 +99,32 @@ def _run(
             console.print(line, highlight=False)
 
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
-    _refuse_unused(cfg, given)
-    parse_run_config(cfg)  # complains before anything is looked for
+    config = to_dict(cfg)
+    settings = parse_run_config(config)
+    _refuse_unused(settings, given)
     folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
-    before = find_run_to_resume(cfg, hydra, say)
+    before = find_run_to_resume(config, hydra, say)
     if before is not None:
-        folder, cfg = before.folder, before.cfg
-        if before.steps >= cfg.total_steps and distributed.broadcast(finished(folder)):
+        folder, config, settings = before.folder, before.config, parse_run_config(before.config)
+        if before.steps >= settings.total_steps and distributed.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return Outcome(folder, before.steps)
-    elif distributed.rank() == 0 and holds_another(folder, cfg):
+    elif distributed.rank() == 0 and holds_another(folder, config):
         raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
     else:
-        cfg = measured(cfg, say)
+        settings = measured(settings, say)
+        config |= {"torch_threads": settings.torch_threads, "env_threads": settings.env_threads}
     with recipes.naming(hydra) if before is None else nullcontext():  # a resumed run has settings of its own
-        trainer = build(cfg)
-    settings = parse_run_config(cfg)
+        trainer = build(settings)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
-    facts = {"config": to_dict(cfg) | {"resume": None}, "choices": choices, "versions": versions()}
+    facts = {"config": config | {"resume": None}, "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
     there = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         begun = before.steps if before else None
-        trainer.callbacks = recorders(trainer, cfg, folder, facts, begun, console, callbacks_given)
+        trainer.callbacks = recorders(trainer, settings, folder, facts, begun, console, callbacks_given)
     except UserError:
         if before is None and distributed.rank() == 0:  # a run that is refused leaves nothing behind
             for path in set(folder.iterdir()) - there:
@@ -133,7 +135,7 @@ def _run(
         say(line)
     if before is not None:
         resume_trainer(trainer, before.state, say)
-    check_alike(trainer, cfg)
+    check_alike(trainer, config)
     with answering_signals(trainer):
         trainer.fit()
         distributed.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
@@ -150,14 +152,15 @@ def _run(
     return Outcome(folder, trainer.steps)
 
 
-def _refuse_unused(cfg: DictConfig, given: Sequence[str]) -> None:
+def _refuse_unused(run: Run, given: Sequence[str]) -> None:
     """Raise UserError for settings given on the command line that another setting leaves without an effect."""
-    if cfg.resume is not None:
+    if run.resume is not None:
         return
     critic = {f.name for f in fields(CriticConfig)}
     layers = critic - {"body", "shared", "zero_init"}
-    pairs = [("critic.shared=true", cfg.critic.shared, "critic", critic - {"shared", "zero_init"})]
-    pairs += [(f"{name}.body", cfg[name].get("body") is not None, name, layers) for name in ("policy", "critic")]
+    pairs = [("critic.shared=true", run.critic.shared, "critic", critic - {"shared", "zero_init"})]
+    for name, network in (("policy", run.policy), ("critic", run.critic)):
+        pairs += [(f"{name}.body", getattr(network, "body", None) is not None, name, layers)]
     for reason, chosen, network, names in pairs:
         unused = [x for x in given if x.partition(".")[0] == network and x.partition(".")[2] in names]
         if chosen and unused:
@@ -166,7 +169,7 @@ def _refuse_unused(cfg: DictConfig, given: Sequence[str]) -> None:
 
 def recorders(
     trainer: Trainer,
-    cfg: DictConfig,
+    run: Run,
     folder: Path,
     facts: dict[str, Any],
     begun: int | None,
@@ -175,7 +178,7 @@ def recorders(
 ) -> list[Callback]:
     """What writes down a run that begins, or goes on after the ``begun`` steps that it made, with the callbacks
     ``given`` from Python; config.yaml at once."""
-    run, env, config = parse_run_config(cfg), trainer.collector.env, facts["config"]
+    env, config = trainer.collector.env, facts["config"]
     names = {key: facts["choices"][key] for key in ("algo", "env")}
     described = _flatten(config) | names
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
@@ -202,7 +205,7 @@ def recorders(
             for logger in logs:
                 logger.log_video(film, steps)
 
-        play = make_evaluator(cfg, run, folder / "videos", show)
+        play = make_evaluator(run, folder / "videos", show)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
         parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
     for name, callback in run.callbacks.items():
