@@ -25,7 +25,7 @@ from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 from pgsuite.training.video import Gif, log_gif, open_camera, record_video
 
-Match = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
+Evaluator = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ def make_eval_env(cfg: DictConfig, run: Run, episodes: int, *, film: bool) -> Ve
     return build_env(cfg, run, episodes, cpu)
 
 
-def make_evaluator(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
+def make_evaluator(cfg: DictConfig, run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Evaluator:
     """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
     made."""
     wanted, stream = run.evaluation, "evaluation"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig
-from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
+from pgsuite.envs.spaces import native_action, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest, imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
@@ -231,7 +231,7 @@ class GymEnv:
         return successors
 
     def _obs(self, obs: Any) -> Obs:
-        return place(tensors(self.space, obs), self.device, self.dtype)
+        return to_device(tensors(self.space, obs), self.device, self.dtype)
 
     def _tensor(self, x: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(x, dtype=dtype, device=self.device)

@@ -41,9 +41,9 @@ context.free()
 
 @dataclass
 class Camera:
-    """``shoot`` draws the first environment as it stands: bytes [H, W, 3]; real time is ``fps`` steps per second."""
+    """``render`` draws the first environment as it stands: bytes [H, W, 3]; real time is ``fps`` steps per second."""
 
-    shoot: Callable[[], np.ndarray]
+    render: Callable[[], np.ndarray]
     fps: float
 
 
@@ -79,12 +79,12 @@ def of_task(task: Any) -> Camera:
         twin: Any = gymnasium.make(task.gymnasium_id, render_mode="rgb_array").unwrapped
         twin.reset()
 
-        def shoot() -> np.ndarray:
+        def render() -> np.ndarray:
             twin.state = task.state[0].cpu().double().numpy()
             return drawn(task.gymnasium_id, twin.render)
 
-        shoot()  # for what is missing to be said now
-        return Camera(shoot, twin.metadata["render_fps"])
+        render()  # for what is missing to be said now
+        return Camera(render, twin.metadata["render_fps"])
     raise ValueError(f"{type(task).__name__} has no gymnasium environment that draws it")
 
 
@@ -106,12 +106,12 @@ def of_robot(task: MujocoTask) -> Camera:
     place()
     view = viewpoint(model, data, task.gymnasium_id)
 
-    def shoot() -> np.ndarray:
+    def render() -> np.ndarray:
         place()
         renderer.update_scene(data, view)
         return renderer.render()
 
-    return Camera(shoot, 1 / task.dt)
+    return Camera(render, 1 / task.dt)
 
 
 def floors_of(model: mujoco.MjModel) -> Iterator[tuple[int, np.ndarray]]:

@@ -131,7 +131,7 @@ def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
 
 
-def place(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
+def to_device(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
     """Observations on a device, with their vectors in dtype; images stay bytes, and masks bools."""
     return map_obs(lambda x: x.to(device) if x.ndim == 4 or x.dtype is torch.bool else x.to(device, dtype), obs)
 

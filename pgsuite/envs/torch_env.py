@@ -17,7 +17,7 @@ from torch import Tensor
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import make
-from pgsuite.envs.spaces import first_action, place, tensor_space, tensors
+from pgsuite.envs.spaces import first_action, tensor_space, tensors, to_device
 from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
 
@@ -148,7 +148,7 @@ class TorchNativeEnv:
     def _obs(self, obs: Any) -> Obs:
         if self.groups:
             obs = {ours: obs[theirs] for ours, theirs in self.groups.items()}
-        return place(tensors(self.space, obs), self.device, self.dtype)
+        return to_device(tensors(self.space, obs), self.device, self.dtype)
 
     def _cells(self, x: Any, dtype: torch.dtype) -> Tensor:
         """[N] in new memory."""

@@ -40,23 +40,24 @@ class Distribution(Protocol):
         ...
 
 
-Law = Literal["standard_normal", "standard_exponential", "uniform"]
+NoiseDistribution = Literal["standard_normal", "standard_exponential", "uniform"]
 
 
 class Reparameterized:
-    """Whose samples are a function of noise: independent numbers [...] that follow ``law``, uniform ones in [0, 1)."""
+    """A distribution whose samples are a deterministic function of its parameters and of independent noise [...], which
+    follows ``noise_distribution``; uniform noise lies in [0, 1)."""
 
-    law: ClassVar[Law]
+    noise_distribution: ClassVar[NoiseDistribution]
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         raise NotImplementedError
 
-    def draw(self, noise: Tensor) -> Tensor:
-        """The action [..., *A] that noise stands for."""
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The action [..., *A] for given noise."""
         raise NotImplementedError
 
     def sample(self, generator: Generator | None = None) -> Tensor:
-        return self.draw(self.noise(generator))
+        return self.from_noise(self.noise(generator))
 
 
 LOG_SIGMA_RANGE = (-20.0, 20.0)
@@ -69,7 +70,7 @@ class Gaussian(Reparameterized):
 
     mean: Tensor  # [..., A]
     log_sigma: Tensor  # [A] or [..., A]
-    law = "standard_normal"
+    noise_distribution = "standard_normal"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log_sigma", self.log_sigma.clamp(*LOG_SIGMA_RANGE))
@@ -77,7 +78,7 @@ class Gaussian(Reparameterized):
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.empty_like(self.mean).normal_(generator=generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         return torch.addcmul(self.mean, self.log_sigma.exp(), noise)
 
     def mode(self) -> Tensor:
@@ -104,12 +105,12 @@ class Categorical(Reparameterized):
     """``logits`` must be normalized: their exponentials sum to one."""
 
     logits: Tensor  # [..., A]
-    law = "standard_exponential"
+    noise_distribution = "standard_exponential"
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.empty_like(self.logits).exponential_(generator=generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         return (self.logits - noise.log()).argmax(-1)
 
     def mode(self) -> Tensor:
@@ -133,7 +134,7 @@ class MultiCategorical(Reparameterized):
     """Independent choices, one for each of ``logits``, which must be normalized."""
 
     logits: tuple[Tensor, ...]  # [..., n] each
-    law = "standard_exponential"
+    noise_distribution = "standard_exponential"
 
     @property
     def parts(self) -> list[Categorical]:
@@ -142,9 +143,9 @@ class MultiCategorical(Reparameterized):
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.cat([part.noise(generator) for part in self.parts], -1)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         each = zip(self.parts, noise.split([x.shape[-1] for x in self.logits], -1), strict=True)
-        return torch.stack([part.draw(x) for part, x in each], -1)
+        return torch.stack([part.from_noise(x) for part, x in each], -1)
 
     def mode(self) -> Tensor:
         return torch.stack([part.mode() for part in self.parts], -1)
@@ -168,12 +169,12 @@ class Bernoulli(Reparameterized):
     """Independent choices of 0 or 1.  Written with softplus, which no logit overflows."""
 
     logits: Tensor  # [..., A] log of the odds of a 1
-    law = "uniform"
+    noise_distribution = "uniform"
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.empty_like(self.logits).uniform_(generator=generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         return (noise < self.logits.sigmoid()).long()
 
     def mode(self) -> Tensor:
@@ -223,7 +224,7 @@ class Squashed(Reparameterized):
     low: Tensor
     high: Tensor
     quadrature: Tensor = HERMITE  # for the entropy
-    law = "standard_normal"
+    noise_distribution = "standard_normal"
 
     def squash(self, x: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * (2 * x).sigmoid()
@@ -231,8 +232,8 @@ class Squashed(Reparameterized):
     def noise(self, generator: Generator | None = None) -> Tensor:
         return self.base.noise(generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
-        return self.squash(self.base.draw(noise))
+    def from_noise(self, noise: Tensor) -> Tensor:
+        return self.squash(self.base.from_noise(noise))
 
     def mode(self) -> Tensor:
         """The median, as is customary: the density itself may peak at the bounds."""

@@ -83,12 +83,12 @@ class Policy(Network):
         return self.choose(obs, hidden_state, start, lambda d: d.mode() if deterministic else d.sample(generator))
 
     def choose(
-        self, obs: Obs, hidden_state: HiddenState, start: Tensor, pick: Callable[[Distribution], Tensor]
+        self, obs: Obs, hidden_state: HiddenState, start: Tensor, select: Callable[[Distribution], Tensor]
     ) -> PolicyOutput:
-        """What to do in each environment, where ``pick`` takes an action [N, *A] from a distribution of them."""
+        """What to do in each environment, where ``select`` takes an action [N, *A] from a distribution of them."""
         features, hidden_state = self.body.step(obs, hidden_state, start)
         dist = self.distribution(features, obs)
-        action = pick(dist)
+        action = select(dist)
         return PolicyOutput(action, dist.log_prob(action), hidden_state)
 
     def critic_body(self) -> Body | None:

@@ -173,7 +173,7 @@ class Scheduled:
             setattr(self, name, round(schedule.numbers[0]) if kind is int else schedule.value)
         settings.check(self, skip=self.schedules)
 
-    def place(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:
         """Put the scheduled numbers where they are needed."""
         for name, schedule in self.schedules.items():
             schedule.to(device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-class Call(nn.Module):
+class FunctionalCall(nn.Module):
     """``torch.func`` swaps parameters for the length of a forward; this makes one of any function."""
 
     def __init__(self, module: nn.Module, fn: Callable[[], object]) -> None:
@@ -28,7 +28,7 @@ def functional_in_parameters(module: nn.Module, fn: Callable[[], T]) -> Callable
     The vector may require gradients, be a dual number or be one of many under ``vmap``.  The module's own parameters
     stay where and as they are.
     """
-    call = Call(module, fn)
+    call = FunctionalCall(module, fn)
     params = dict(call.named_parameters())
     sizes = [p.numel() for p in params.values()]
 

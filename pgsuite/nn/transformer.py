@@ -97,9 +97,11 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Features [T, N, width] of tokens [T, N], one text a column; those that are not ``real`` [T, N] are not
         attended to, and their own features mean nothing."""
-        return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
+        return self.forward_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[
+            0
+        ]
 
-    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
+    def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         """Features [T, N, width] of tokens [T, N] that go on where a cache ends, and the cache after them: keys and
         values [N, heads, S, width / heads] of each layer, and which of them are real, ``seen`` [N, S].  An empty
         dictionary is the cache of having seen nothing."""

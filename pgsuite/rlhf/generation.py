@@ -97,11 +97,11 @@ class GenerationCollector(Collector):
 
         blank = torch.zeros_like(real[1:])
         mask = torch.cat([blank, text.written])
-        begun = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
+        started = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
         row = Rollout(
             obs=text.tokens[:-1],
             hidden_state={},
-            start=(begun & ~torch.cat([torch.zeros_like(begun[:1]), begun[:-1]]))[:-1],
+            start=(started & ~torch.cat([torch.zeros_like(started[:1]), started[:-1]]))[:-1],
             action=text.tokens[1:],
             logp=torch.cat([blank.to(text.logp), text.logp]),
             reward=torch.cat([blank.to(reward), reward]),
@@ -111,7 +111,7 @@ class GenerationCollector(Collector):
             mask=mask,
         )
         self.buffer.set(row)
-        self.begun = True
+        self.started = True
         return self.buffer.read()
 
     def state_dict(self) -> dict[str, object]:

@@ -42,16 +42,18 @@ class TokenBody(Body):
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The memory of having seen texts [T, N], padded where they are not ``real`` [T, N]."""
-        return self.keep(self.transformer.extend(tokens, real, {})[1]) if len(tokens) else {}
+        return self.keep(self.transformer.forward_with_cache(tokens, real, {})[1]) if len(tokens) else {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
-        return self.transformer(seen.obs, begun(seen.start)), {}
+        return self.transformer(seen.obs, started(seen.start)), {}
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         cache = {key.removeprefix(f"{self.name}."): x for key, x in hidden_state.items()}
         if cache:
             cache[SEEN] = cache[SEEN] & ~start.unsqueeze(-1)
-        features, cache = self.transformer.extend(obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache)
+        features, cache = self.transformer.forward_with_cache(
+            obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache
+        )
         return features.squeeze(0), self.keep(cache)
 
     def another(self, name: str) -> TokenBody:
@@ -64,12 +66,12 @@ class TokenBody(Body):
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """One pass gives both: what follows a token is the next one in its column."""
         tokens = torch.cat([rollout.obs, rollout.next_obs[-1:]])
-        real = begun(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
+        real = started(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
         features = self.transformer(tokens, real)
         return features[:-1], features[1:]
 
 
-def begun(start: Tensor) -> Tensor:
+def started(start: Tensor) -> Tensor:
     """Where [T, N] a text has started."""
     return start.cumsum(0) > 0
 
@@ -148,9 +150,11 @@ class Pretrained(nn.Module):
         return next(x for x in self.model.modules() if isinstance(x, nn.ModuleList))
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
+        return self.forward_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[
+            0
+        ]
 
-    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
+    def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
         seen, position, visible = look(real.T, cache)

@@ -66,7 +66,7 @@ class HeldOut:
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, reviews: list[Review]) -> None:
         self.reviews = reviews
         self.tokens, self.real = encode(vocabulary, reviews)
-        self.is_resumable = torch.tensor([grammar.log_probability(review) for review in reviews])
+        self.log_probability = torch.tensor([grammar.log_probability(review) for review in reviews])
 
     def perplexity(self, logp: Tensor) -> float:
         """Per token, stops among them, of a log-probability for each review [N]."""
@@ -76,7 +76,7 @@ class HeldOut:
     def measure(self, model: WordModel) -> dict[str, float]:
         """The perplexity of a model; the KL of it from the grammar, estimated in nats a review, and its error."""
         logp = model.log_probability(self.tokens, self.real).sum(0)
-        excess = self.is_resumable - logp
+        excess = self.log_probability - logp
         error = float(excess.std()) / math.sqrt(len(excess))
         return {"perplexity": self.perplexity(logp), "kl": float(excess.mean()), "kl_error": error}
 
@@ -96,7 +96,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         raise UserError(str(error)) from error
     model = WordModel(vocabulary, body, generator)
     held_out = HeldOut(grammar, vocabulary, grammar.sample(wanted.held_out, seeding.number(wanted.seed, "held out")))
-    facts = {"grammar_perplexity": held_out.perplexity(held_out.is_resumable)}
+    facts = {"grammar_perplexity": held_out.perplexity(held_out.log_probability)}
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
     say(
         f"{wanted.reviews:,} reviews of {len(vocabulary.words)} words | the grammar's own perplexity "

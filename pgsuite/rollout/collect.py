@@ -35,7 +35,7 @@ class Collector(ABC):
         self.buffer = RolloutBuffer(horizon)
         self.collect = Kernel("collect", self._collect)
         self.act = Kernel("act", self._act)
-        self.begun = False
+        self.started = False
         self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
         self.obs: Obs
         self.hidden_state: HiddenState
@@ -60,7 +60,7 @@ class Collector(ABC):
         """Restart every environment and forget everything."""
         self.obs, self.hidden_state = self.env.reset(), policy.initial_state(self.env.num_envs)
         self.start = torch.ones(self.env.num_envs, dtype=torch.bool, device=self.env.device)
-        self.begun = True
+        self.started = True
 
     def step(self, t: int, policy: Policy, live: Tensor) -> Tensor:
         """One step in every environment, written to row t; returns done [N]."""
@@ -102,14 +102,16 @@ class Collector(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Where every environment stands, with all that acting depends on but the policy."""
-        state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.begun}
-        return state | ({name: getattr(self, name) for name in ("obs", "hidden_state", "start")} if self.begun else {})
+        state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.started}
+        return state | (
+            {name: getattr(self, name) for name in ("obs", "hidden_state", "start")} if self.started else {}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"])
-        self.begun = state["begun"]
-        for name in ("obs", "hidden_state", "start") if self.begun else ():
+        self.started = state["begun"]
+        for name in ("obs", "hidden_state", "start") if self.started else ():
             setattr(self, name, map_obs(lambda x: x.to(self.env.device), state[name]))
 
 
@@ -117,7 +119,7 @@ class StepCollector(Collector):
     """T steps from wherever each environment stands; episodes cross iteration borders."""
 
     def _collect(self, policy: Policy) -> Rollout:
-        if not self.begun:
+        if not self.started:
             self.reset(policy)
         live = torch.ones_like(self.start)
         for t in range(self.horizon):

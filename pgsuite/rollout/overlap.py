@@ -46,7 +46,7 @@ class OverlappedCollector(Collector):
         self.collect = Kernel("collect", self._collect)  # acting is a kernel of the inner one
         self.thread = ThreadPoolExecutor(1, "collecting")
         self.ahead: Future[Rollout] | None = None
-        self.begun = False
+        self.started = False
         self.seconds = {"waiting": 0.0}  # for rollouts; what else the thread does costs no time
 
     @property
@@ -61,8 +61,8 @@ class OverlappedCollector(Collector):
         """Raises whatever was raised in the thread."""
         began, first = perf_counter(), self.ahead is None
         if self.ahead is None:
-            if not self.begun:
-                self.inner.begun, self.begun = False, True
+            if not self.started:
+                self.inner.started, self.started = False, True
                 self.policy.load_state_dict(policy.state_dict())
             self.submit()
         assert self.ahead is not None
@@ -98,13 +98,13 @@ class OverlappedCollector(Collector):
 
     def state_dict(self) -> dict[str, Any]:
         inner = self.inner.state_dict() if self.ahead is None else self.before
-        return {"inner": inner, "policy": self.policy.state_dict(), "begun": self.begun}
+        return {"inner": inner, "policy": self.policy.state_dict(), "begun": self.started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cancel()
         self.inner.load_state_dict(state["inner"])
         self.policy.load_state_dict(state["policy"])
-        self.begun = state["begun"]
+        self.started = state["begun"]
 
 
 @torch.no_grad()

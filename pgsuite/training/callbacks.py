@@ -44,6 +44,11 @@ class Evaluation(Checked):
     video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # where films go; files lie in the run's videos/
 
 
+Evaluator = Callable[
+    [Policy, int, bool], dict[str, float]
+]  # of a policy, the steps that it was trained for, whether to film
+
+
 class MetricAverager:
     """Reports gathered between two log lines."""
 
@@ -73,16 +78,16 @@ class MetricLogger(Callback):
     """Writes means of everything to the loggers, about ``points`` times in a run."""
 
     def __init__(self, loggers: Sequence[Logger], points: int = 500) -> None:
-        self.loggers, self.points, self.window = loggers, points, MetricAverager()
+        self.loggers, self.points, self.averager = loggers, points, MetricAverager()
 
     def on_start(self, trainer: Trainer) -> None:
         self.logged, self.before = trainer.steps, self.clocks(trainer)
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        self.window.add(report)
+        self.averager.add(report)
         if not report.passes(trainer.total_steps / self.points) and report.steps < trainer.total_steps:
             return
-        scalars, now = self.window.scalars(), self.clocks(trainer)
+        scalars, now = self.averager.scalars(), self.clocks(trainer)
         spent = {name: now[name] - self.before[name] for name in now}
         total = max(spent.pop("total"), 1e-9)
         scalars |= {f"time/{name}": seconds / total for name, seconds in spent.items()}
@@ -90,7 +95,7 @@ class MetricLogger(Callback):
         scalars["time/seconds"] = trainer.seconds["total"]
         for logger in self.loggers:
             logger.write(report.steps, scalars)
-        self.window, self.logged, self.before = MetricAverager(), report.steps, now
+        self.averager, self.logged, self.before = MetricAverager(), report.steps, now
 
     def on_end(self, trainer: Trainer) -> None:
         results = {}
@@ -103,10 +108,10 @@ class MetricLogger(Callback):
             logger.close(results)
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self.window)
+        return vars(self.averager)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self.window).update(state)
+        vars(self.averager).update(state)
 
     @staticmethod
     def clocks(trainer: Trainer) -> dict[str, float]:
@@ -204,14 +209,14 @@ class Evaluate(Callback):
 
     def __init__(
         self,
-        match: Callable[[Policy, int, bool], dict[str, float]],
+        evaluator: Evaluator,
         table: Logger | None,
         loggers: Sequence[Logger],
         checkpoints: Checkpoints,
         wanted: Evaluation,
     ) -> None:
-        """``match`` plays, given a policy, the steps that it learned for, and whether to film."""
-        self.match, self.table, self.loggers = match, table, loggers
+        """``evaluator`` plays, given a policy, the steps that it learned for, and whether to film."""
+        self.evaluator, self.table, self.loggers = evaluator, table, loggers
         self.checkpoints, self.wanted = checkpoints, wanted
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -228,7 +233,7 @@ class Evaluate(Callback):
         found: dict[str, float] = {}
         if distributed.rank() == 0:
             film = wanted.video_every is not None and (due or report.passes(wanted.video_every))
-            found = self.match(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
+            found = self.evaluator(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
             scalars = {f"evaluation/{name}": x for name, x in found.items()}
             if self.table is not None:
                 self.table.write(report.steps, {"time/seconds": trainer.seconds["total"]} | scalars)

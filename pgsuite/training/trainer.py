@@ -122,7 +122,7 @@ class Trainer:
             self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)
-        self.pack_host_data = Kernel("digest", self._digest)
+        self.pack_host_data = Kernel("pack host data", self._pack_host_data)
         self.finished: list[tuple[int, float]] = []  # episodes: steps by then, and return
 
     def fit(self) -> None:
@@ -159,8 +159,8 @@ class Trainer:
         began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
         self.algorithm.update_schedules(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
-        digest = self.pack_host_data(metrics).cpu()  # all that an iteration reads back to the host, at once
-        values, episodes = digest[: len(metrics) + 2], digest[len(metrics) + 2 :].view(2, -1)
+        packed = self.pack_host_data(metrics).cpu()  # all that an iteration reads back to the host, at once
+        values, episodes = packed[: len(metrics) + 2], packed[len(metrics) + 2 :].view(2, -1)
         values = distributed.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
         *read, steps, nonfinite, asked = values.tolist()
         read = [x / distributed.size() for x in read]
@@ -175,7 +175,7 @@ class Trainer:
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
         return report
 
-    def _digest(self, metrics: Metrics) -> Tensor:
+    def _pack_host_data(self, metrics: Metrics) -> Tensor:
         """What the host is to know of an iteration, in one vector of float64 on the device: the metrics, the steps that
         were made, whether anything is not finite, and of each cell [T, N] the return and then the length of the episode
         that finished there, zero where none did."""
@@ -233,7 +233,7 @@ class Trainer:
         if level == "exact":
             self.tracker.load_state_dict(state["tracker"])
         else:
-            self.collector.begun = False
+            self.collector.started = False
         if level == "weights":
             self.collector.reseed()
 

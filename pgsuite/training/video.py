@@ -69,7 +69,7 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
     def watch() -> None:
         if next(seen) % every == 0:
             try:
-                film.add(through.shoot())
+                film.add(through.render())
             except ValueError as error:
                 raise UserError(f"video={to}: {error}") from error
             except OSError as error:

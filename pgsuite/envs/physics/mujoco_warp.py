@@ -72,7 +72,7 @@ class WarpPhysics:
                 )
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"mujoco-warp cannot simulate this model: {error}") from error
-        self.settle()
+        self.synchronize()
         self.worlds.opt.warn_overflow = 0  # kernels would print a line for each world and step
         shared = warp.to_torch
         self.qpos, self.qvel, self.ctrl = (shared(getattr(self.data, name)) for name in ("qpos", "qvel", "ctrl"))
@@ -97,7 +97,7 @@ class WarpPhysics:
     def capture(self, work: Callable[[], None]) -> Any:
         """A graph of work, which runs once before, so that every kernel is there; the worlds stay where they are."""
         before = self.state_dict()
-        self.settle()
+        self.synchronize()
         collecting = gc.isenabled()
         gc.disable()  # what Warp frees during a capture would become part of it
         try:
@@ -108,11 +108,11 @@ class WarpPhysics:
         finally:
             if collecting:
                 gc.enable()
-        self.settle()
+        self.synchronize()
         self.load_state_dict(before)
         return capture.graph
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until Warp's stream and torch's have both done what they were given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
