@@ -1,6 +1,6 @@
 """Action distributions over any leading dims [...].
 
-Tensors in, tensors out, and no state: a policy makes one per look at its observations.
+Distributions are stateless functions of tensors; a policy constructs one in each forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Distribution(Protocol):
         ...
 
     def mode(self) -> Tensor:
-        """The likeliest action [..., *A]."""
+        """The mode: the most likely action [..., *A]."""
         ...
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Distribution(Protocol):
         ...
 
     def detach(self) -> Self:
-        """The same distribution, through which no gradient flows."""
+        """The same distribution with detached parameters."""
         ...
 
 
@@ -65,8 +65,8 @@ LOG_SIGMA_RANGE = (-20.0, 20.0)
 
 @dataclass(frozen=True)
 class Gaussian(Reparameterized):
-    """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held within +-20, so that sigma, which is its
-    exponential, is positive and its square representable in float32 whatever an optimizer does."""
+    """Diagonal Gaussian.  ``log_sigma`` must broadcast to ``mean``; it is clamped to +-20, so that sigma is positive and
+    sigma squared representable in float32 whatever the parameters are."""
 
     mean: Tensor  # [..., A]
     log_sigma: Tensor  # [A] or [..., A]
@@ -131,7 +131,7 @@ class Categorical(Reparameterized):
 
 @dataclass(frozen=True)
 class MultiCategorical(Reparameterized):
-    """Independent choices, one for each of ``logits``, which must be normalized."""
+    """Independent categorical distributions, one for each of ``logits``, which must be normalized."""
 
     logits: tuple[Tensor, ...]  # [..., n] each
     noise_distribution = "standard_exponential"
@@ -166,9 +166,9 @@ class MultiCategorical(Reparameterized):
 
 @dataclass(frozen=True)
 class Bernoulli(Reparameterized):
-    """Independent choices of 0 or 1.  Written with softplus, which no logit overflows."""
+    """Independent Bernoulli distributions.  Computed with softplus, which does not overflow for any logit."""
 
-    logits: Tensor  # [..., A] log of the odds of a 1
+    logits: Tensor  # [..., A] log-odds of a 1
     noise_distribution = "uniform"
 
     def noise(self, generator: Generator | None = None) -> Tensor:
@@ -195,8 +195,8 @@ class Bernoulli(Reparameterized):
 
 
 def into_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Where between its bounds an action is, as (0, 1); the bounds themselves, which rounding may reach, count as the
-    nearest numbers inside, so that every action has a finite log-probability."""
+    """Map an action from its bounds to (0, 1).  The bounds themselves, which rounding may reach, are moved to the
+    nearest interior numbers, so that every action has a finite log-probability."""
     eps = torch.finfo(action.dtype).eps
     return ((action - low) / (high - low)).clamp(eps, 1 - eps)
 
@@ -218,7 +218,7 @@ HERMITE = hermite(32)
 
 @dataclass(frozen=True)
 class Squashed(Reparameterized):
-    """A Gaussian, sent through tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
+    """A Gaussian squashed by tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
 
     base: Gaussian
     low: Tensor
@@ -236,7 +236,7 @@ class Squashed(Reparameterized):
         return self.squash(self.base.from_noise(noise))
 
     def mode(self) -> Tensor:
-        """The median, as is customary: the density itself may peak at the bounds."""
+        """The squashed mode of the Gaussian, which is the median; the density itself may peak at the bounds."""
         return self.squash(self.base.mode())
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class Squashed(Reparameterized):
         return self.base.entropy() + slope + (self.high - self.low).log().sum(-1)
 
     def kl(self, other: Squashed) -> Tensor:
-        """That of the Gaussians: what both are sent through changes nothing."""
+        """The KL of the Gaussians, since KL is invariant under the common bijection."""
         return self.base.kl(other.base)
 
     def detach(self) -> Squashed:
@@ -260,7 +260,7 @@ class Squashed(Reparameterized):
 
 @dataclass(frozen=True)
 class Beta:
-    """Between the bounds ``low`` and ``high`` [A], with alpha and beta of at least one."""
+    """Beta distribution on the bounds ``low`` and ``high`` [A], with alpha and beta of at least one."""
 
     alpha: Tensor  # [..., A]
     beta: Tensor  # [..., A]

@@ -1,4 +1,4 @@
-"""What happens around training: progress, logs, evaluations, checkpoints."""
+"""The built-in callbacks: progress, logs, evaluations, checkpoints, summary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pgsuite.training.trainer import Callback, Report, Trainer, slots
 
 @dataclass(kw_only=True)
 class Checkpoint(Checked):
-    """When the state of a run is saved, and for how long."""
+    """When checkpoints are saved, and how many are kept."""
 
     every: Count | None = 250_000  # environment steps between checkpoints; null saves at the end only
     minutes: Positive | None = None  # or minutes between them, whichever comes first
@@ -36,7 +36,7 @@ class Checkpoint(Checked):
 
 @dataclass(kw_only=True)
 class Evaluation(Checked):
-    """Whole episodes in environments of their own while training, which they do not touch."""
+    """Evaluation by whole episodes, in separate environments, without effect on training."""
 
     every: Count | None = None  # environment steps between evaluations; null makes none
     episodes: Count = 10  # of each evaluation, one in each of as many environments
@@ -44,13 +44,12 @@ class Evaluation(Checked):
     video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # where films go; files lie in the run's videos/
 
 
-Evaluator = Callable[
-    [Policy, int, bool], dict[str, float]
-]  # of a policy, the steps that it was trained for, whether to film
+# (policy, environment steps that it was trained for, whether to record a video) -> metrics of whole episodes
+Evaluator = Callable[[Policy, int, bool], dict[str, float]]
 
 
 class MetricAverager:
-    """Reports gathered between two log lines."""
+    """Accumulates the reports of the iterations between two log entries."""
 
     def __init__(self) -> None:
         self.returns: list[float] = []
@@ -64,7 +63,7 @@ class MetricAverager:
             self.metrics.setdefault(name, []).append(value)
 
     def scalars(self) -> dict[str, float]:
-        """Means, by the names that the logs carry."""
+        """The means, under their names in the logs."""
         scalars = {f"algorithm/{name}": statistics.fmean(values) for name, values in self.metrics.items()}
         if self.returns:
             scalars["episode/return"] = statistics.fmean(self.returns)
@@ -75,7 +74,7 @@ class MetricAverager:
 
 
 class MetricLogger(Callback):
-    """Writes means of everything to the loggers, about ``points`` times in a run."""
+    """Writes the means of all metrics to the loggers, about ``points`` times in a run."""
 
     def __init__(self, loggers: Sequence[Logger], points: int = 500) -> None:
         self.loggers, self.points, self.averager = loggers, points, MetricAverager()
@@ -119,8 +118,8 @@ class MetricLogger(Callback):
 
 
 class ProgressBar(Callback):
-    """Steps, speed, mean return of the last hundred episodes and time left: a bar in a terminal or a notebook,
-    else plain lines."""
+    """Shows steps, speed, mean return of the last hundred episodes and remaining time: as a bar in a terminal or a
+    notebook, otherwise as lines of text."""
 
     def __init__(self, console: Console, lines: int = 20) -> None:
         self.console, self.lines = console, lines
@@ -129,7 +128,7 @@ class ProgressBar(Callback):
         self.returns: list[float] = []
         self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
         self.bar: Progress | None = None
-        # In a notebook rich draws a bar by ipywidgets.
+        # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
             columns = (
                 TextColumn("{task.description}"),
@@ -160,9 +159,8 @@ class ProgressBar(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the run every so many steps or minutes, and at the end, however it comes about; keeps the last few.
-
-    The first process writes, for all.
+    """Saves a checkpoint at regular intervals of steps or minutes and at the end of the run, also after an interruption
+    or an exception; keeps the last ``keep``.  The first process writes the state of all processes.
     """
 
     def __init__(self, run: Path, facts: Mapping[str, Any], wanted: Checkpoint) -> None:
@@ -179,14 +177,17 @@ class Checkpoints(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         failed = trainer.steps < trainer.total_steps and not trainer.stop
-        alone = failed and distributed.size() > 1  # for what failed here need not have failed elsewhere
+        alone = (
+            failed and distributed.size() > 1
+        )  # another process may not have failed and would not join the gathering
         if trainer.steps > self.saved and not alone:
             self.save(trainer)
         elif distributed.rank() == 0 and self.saved:
-            checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to
+            checkpoint.prune(self.run, self.wanted.keep)  # a killed run may not have pruned
 
     def save(self, trainer: Trainer) -> Path | None:
-        """Write what every process holds, and the callbacks, and the facts; the path, for the first process."""
+        """Write the states of all processes and of the callbacks, and the facts.  Returns the path, in the first
+        process only."""
         self.saved, self.at = trainer.steps, perf_counter()
         states = distributed.gather(trainer.state_dict())
         if states is None:
@@ -200,11 +201,11 @@ class Checkpoints(Callback):
 
 
 class Evaluate(Callback):
-    """Has copies of the policy play whole episodes every so many steps, in environments and with random streams that
-    are made anew, logs what came of it, and gives the best one's checkpoint a name.
+    """Evaluates copies of the policy over whole episodes at regular intervals, logs the results, and marks the
+    checkpoint of the best evaluation.
 
-    So the training run is the same bit for bit, and every evaluation begins in the same states.  The first process
-    plays, for all.
+    Each evaluation makes new environments and random streams.  Hence training is the same bit for bit with and without
+    evaluations, and every evaluation starts from the same initial states.  Only the first process evaluates.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class Evaluate(Callback):
         checkpoints: Checkpoints,
         wanted: Evaluation,
     ) -> None:
-        """``evaluator`` plays, given a policy, the steps that it learned for, and whether to film."""
+        """``evaluator`` is called with a policy, the steps that it was trained for, and whether to record a video."""
         self.evaluator, self.table, self.loggers = evaluator, table, loggers
         self.checkpoints, self.wanted = checkpoints, wanted
         self.last: dict[str, float] = {}
@@ -224,7 +225,7 @@ class Evaluate(Callback):
     def on_start(self, trainer: Trainer) -> None:
         best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
         if distributed.rank() == 0 and best.exists():
-            checkpoint.mark_best(best)  # which a run that was killed may not have come to
+            checkpoint.mark_best(best)  # a killed run may not have marked it
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         wanted, due = self.wanted, report.steps >= trainer.total_steps
@@ -259,7 +260,7 @@ class Evaluate(Callback):
 
 
 class Summary(Callback):
-    """Keeps summary.json, from the start to the end."""
+    """Writes summary.json at the start, at least every ``patience`` seconds, and at the end."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], patience: float = 10.0) -> None:
         self.path, self.facts, self.patience, self.status = path, dict(facts), patience, "running"
@@ -299,5 +300,5 @@ class Summary(Callback):
 
 
 def console() -> Console:
-    """Where a run talks to people."""
+    """The console that a run prints to."""
     return Console(file=sys.stdout, soft_wrap=True)
