@@ -41,7 +41,7 @@ class NetworkConfig(Checked):
 
 @dataclass(kw_only=True)
 class PolicyConfig(Checked, ABC):
-    """Settings that build a policy.  A custom policy is a subclass, chosen by ``policy=<name of its configuration>``."""
+    """Settings that build a policy; those of a custom one are a subclass, chosen by ``policy=<name of its config>``."""
 
     @abstractmethod
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:

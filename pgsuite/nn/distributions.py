@@ -65,8 +65,8 @@ LOG_SIGMA_RANGE = (-20.0, 20.0)
 
 @dataclass(frozen=True)
 class Gaussian(Reparameterized):
-    """Diagonal Gaussian.  ``log_sigma`` must broadcast to ``mean``; it is clamped to +-20, so that sigma is positive and
-    sigma squared representable in float32 whatever the parameters are."""
+    """Diagonal Gaussian.  ``log_sigma`` must broadcast to ``mean``; it is clamped to +-20, so that sigma is positive
+    and its square representable in float32 whatever the parameters are."""
 
     mean: Tensor  # [..., A]
     log_sigma: Tensor  # [A] or [..., A]

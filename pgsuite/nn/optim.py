@@ -48,8 +48,8 @@ class Optimizer(ABC):
         self.gradient_step = Kernel("gradient step", self._gradient_step)
 
     def step(self, objective: Objective, *seen: Any) -> Metrics:
-        """Take one gradient step on the loss objective(*seen)[0].  Returns the metrics of the objective, with the global
-        gradient norm before clipping as ``grad_norm``.
+        """Take one gradient step on the loss objective(*seen)[0].  Returns the metrics of the objective, and as
+        ``grad_norm`` the global gradient norm before clipping.
 
         Raises RuntimeError if parameters are no longer views of ``flat``.
         """
@@ -223,8 +223,8 @@ def make_optimizer(
     max_grad_norm: float | Tensor | None = None,
     where: str = "algo.optim",
 ) -> Optimizer:
-    """Make the optimizer that a setting chooses: adam, rmsprop, a subclass of ``Optimizer`` or ``torch.optim.Optimizer``
-    by its dotted path, or ``{_target_: torch.optim.AdamW, weight_decay: 0.01}``.
+    """Make the optimizer that a setting chooses: adam, rmsprop, a subclass of ``Optimizer`` or of
+    ``torch.optim.Optimizer`` by its dotted path, or ``{_target_: torch.optim.AdamW, weight_decay: 0.01}``.
 
     Raises ValueError for an unknown optimizer, for settings that it does not have, and for one that needs a closure.
     """

@@ -110,8 +110,9 @@ class Critic(Network):
     """State values [...] of observations [..., *O].
 
     A ``shared`` critic uses the body of a policy; otherwise it has its own ``body``, made for the observation space if
-    None.  A recurrent critic keeps its hidden state from rollout to rollout, in each of ``num_envs`` environments.  With
-    ``zero_init`` all initial values are zero.  Raises ValueError for a shared body if observations have ``critic_obs``.
+    None.  A recurrent critic keeps its hidden state from rollout to rollout, in each of ``num_envs`` environments.
+    With ``zero_init`` all initial values are zero.  Raises ValueError for a shared body if observations have
+    ``critic_obs``.
     """
 
     hidden_state: Tensor

@@ -93,8 +93,8 @@ class Piecewise(Schedule):
 
 
 class Adaptive(Schedule):
-    """Divided by ``factor`` after an update whose KL(old || new) exceeds ``band`` times the target ``kl``, multiplied by
-    ``factor`` after one whose KL is below the target divided by ``band``, and clamped to ``low`` and ``high``, by
+    """Divided by ``factor`` after an update whose KL(old || new) exceeds ``band`` times the target ``kl``, multiplied
+    by ``factor`` after one whose KL is below the target divided by ``band``, and clamped to ``low`` and ``high``, by
     default 0.01 and 100 times the start.  For the coefficient of a KL penalty, ``factor`` is below one.  Nothing is
     read back to the host.
     """
