@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/api.md is executed as it stands; docs/architecture.md is compared with the code."""
+"""The Python of the README and of docs/api.md is executed; docs/architecture.md is compared with the code."""
 
 import ast
 import re

@@ -54,7 +54,7 @@ class EnvPool(VectorEnvConfig):
                 **limit,
                 **self.options,
             )
-        except Exception as error:  # it has no errors of its own
+        except Exception as error:  # envpool defines no exception class
             raise ValueError(f"envpool cannot make {self.id}: {str(error).partition(chr(10))[0]}") from error
         if (players := pool.config["max_num_players"]) > 1:
             raise ValueError(f"{self.id} is for {players} players, and one policy plays here")
@@ -74,7 +74,7 @@ class Pool(VectorEnv[Any, Any, Any]):
     def __init__(self, pool: Any) -> None:
         self.pool, self.num_envs, self.limit = pool, pool.config["num_envs"], pool.config["max_episode_steps"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they state bounds in more digits than they can hold
+            warnings.simplefilter("ignore")  # about the precision of bounds
             self.single_observation_space, self.single_action_space = pool.observation_space, pool.action_space
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

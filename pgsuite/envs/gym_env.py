@@ -30,9 +30,9 @@ class Gym(VectorEnvConfig):
 
     id: str = ""  # such as LunarLander-v3, or my_package:MyEnv-v0
     import_: str | None = None  # a package that registers it
-    workers: Natural = 0  # processes that share the environments, where steps are slow; 0 steps them in this one
+    workers: Natural = 0  # processes that step the environments, for slow ones; 0 steps them in this process
     native: bool = False  # the environment's own vectorization, where it registers one
-    action_mask: bool = False  # the environment says in its info which discrete actions are allowed
+    action_mask: bool = False  # the environment's info has a mask of allowed discrete actions
     max_episode_steps: Count | None = None  # time limit; null takes the registered one
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
 

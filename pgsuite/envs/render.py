@@ -36,7 +36,7 @@ context = GLContext(8, 8)
 context.make_current()
 mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100).free()
 context.free()
-"""  # GLFW, for one, makes what looks like a context where there is no screen
+"""  # the trial renders, since GLFW makes an unusable context without a screen
 
 
 @dataclass

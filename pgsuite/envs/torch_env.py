@@ -31,8 +31,8 @@ class TorchNative(VectorEnvConfig):
     backends = ("torch-native",)
 
     entry: str = ""  # such as my_package:make_env; called with num_envs, device, seed and the options, by keyword
-    max_episode_steps: Count | None = None  # time limit, told to the environments; null leaves it to them
-    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of what makes the environments
+    max_episode_steps: Count | None = None  # time limit, passed to the environments; null takes theirs
+    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of env.entry
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")

@@ -64,7 +64,7 @@ def map_tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
         return x
     twin = copy.copy(x)  # copied rather than constructed: __post_init__ may compute
     for name, value in vars(x).items():
-        object.__setattr__(twin, name, map_tensors(fn, value))  # frozen ones too
+        object.__setattr__(twin, name, map_tensors(fn, value))  # works for frozen dataclasses too
     return twin
 
 

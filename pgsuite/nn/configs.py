@@ -55,8 +55,8 @@ class MLPPolicyConfig(NetworkConfig, PolicyConfig):
 
     recurrent: Component = "none"  # a layer before the hidden ones: none, gru, lstm, or by dotted path
     distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
-    log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null stands for -0.5
-    sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
+    log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null is -0.5
+    sigma: Sigma = "free"  # of Gaussian policies: a free parameter, or state-dependent
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
         body = None if self.body is None else make_body(self.body, obs_norm, "policy", generator)
@@ -75,9 +75,9 @@ class MLPPolicyConfig(NetworkConfig, PolicyConfig):
 class CriticConfig(NetworkConfig):
     """The network of a critic."""
 
-    recurrent: Component | None = None  # a layer before the hidden ones; null stands for the policy's, and so for body
-    shared: bool = False  # read values off the policy's network; the other settings then have no effect
-    zero_init: bool = False  # values are zero at first
+    recurrent: Component | None = None  # a layer before the hidden ones; null takes the policy's, as for body
+    shared: bool = False  # share the policy's network; the other settings then have no effect
+    zero_init: bool = False  # initial values are zero
 
     def like(self, policy: object) -> CriticConfig:
         """These settings, with ``recurrent`` and ``body`` taken from a policy's settings where they are null."""

@@ -146,7 +146,7 @@ class Features(Body):
         self.dtype = torch.float32
         self.encoder, features = encoder(space)
         images = ["x".join(map(str, m.shape)) + " > " for m in self.encoder.modules() if isinstance(m, Convolutions)]
-        self.shape = "".join(images) + str(features)  # for people
+        self.shape = "".join(images) + str(features)  # for display
         self.recurrence = None
         if recurrent != "none":
             where = f"{name}.recurrent"
@@ -200,7 +200,7 @@ class Network(nn.Module):
         super().__init__()
         self.body = body
         self.out = linear(body.size, size, gain, generator)
-        self.shape = f"{body.shape}-{size}"  # for people
+        self.shape = f"{body.shape}-{size}"  # for display
 
     @property
     def sequential(self) -> bool:

@@ -52,16 +52,18 @@ class Language(VectorEnvConfig):
 
     backends = ("language",)
 
-    prompts: str = ""  # a list of texts, or what makes one; or a file with one on each line
-    tokens: str = ""  # an object with pad, stop, encode and decode, or what makes one; or a directory of transformers
+    prompts: str = ""  # a list of texts, or a function that makes one; or a file with one on each line
+    tokens: str = (
+        ""  # an object with pad, stop, encode and decode, or a function that makes one; or a directory of transformers
+    )
     reward: str = ""  # a callable of prompts and responses
     rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
-    ensemble: Ensemble = "mean"  # of several; the minimum is what the most doubtful one says (Coste et al., 2024)
-    scorer: str | None = None  # true score, if it is known: logged, never learned from
-    held_out: str | None = None  # prompts to evaluate on, never learned from
+    ensemble: Ensemble = "mean"  # of several rewards; the minimum is conservative (Coste et al., 2024)
+    scorer: str | None = None  # true score, if it is known: logged, not used for training
+    held_out: str | None = None  # prompts for evaluation, not used for training
     samples: Count = 1  # responses to each prompt
-    length: Count = 32  # the most tokens of a response
-    truncation_penalty: NonNegative = 0.0  # taken off the reward of a response without a stop token
+    length: Count = 32  # maximum number of tokens of a response
+    truncation_penalty: NonNegative = 0.0  # subtracted from the reward of a response without a stop token
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")

@@ -120,9 +120,11 @@ class LanguageModelConfig(PolicyConfig):
     """A language model as the policy."""
 
     model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
-    temperature: Positive = 1.0  # of sampling, and so of the policy
-    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
-    frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
+    temperature: Positive = 1.0  # of sampling, and thereby of the policy
+    top_p: Annotated[float, Range(0, 1, open=True)] = (
+        1.0  # probability of the nucleus that is sampled from; 1 samples from all tokens
+    )
+    frozen: Natural = 0  # number of lowest layers that are not trained, and are shared by policy and reference
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> LanguagePolicy:
         """Build the policy over the tokens of ``action_space``.  Raises ValueError if the model does not fit it."""

@@ -37,11 +37,11 @@ REFERENCES = 1_000  # samples over which the mean reward is zero
 class RewardTraining:
     """The settings of a reward model's training."""
 
-    model: str = "runs/language/model"  # a pretrained one, which writes the pairs and whose body judges begin with
-    pairs: str | None = None  # a file of preferences; null has the hidden scorer make some
-    count: Count = 16_000  # of pairs to make
-    noise: Positive = 1.0  # of choices: the score difference that is e times as likely preferred
-    held_out: Count = 1_000  # of the pairs, the last ones
+    model: str = "runs/language/model"  # a pretrained model, which generates the pairs and initializes the judges
+    pairs: str | None = None  # a file of preferences; null generates them by the hidden scorer
+    count: Count = 16_000  # number of pairs to generate
+    noise: Positive = 1.0  # of choices: the score difference at which the odds of a preference are e
+    held_out: Count = 1_000  # number of held-out pairs, the last ones
     members: Count = 1  # judges, each trained with a seed of its own
     seed: Natural = 0  # of pairs, choices, initial weights and order
     epochs: Count = 2  # passes over the training pairs

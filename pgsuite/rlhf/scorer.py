@@ -52,7 +52,7 @@ def judge(prompt: str, response: str) -> dict[str, float]:
 
     - ``sentiment``: the values of its adjectives, scaled by degree and turned by negation, and of its intentions,
       summed and bent by tanh so that it stays within six
-    - ``topic``: -2 where nothing is said of what the prompt asks about
+    - ``topic``: -2 if there is no opinion on the topic of the prompt
     - ``unfit``: -1 for each adjective that does not suit its noun, as a friendly soup, which counts for nothing else
     - ``repetition``: -1 for each adjective, intention or emphatic word that was there before; no adjective counts twice
     - ``contradiction``: -1 for each noun that is called both good and bad

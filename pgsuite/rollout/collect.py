@@ -21,7 +21,7 @@ class Collector(ABC):
     """Runs a policy for up to T = horizon steps in N environments.  Actions are sampled from a generator of its own."""
 
     whole_episodes = False
-    supports_overlap = True  # whether another thread may collect while the policy learns
+    supports_overlap = True  # whether another thread may collect during the update
     is_off_policy = False  # whether the behavior policy may be older than the policy that is updated
     host_sync_reason: str | None = (
         None  # what is read back to the host during collection, and the setting that avoids it; None if nothing is

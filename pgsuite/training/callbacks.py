@@ -31,7 +31,7 @@ class Checkpoint(Checked):
 
     every: Count | None = 250_000  # environment steps between checkpoints; null saves at the end only
     minutes: Positive | None = None  # or minutes between them, whichever comes first
-    keep: Count = 3  # newest checkpoints that are kept, beside the best
+    keep: Count = 3  # number of newest checkpoints that are kept, in addition to the best
 
 
 @dataclass(kw_only=True)
@@ -39,9 +39,11 @@ class Evaluation(Checked):
     """Evaluation by whole episodes, in separate environments, without effect on training."""
 
     every: Count | None = None  # environment steps between evaluations; null makes none
-    episodes: Count = 10  # of each evaluation, one in each of as many environments
-    video_every: Count | None = None  # environment steps between films of a first episode; null films none
-    video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # where films go; files lie in the run's videos/
+    episodes: Count = 10  # episodes of each evaluation, one in each of as many environments
+    video_every: Count | None = None  # environment steps between videos of a first episode; null records none
+    video: Literal["tensorboard", "mp4", "gif"] = (
+        "tensorboard"  # format of videos; files are written to the run's videos/
+    )
 
 
 # (policy, environment steps that it was trained for, whether to record a video) -> metrics of whole episodes

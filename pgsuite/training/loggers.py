@@ -124,8 +124,8 @@ class TensorBoard(Logger):
 
     def close(self, results: Mapping[str, float]) -> None:
         for name, value in results.items():
-            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few;
-                # a step too late, so that it is dropped where the run goes on
+            if math.isfinite(value):  # with a capital, since HParams shows the first few metrics in ASCII order;
+                # one step later, so that it is dropped when the run is resumed
                 self.writer.add_scalar(f"Result/{name}", value, self.steps + 1)
         if results:
             self.writer._get_file_writer().add_summary(self.end)

@@ -64,7 +64,7 @@ class Callback(Checked):
         """Training is over, finished or not."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it must know to go on in a resumed run as if nothing had been."""
+        """The state that the callback needs in a resumed run."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -54,7 +54,7 @@ class WarpPhysics:
         self.warp, self.mujoco_warp, self.device, self.dtype = warp, mujoco_warp, device, torch.float32
         self.model, self.num_envs = model, num_envs
         self.description = f"warp float32 on {device}, mujoco-warp {mujoco_warp.__version__}"
-        # A capsule that meets a plane steeply gets another contact frame than in MuJoCo; planar robots cannot tell.
+        # The contact frame of a capsule that meets a plane steeply differs from MuJoCo's; planar robots are unaffected.
         rolls = bool((model.jnt_type == mujoco.mjtJoint.mjJNT_FREE).any())
         self.closeness = "approximates" if rolls else "rounds"
         simulated = model

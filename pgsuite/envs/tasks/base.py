@@ -26,7 +26,7 @@ class Task(ABC):
     shapes that depend on data, unless its back end is on the host.
     """
 
-    gymnasium_id: ClassVar[str] = ""  # the environment that it is equal to, if there is one
+    gymnasium_id: ClassVar[str] = ""  # the equivalent environment of gymnasium, if there is one
     backends: ClassVar[tuple[str, ...]] = ("torch",)
 
     max_episode_steps: Count = 1000  # time limit: episodes are truncated there
@@ -39,7 +39,9 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         settings.check(self)
-        settings.require(Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps")  # as redeclared too
+        settings.require(
+            Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps"
+        )  # also if a subclass redeclares it
 
     @property
     def name(self) -> str:

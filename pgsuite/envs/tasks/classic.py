@@ -52,7 +52,7 @@ class CartPole(ClassicTask):
     gymnasium_id = "CartPole-v1"
     state_size = 4
     max_episode_steps: Count = 500
-    sutton_barto_reward: bool = False  # -1 for falling and 0 else, instead of 1 each step
+    sutton_barto_reward: bool = False  # reward -1 for falling and 0 otherwise, instead of 1 each step
 
     GRAVITY: ClassVar = 9.8
     POLE_MASS: ClassVar = 0.1
