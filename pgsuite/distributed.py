@@ -1,8 +1,8 @@
-"""The one file that knows there may be other processes.  Alone, every function is the identity.
+"""Collectives for training in several processes.  With one process every function is the identity.
 
-``total`` and ``mean`` are for tensors, on any device; the other functions are for whatever can be pickled, and for what
-happens now and then.  All of them are collective: every process must call them, in the same order.  Each raises
-LostProcessError where another process has ended, or stays silent for longer than ``PATIENCE``.
+No other module uses ``torch.distributed``.  ``total`` and ``mean`` reduce tensors on any device; the other functions
+exchange picklable objects and are meant for rare events.  All are collective: every process must call them, in the same
+order.  Each raises LostProcessError if another process has ended, or does not answer within ``PATIENCE``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(minutes=30)  # the first process may be evaluating, or filming, while the others wait
+PATIENCE = timedelta(minutes=30)  # the first process may be evaluating, or recording a video
 
 
 class LostProcessError(RuntimeError):
-    """Another process is gone; says how that was noticed."""
+    """Another process has ended; the message is the error that revealed it."""
 
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Membership among the processes that torchrun started, by the variables it sets; alone where there are none.
+    """Join the process group of torchrun, by the environment variables that it sets; do nothing without them.
 
-    Tensors on a CPU go through gloo, and those on a GPU through NCCL.  Raises LostProcessError if not all of them come,
-    or not all of them stay to the end.  Who leaves by an exception waits for nobody.
+    Collectives use gloo for CPU tensors and NCCL for GPU tensors.  Raises LostProcessError unless every process joins
+    and stays to the end.  A process that leaves by an exception does not wait for the others.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
@@ -40,19 +40,19 @@ def group() -> Iterator[None]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    # The defaults of its functions are the group that there is when it is imported, which torch.optim would have done
-    # while ours is; they would hold ours for ever, and with it gloo's threads.
+    # This module stores the current process group as a default argument at import.  Imported by torch.optim later, it
+    # would keep our group, and with it gloo's threads, alive for ever.
     importlib.import_module("torch.distributed.nn.functional")
     with _noticing():
         store, own, count = next(rendezvous("env://", timeout=PATIENCE))
-        # Restarted processes may meet where the ones before them left their addresses.
+        # After a restart, the store may still hold addresses of the previous processes.
         store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
     try:
         yield
         with _noticing():
-            dist.barrier()  # who left early would look lost
+            dist.barrier()  # a process that leaves early would appear lost to the others
     except BaseException as error:
         dist.distributed_c10d._abort_process_group()
         _let_go(error)
@@ -61,10 +61,10 @@ def group() -> Iterator[None]:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that an exception came through, with what led to it.
+    """Clear the frames of an exception and of its causes.
 
-    gloo's threads end with the last reference to the group, and these hold some.  One that drops a tensor while Python
-    shuts down aborts the process.
+    gloo's threads end with the last reference to the process group, and these frames hold some.  A gloo thread that
+    frees a tensor during interpreter shutdown aborts the process.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -81,27 +81,27 @@ def _noticing() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes train together."""
+    """The number of processes (world size)."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from zero.  The first one alone writes and speaks."""
+    """The rank of this process, from zero.  Only rank 0 writes files and prints."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def local_size() -> int:
-    """How many of them are on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if size() > 1 else 1
 
 
 def local_rank() -> int:
-    """Which of those this is, from zero."""
+    """The rank of this process among those on its machine, from zero."""
     return int(os.environ.get("LOCAL_RANK", rank())) if size() > 1 else 0
 
 
 def total(x: Tensor) -> Tensor:
-    """x summed over processes, without gradient."""
+    """The sum of x over processes, without gradient."""
     if size() > 1:
         x = x.detach().clone()
         with _noticing():
@@ -110,17 +110,17 @@ def total(x: Tensor) -> Tensor:
 
 
 def mean(x: Tensor) -> Tensor:
-    """x averaged over processes, without gradient."""
+    """The mean of x over processes, without gradient."""
     return total(x) / size() if size() > 1 else x
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is true in any process."""
+    """Whether the flag is true in any process."""
     return bool(total(torch.tensor(float(flag))) > 0)
 
 
 def _on_cpu(x: Any) -> Any:
-    """A nest of dictionaries, lists and tuples, with its tensors on the CPU."""
+    """Copy the tensors of a nest of dictionaries, lists and tuples to the CPU."""
     if isinstance(x, dict):
         return {key: _on_cpu(value) for key, value in x.items()}
     if type(x) in (list, tuple):
@@ -129,7 +129,7 @@ def _on_cpu(x: Any) -> Any:
 
 
 def gather(x: Any) -> list[Any] | None:
-    """What each process holds, by rank, for the first one, its tensors on the CPU; None for the others."""
+    """The objects of all processes in the order of ranks, with tensors on the CPU, for rank 0; None for the others."""
     if size() == 1:
         return [x]
     x = _on_cpu(x)
@@ -140,7 +140,7 @@ def gather(x: Any) -> list[Any] | None:
 
 
 def broadcast(x: Any) -> Any:
-    """What the first process holds, for all of them."""
+    """The object of rank 0, for every process."""
     if size() == 1:
         return x
     box = [x]
@@ -150,15 +150,15 @@ def broadcast(x: Any) -> Any:
 
 
 def barrier() -> None:
-    """Wait for all."""
+    """Wait until every process has called this."""
     if size() > 1:
         with _noticing():
             dist.barrier()
 
 
 def first(occasion: str) -> bool:
-    """Whether no other process has asked for this occasion before: what is to be said once, the first one says.  Not
-    collective, and works among those that are left."""
+    """Whether this process is the first to ask for ``occasion``; used to print a message once.  Not collective, and
+    works after other processes have ended."""
     try:
         return size() == 1 or dist.distributed_c10d._get_default_store().add(occasion, 1) == 1
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Tensor code with a name, so that execution may run it another way and profiling may time it."""
+"""Kernels: named functions of tensors, which ``execution`` compiles or captures and ``profiling`` times."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Around = Callable[[str], AbstractContextManager[Any]]
 
 
 class Kernel(Generic[P, R]):
-    """A named function of tensors, and how it is run.
+    """A named function of tensors whose implementation can be replaced.
 
-    A call runs ``run``, which is ``function`` itself until something else is put in its place: a compiled function, a
-    captured graph, or one that times the present ``run``.  ``reset`` undoes that.  A kernel adds no state and reads
-    nothing, so whatever transforms the function (``torch.compile``, ``torch.vmap``) transforms its kernel too.
+    Calling a kernel calls ``run``.  Initially ``run`` is ``function``; ``execution`` replaces it by a compiled function
+    or a captured graph, and ``surrounded`` by one that times the current ``run``.  ``reset`` restores ``function``.  A
+    kernel adds neither state nor device reads, so ``torch.compile`` and ``torch.vmap`` apply to it as to the function.
 
-    The deep copy of an object that holds kernels of its own methods has kernels of the copy's methods, run as written.
+    Deep-copying an object that holds kernels of its own methods yields kernels of the copy's methods, run eagerly.
     """
 
     def __init__(self, name: str, function: Callable[P, R]) -> None:
@@ -41,7 +41,7 @@ class Kernel(Generic[P, R]):
 
 
 def kernels_of(**owners: object) -> dict[str, Kernel[..., Any]]:
-    """The kernels that some objects hold as attributes, as ``owner.attribute``."""
+    """The kernels among the attributes of some objects, under the names ``owner.attribute``."""
     attributes = [(f"{name}.{key}", x) for name, owner in owners.items() for key, x in vars(owner).items()]
     return {name: x for name, x in attributes if isinstance(x, Kernel)}
 
@@ -51,12 +51,12 @@ _NOTHING = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[Any]:
-    """A coarse part of an iteration, for a profiler to time; without one, a context that does nothing."""
+    """A context around a coarse part of an iteration, timed by a profiler if one is active."""
     return _around[-1](name) if _around else _NOTHING
 
 
 def is_phase(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make each call of a function a phase."""
+    """Decorator: make each call of a function a phase."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -71,7 +71,7 @@ def is_phase(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @contextmanager
 def surrounded(kernels: dict[str, Kernel[..., Any]], around: Around) -> Iterator[None]:
-    """Have every phase, and every call of these kernels, however it is run, happen inside ``around`` of its name."""
+    """Within the context, enter ``around(name)`` for every phase and every call of these kernels."""
 
     def timed(kernel: Kernel[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:

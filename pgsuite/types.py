@@ -1,11 +1,11 @@
-"""What flows through the suite, and in what shape.
+"""The data types of the suite and their shapes.
 
 T  steps per rollout      N  environments      B  a flat minibatch drawn from T * N
 *O observation dims       *A action dims       [...] any leading dims
 
-An observation is a tensor [..., *O] or a dictionary of such tensors.  What it holds under ``critic_obs`` is for the
-critic, which sees nothing else; the policy sees the rest.  Under ``action_mask`` it says which discrete actions are
-allowed.
+An observation is a tensor [..., *O] or a dictionary of such tensors.  The entry ``critic_obs``, if there is one, is the
+critic's only input, and the policy's inputs are the others.  The entry ``action_mask`` marks the allowed discrete
+actions.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 
 from pgsuite import distributed
 
-Metrics = dict[str, Tensor]  # zero-dimensional, on the device; the trainer alone reads them back
+Metrics = dict[str, Tensor]  # zero-dimensional, on the device; only the trainer reads them back
 Obs = Any  # Tensor, or dict[str, Obs]
-HiddenState = dict[str, Tensor]  # [..., H] under each name of a network that remembers; empty where none does
+HiddenState = dict[str, Tensor]  # [..., H] by name of the recurrent network; empty if there is none
 PRIVILEGED, ACTION_MASK = "critic_obs", "action_mask"
 
 
 class Step(NamedTuple):
-    """What an environment returns.  Finished environments restart within the step."""
+    """One transition of N environments.  Finished environments restart within the step."""
 
-    obs: Obs  # [N, *O] what to act on next: a fresh observation where the episode ended
-    next_obs: Obs  # [N, *O] the true successor, before any restart; equals obs elsewhere
+    obs: Obs  # [N, *O] observation to act on next: the first of a new episode where one ended
+    next_obs: Obs  # [N, *O] true successor state, before any restart; equals obs where no episode ended
     reward: Tensor  # [N]
-    terminated: Tensor  # [N] bool, the task ended: nothing follows, so its value is zero
-    truncated: Tensor  # [N] bool, the clock ended and the task did not: bootstrap from next_obs
-    mask: Tensor | None = None  # [N] bool, false where this step was spent on restarting; None where none ever is
+    terminated: Tensor  # [N] bool, a terminal state was reached: its value is zero
+    truncated: Tensor  # [N] bool, the time limit was reached and no terminal state: bootstrap from next_obs
+    mask: Tensor | None = None  # [N] bool, false where the step only restarted the environment; None if no step does
 
     @property
     def done(self) -> Tensor:
@@ -41,12 +41,12 @@ class Step(NamedTuple):
 
 
 def map_obs(fn: Callable[[Tensor], Tensor], obs: Obs) -> Obs:
-    """fn applied to an observation, entry by entry if it is a dictionary."""
+    """Apply fn to each tensor of an observation."""
     return {key: map_obs(fn, x) for key, x in obs.items()} if isinstance(obs, dict) else fn(obs)
 
 
 def write_obs(into: Obs, index: Any, obs: Obs) -> None:
-    """into[index] = obs, of tensors or of arrays, entry by entry if they are dictionaries."""
+    """Assign into[index] = obs for each tensor or array of an observation."""
     if isinstance(obs, dict):
         for key, x in obs.items():
             write_obs(into[key], index, x)
@@ -55,25 +55,25 @@ def write_obs(into: Obs, index: Any, obs: Obs) -> None:
 
 
 def choose(mask: Tensor, x: Obs, y: Obs) -> Obs:
-    """x [N, ...] where mask [N], and y elsewhere, entry by entry if they are dictionaries."""
+    """x [N, ...] where mask [N] is true and y elsewhere, for each tensor of the observations."""
     if isinstance(y, dict):
         return {key: choose(mask, x[key], y[key]) for key in y}
     return torch.where(mask.view(-1, *[1] * (y.ndim - 1)), x, y)
 
 
 def leaves(x: Obs) -> list[Tensor]:
-    """The tensors that an observation is made of."""
+    """The tensors of an observation, in order."""
     return [part for inner in x.values() for part in leaves(inner)] if isinstance(x, dict) else [x]
 
 
 def finite_cells(x: Tensor, mask: Tensor) -> Tensor:
-    """In which cells [...] of mask all of x [..., *X] is finite."""
+    """Whether all of x [..., *X] is finite, in each cell [...] of mask."""
     return x.isfinite().reshape(*mask.shape, -1).all(-1)
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Tensors sharing leading dims; indexing and mapping act on all of them at once."""
+    """Tensors with common leading dims; indexing and ``map`` apply to all of them."""
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{f.name: map_obs(fn, getattr(self, f.name)) for f in fields(self)})
@@ -84,58 +84,58 @@ class Experience:
 
 @dataclass(frozen=True)
 class Rollout(Experience):
-    """What happened: [T, N] experience, as the environments and the acting policy produced it."""
+    """[T, N] experience, as the behavior policy and the environments produced it."""
 
     obs: Obs  # [T, N, *O]
-    hidden_state: HiddenState  # [T, N, H] each, what was remembered before seeing obs
-    start: Tensor  # [T, N] bool, an episode begins here
+    hidden_state: HiddenState  # [T, N, H] each, before obs is processed
+    start: Tensor  # [T, N] bool, obs is the first of an episode
     action: Tensor  # [T, N, *A]
-    logp: Tensor  # [T, N] under the policy that acted; where an earlier one did, see OverlappedCollector
+    logp: Tensor  # [T, N] log-probability under the behavior policy; if that is stale, see OverlappedCollector
     reward: Tensor  # [T, N]
     next_obs: Obs  # [T, N, *O]
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
-    mask: Tensor  # [T, N] bool, false where nothing real happened
-    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each, what was found out on the way to learning
+    mask: Tensor  # [T, N] bool, false in cells without a transition
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each, computed during preprocessing
 
     @property
     def done(self) -> Tensor:
         return self.terminated | self.truncated
 
     def finite(self) -> Tensor:
-        """Whether everything that really happened [] is."""
+        """Whether actions, rewards and next observations are finite in all real cells: [] bool."""
         parts = (self.action, self.reward, *leaves(self.next_obs))
         return torch.stack([(finite_cells(x, self.mask) | ~self.mask).all() for x in parts]).all()
 
 
 @dataclass(frozen=True)
 class Batch(Experience):
-    """What to learn from: the same cells, with credit assigned."""
+    """A rollout with advantages and value targets, from which policy and critic learn."""
 
     obs: Obs  # [..., *O]
     hidden_state: HiddenState  # [..., H] each
     start: Tensor  # [...] bool
     action: Tensor  # [..., *A]
     logp: Tensor  # [...] as in the rollout
-    value: Tensor  # [...] what the critic said when credit was assigned
+    value: Tensor  # [...] the critic's value when the advantages were computed
     advantage: Tensor  # [...]
-    target: Tensor  # [...] what the critic should have said
+    target: Tensor  # [...] regression target of the critic
     mask: Tensor  # [...] bool
     extra: dict[str, Tensor] = field(default_factory=dict)  # [...] each
 
     @classmethod
     def of(cls, rollout: Rollout, *, value: Tensor, advantage: Tensor, target: Tensor) -> Batch:
-        """A rollout with its credit; cells where nothing real happened are zero, for what is not finite there would
-        reach gradients, though no mean."""
+        """A rollout with its advantages.  Masked cells are set to zero: non-finite numbers there would reach gradients,
+        even though no mean includes them."""
         r = rollout
         logp, value, advantage, target = (x.where(r.mask, 0.0) for x in (r.logp, value, advantage, target))
         return cls(r.obs, r.hidden_state, r.start, r.action, logp, value, advantage, target, r.mask, r.extra)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean over real cells [...] of x [..., or K, ...], whatever the others hold: a number, or K of them.
+    """The mean of x [...] or [K, ...] over the real cells of mask [...]: [] or [K].  Other cells may hold anything.
 
-    Averaged over processes it is the global mean, however unequal their shares of real cells are.
+    The average of the result over processes is the global mean, however many real cells each process has.
     """
     count = distributed.mean(mask.sum(dtype=torch.float32)).clamp(min=1.0)
     cells = tuple(range(x.ndim - mask.ndim, x.ndim))
@@ -149,23 +149,23 @@ def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Zero mean and unit deviation over the real cells of all processes; zero elsewhere."""
+    """x with zero mean and unit standard deviation over the real cells of all processes; zero in other cells."""
     mean, variance = moments(x, mask)
     return ((x - mean) / (variance.sqrt() + eps)).where(mask, 0.0)
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(target - value) / Var(target): one for a perfect critic, zero for a constant one."""
+    """1 - Var(target - value) / Var(target): one for a perfect critic, zero for a constant prediction."""
     return 1 - moments(target - value, mask)[1] / moments(target, mask)[1].clamp(min=1e-8)
 
 
 def masked_means(cells: Metrics, mask: Tensor) -> Metrics:
-    """The mean over real cells of each of several quantities [...], together."""
+    """The mean over real cells of each quantity [...], in one reduction."""
     return dict(zip(cells, masked_mean(torch.stack(list(cells.values())), mask).unbind(), strict=True))
 
 
 def average(steps: Sequence[Metrics], live: Tensor | None = None) -> Metrics:
-    """Each metric's mean over steps, or over those that are ``live`` [len(steps)]."""
+    """The mean of each metric over gradient steps, or over the ``live`` [len(steps)] ones."""
     names = list(steps[0])
     rows = torch.stack([step[name] for name in names for step in steps]).view(len(names), -1)
     means = rows.mean(-1) if live is None else masked_mean(rows, live)

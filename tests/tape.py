@@ -40,8 +40,8 @@ class Tape(Graphs):
 
     made = replays = 0
 
-    def __init__(self, generators: Any, outside: Any) -> None:
-        self.generators, self.outside, self.launches, self.ran = generators, outside, [], False
+    def __init__(self, generators: Any, uncapturable_calls: Any) -> None:
+        self.generators, self.uncapturable_calls, self.launches, self.ran = generators, uncapturable_calls, [], False
 
     @staticmethod
     def rehearse(work: Any) -> tuple[Any, list[str]]:
@@ -49,7 +49,7 @@ class Tape(Graphs):
 
     def record(self, work: Any) -> Any:
         Tape.made += 1
-        launches = [(kernel, kernel.run) for kernel in self.outside]
+        launches = [(kernel, kernel.run) for kernel in self.uncapturable_calls]
         for kernel, run in launches:
             kernel.run = partial(self.between, run)
         self.begin()

@@ -23,14 +23,14 @@ from pgsuite.app.build import build as build_run
 from pgsuite.app.build import parse_run_config, to_dict
 from pgsuite.app.cli import CONFIGS
 from pgsuite.envs import make
-from pgsuite.execution.cuda_graphs import PATIENCE, Graphs, Slots, capture
+from pgsuite.execution.cuda_graphs import PATIENCE, Graphs, TensorState, capture
 from pgsuite.rollout import EpisodeCollector
 from pgsuite.testing.reads import NothingRead
 from pgsuite.training.recovery import Recovery, clone
 from pgsuite.training.trainer import Trainer
 
 ITERATIONS = 6  # one allocates, two show that they are alike, and the next is recorded
-PARTS = 3  # collecting, learning and the digest
+PARTS = 3  # collecting, learning and packing the host data
 SHORT: dict[type[Algorithm], dict[str, Any]] = {
     PPO: {"epochs": 2},
     PPOPenalty: {"epochs": 2},
@@ -89,8 +89,8 @@ def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
 
 def addresses(run: Trainer) -> dict[str, int]:
     """Of every tensor that is held between iterations."""
-    slots = Slots(run.algorithm, run.collector, run.tracker)
-    return {name: x.data_ptr() for *_, x, name in slots.held if isinstance(x, torch.Tensor)}
+    state = TensorState(run.algorithm, run.collector, run.tracker)
+    return {name: x.data_ptr() for *_, x, name in state.held if isinstance(x, torch.Tensor)}
 
 
 CASES: list[tuple[type[Algorithm], str, dict[str, Any], int]] = [
@@ -170,7 +170,7 @@ def test_what_cannot_be_captured_is_named_and_the_rest_is_captured(monkeypatch: 
     with pytest.warns(UserWarning, match=r"collecting is .*: every 10 steps it is asked .*; with poll=16 it is not"):
         capture(Trainer(algorithm, collector(algorithm, env), 1_000), Tape)
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.warns(UserWarning, match="the digest of an iteration is not captured: 2 processes meet in it") as told:
+    with pytest.warns(UserWarning, match="packing the host data is not captured: 2 processes meet in it") as told:
         trainer(PPO, env, Tape)
     assert len(told) == PARTS
 

@@ -1,11 +1,15 @@
-"""The Python of the README and of docs/api.md, executed as it stands."""
+"""The Python of the README and of docs/api.md is executed; docs/architecture.md is compared with the code."""
 
+import ast
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_structure import FILES, FLOORS, LEVEL, imports
+from test_structure import ROOT as PACKAGE
 
 import pgsuite
 from pgsuite.__main__ import COMMANDS
@@ -13,6 +17,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def block(page: str, containing: str) -> str:
@@ -72,3 +77,71 @@ def test_the_switches_of_every_method_are_its_settings() -> None:
             seen.add(heading)
             assert names
     assert seen == SECTIONS.keys()
+
+
+def members(body: list[ast.stmt]) -> Iterator[tuple[str, list[ast.stmt]]]:
+    """The names that statements of a module or a class define, each with the statements in it."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name, node.body
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield ast.unparse(target), []
+
+
+def is_defined(body: list[ast.stmt], name: str) -> bool:
+    """Whether a dotted name is defined, as ``function``, ``Class.method`` or ``Class.attribute``."""
+    first, _, rest = name.partition(".")
+    for found, inner in members(body):
+        if found == first and not rest:
+            return True
+        if found == first:
+            attributes = {key for _, method in members(inner) for key, _ in members(method)}
+            return is_defined(inner, rest) or f"self.{rest}" in attributes
+    return False
+
+
+def test_the_architecture_mentions_only_what_exists() -> None:
+    mentions = re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", ARCHITECTURE)
+    assert len(mentions) > 60
+    for path, name in mentions:
+        file = (ROOT if path.startswith("tests/") else PACKAGE) / path
+        assert file.is_file(), f"there is no {path}"
+        assert not name or is_defined(ast.parse(file.read_text()).body, name), f"{path} does not define {name}"
+
+
+def test_a_name_that_is_not_defined_is_noticed() -> None:
+    body = ast.parse("class A:\n  def f(self):\n    self.x = 1\n    y = 2\nz: int = 3").body
+    assert all(is_defined(body, name) for name in ("A", "A.f", "A.x", "z"))
+    assert not any(is_defined(body, name) for name in ("f", "x", "A.y", "A.g", "B.f", "z.f"))
+
+
+def test_the_architecture_lists_every_package_on_its_floor() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(/|\.py)` \|", ARCHITECTURE, re.M)
+    assert len(rows) == len({name for _, name, _ in rows})
+    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert {name for _, name, kind in rows if kind == "/"} == packages
+    assert {name for _, name, kind in rows if kind == ".py"} == {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+    assert {name: int(floor) for floor, name, _ in rows} == LEVEL and max(LEVEL.values()) == len(FLOORS) - 1
+
+
+def test_the_arrows_of_the_architecture_are_the_imports() -> None:
+    """Each arrow is an import, and each import is an arrow or follows from several."""
+    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    imported: dict[str, set[str]] = {name: set() for name in packages}
+    for path in FILES:
+        here = path.relative_to(PACKAGE).parts[0]
+        there = {name.split(".")[1] for name in imports(path) if name.startswith("pgsuite.")}
+        if here in packages:
+            imported[here] |= {name if name in packages else "modules" for name in there - {here}}
+    drawn: dict[str, set[str]] = {}
+    for line in re.findall(r"^  (.+ --> .+)$", ARCHITECTURE, re.M):
+        left, right = (re.sub(r"\[.*\]", "", side).split(" & ") for side in line.split(" --> "))
+        for name in left:
+            drawn.setdefault(name, set()).update(right)
+
+    def reached(name: str) -> set[str]:
+        return {x for to in drawn.get(name, ()) for x in (to, *reached(to))}
+
+    for name, there in imported.items():
+        assert drawn[name] <= there <= reached(name), name

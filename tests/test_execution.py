@@ -18,7 +18,7 @@ from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.execution.compile import Compiled
-from pgsuite.execution.graph_split import Staged, compiled, described
+from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature
 from pgsuite.execution.modes import execute
 from pgsuite.functional import trust_region as tr
 from pgsuite.testing import random_actions
@@ -106,10 +106,10 @@ class Twice(NPG):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("method", "shared", "beside"), [(NPG, False, True), (NPG, True, False), (Twice, False, False)]
+    ("method", "shared", "parallel"), [(NPG, False, True), (NPG, True, False), (Twice, False, False)]
 )
 def test_a_critic_learns_beside_the_policy_where_neither_writes_what_the_other_reads(
-    method: type[NPG], shared: bool, beside: bool
+    method: type[NPG], shared: bool, parallel: bool
 ) -> None:
     """And where the update is known to be those two."""
     env = PointMass(8)
@@ -121,7 +121,7 @@ def test_a_critic_learns_beside_the_policy_where_neither_writes_what_the_other_r
     for _ in range(2):
         algorithm.update(None)
     assert len(set(threads[:2])) == 1
-    assert (len(set(threads[2:])) == 2) == beside
+    assert (len(set(threads[2:])) == 2) == parallel
 
 
 def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
@@ -137,7 +137,7 @@ def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
         return {}
 
     def improve(*_: Any) -> Metrics:
-        algorithm.linearize.run.evaluate_step.alone()
+        algorithm.linearize.run.evaluate_step.exclusive()
         seen.append(len(regressed))
         return {}
 
@@ -192,14 +192,14 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
 
         return along
 
-    staged, x = Staged(curvature), torch.randn(5)
+    two_stage, x = TwoStageGraph(curvature), torch.randn(5)
     for at in (x, x + 1):
-        along = staged(at)
+        along = two_stage(at)
         for v in torch.randn(2, 5):
             found = along(v)
             assert torch.allclose(found["product"], -at.sin() * v, atol=1e-6)
             assert torch.allclose(found["written"], at.sigmoid() * v, atol=1e-6)
-    assert len(staged.graphs) == 1
+    assert len(two_stage.graphs) == 1
     assert ran == [True, False, False] * 2
 
 
@@ -211,12 +211,12 @@ def test_what_a_graph_is_known_by_names_tensors_in_the_order_of_tracing() -> Non
     plain = dict(zip(names, cells[5:12], strict=True))
     batch = Batch(obs=obs, hidden_state=hidden_state, extra={"z": cells[12], "y": cells[13]}, **plain)
     args = ("word", [2, batch], (cells[14], None))
-    about, tensors = described(args)
+    about, tensors = signature(args)
     theirs = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
     assert len(tensors) == 15 and all(x is y for x, y in zip(tensors, theirs, strict=True))
-    assert about == described(args)[0] != described(("word", [3, batch], (cells[14], None)))[0]
-    assert about != described(("word", [2, batch], (cells[14][:2], None)))[0]
-    assert about != described(("word", [2, batch], [cells[14], None]))[0]
+    assert about == signature(args)[0] != signature(("word", [3, batch], (cells[14], None)))[0]
+    assert about != signature(("word", [2, batch], (cells[14][:2], None)))[0]
+    assert about != signature(("word", [2, batch], [cells[14], None]))[0]
 
 
 class Scale:

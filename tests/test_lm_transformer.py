@@ -21,10 +21,10 @@ def test_reading_token_by_token_with_the_cache_is_reading_at_once() -> None:
     net, tokens, real = transformer(), texts(), torch.ones(9, 5, dtype=torch.bool)
     real[:3, 1] = real[:1, 2] = False
     whole = net(tokens, real)
-    first, cache = net.extend(tokens[:4], real[:4], {})
+    first, cache = net.forward_with_cache(tokens[:4], real[:4], {})
     parts = [first]
     for t in range(4, 9):
-        features, cache = net.extend(tokens[t : t + 1], real[t : t + 1], cache)
+        features, cache = net.forward_with_cache(tokens[t : t + 1], real[t : t + 1], cache)
         parts.append(features)
     assert (torch.cat(parts) - whole)[real].abs().max() < 1e-5
 

@@ -50,7 +50,7 @@ def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) ->
     open_camera, frames = camera(env), []
     for action in random_actions(env, 5):
         mujoco.mj_forward(other.model, other.data)  # a step leaves what is drawn one substep behind
-        frames.append((open_camera.shoot().astype(int), other.render().astype(int)))
+        frames.append((open_camera.render().astype(int), other.render().astype(int)))
         env.step(action)
         other.step(action[0].numpy())
     assert open_camera.fps == pytest.approx(20)
@@ -67,7 +67,7 @@ def test_the_floor_goes_along() -> None:
     open_camera, frames = camera(env), []
     for x in (0.0, 100.0, 100.7):
         env.task.physics.qpos[0, 0] = x
-        frames.append(open_camera.shoot().astype(int))
+        frames.append(open_camera.render().astype(int))
     begun, far, farther = frames
     assert np.abs(far - begun).mean() < 3 < np.abs(farther - begun).mean()  # but for the shadow; half a pattern on
 
@@ -77,7 +77,7 @@ def test_the_floor_goes_along() -> None:
 def test_every_robot_is_seen_from_where_gymnasium_looks(name: str) -> None:
     env: Any = make(name, 1)
     env.reset()
-    ours = camera(env).shoot()
+    ours = camera(env).render()
     options: dict[str, Any] = {"camera_name": "track"} if name == "Ant" else {}
     other: Any = gymnasium.make(f"{name}-v5", render_mode="rgb_array", **options).unwrapped
     other.set_state(env.task.physics.qpos[0].numpy(), env.task.physics.qvel[0].numpy())
@@ -93,7 +93,7 @@ def test_a_model_of_ones_own_is_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
     small = '<visual><global offwidth="100" offheight="100"/></visual><worldbody>'
     Path("my.xml").write_text(xml.replace("<worldbody>", small))
     mine, gymnasiums = (
-        camera(make("HalfCheetah", 1, xml_file=file)).shoot() for file in ("my.xml", "half_cheetah.xml")
+        camera(make("HalfCheetah", 1, xml_file=file)).render() for file in ("my.xml", "half_cheetah.xml")
     )
     assert np.array_equal(mine, gymnasiums)
 
@@ -101,10 +101,10 @@ def test_a_model_of_ones_own_is_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("gl")
 def test_a_camera_that_goes_leaves_the_others_alone() -> None:
     first, second = (camera(make(name, 1)) for name in ("HalfCheetah", "Ant"))
-    before = second.shoot()
+    before = second.render()
     del first
     gc.collect()
-    assert before.std() > 1 and np.array_equal(second.shoot(), before)
+    assert before.std() > 1 and np.array_equal(second.render(), before)
 
 
 @pytest.mark.usefixtures("gl")
@@ -115,7 +115,7 @@ from pgsuite.envs import Gym, make
 from pgsuite.envs.render import camera
 env = make(Gym(id="Reacher-v5", options={"render_mode": "rgb_array"}), 2)
 env.reset()
-assert camera(env).shoot().std() > 1
+assert camera(env).render().std() > 1
 """
     bare = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY")}
     done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=False)
@@ -128,13 +128,13 @@ def test_classic_control_is_drawn_as_gymnasium_draws_it(name: str) -> None:
     other: Any = gymnasium.make(env.task.gymnasium_id, render_mode="rgb_array").unwrapped
     other.reset(seed=1)
     env.task.state[0] = torch.as_tensor(np.asarray(other.state, np.float64))
-    assert np.array_equal(camera(env).shoot(), other.render())
+    assert np.array_equal(camera(env).render(), other.render())
 
 
 def test_a_gymnasium_environment_draws_itself() -> None:
     env: Any = make(Gym(id="CartPole-v1", options={"render_mode": "rgb_array"}), 2)
     env.reset()
-    assert np.array_equal(camera(env).shoot(), env.vec.envs[0].render())
+    assert np.array_equal(camera(env).render(), env.vec.envs[0].render())
 
 
 def test_what_observes_images_is_seen_as_it_sees() -> None:

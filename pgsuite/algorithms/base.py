@@ -49,7 +49,7 @@ class Algorithm(Scheduled, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         for part in self.scheduled.values():
-            part.place(next(self.policy.parameters()).device)
+            part.to(next(self.policy.parameters()).device)
         self.training_step = Kernel("learn", self.train_on)
 
     def iterate(self, collector: Collector) -> Metrics:

@@ -24,7 +24,7 @@ from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 from pgsuite.training.video import Gif, log_gif, open_camera, record_video
 
-Match = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
+Evaluator = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
     return build_env(run, episodes, cpu)
 
 
-def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Match:
+def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Evaluator:
     """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
     made."""
     wanted, stream = run.evaluation, "evaluation"

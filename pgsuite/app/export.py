@@ -81,14 +81,14 @@ class Portable(nn.Module):
         if taken:
             raise UserError(f"an observation's part is named {taken.pop()!r}, as is what the file takes or gives")
         dist = self.look(self.example(2))[0]
-        self.law = dist.law if isinstance(dist, Reparameterized) else None
+        self.law = dist.noise_distribution if isinstance(dist, Reparameterized) else None
         self.noises = dist.noise().shape[1:] if isinstance(dist, Reparameterized) else None
 
     def forward(self, inputs: Named) -> Named:
         dist, hidden_state = self.look(inputs)
         outputs = {"action": self.interface.action(dist.mode())}
         if isinstance(dist, Reparameterized):
-            outputs["sample"] = self.interface.action(dist.draw(inputs["noise"]))
+            outputs["sample"] = self.interface.action(dist.from_noise(inputs["noise"]))
         outputs |= parameters(dist)
         return outputs | ({"next_memory": hidden_state} if hidden_state is not None else {})
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pgsuite import seeding
 from pgsuite.app.build import build_policy, parse_run_config
-from pgsuite.envs.spaces import first_action, leaves, of_data, place, split, tensor_space, tensors
+from pgsuite.envs.spaces import first_action, leaves, of_data, split, tensor_space, tensors, to_device
 from pgsuite.errors import UserError
 from pgsuite.nn.policy import Policy
 from pgsuite.training import checkpoint
@@ -52,7 +52,7 @@ class Interface(nn.Module):
 
     def read(self, obs: Any, device: torch.device | str = "cpu") -> Obs:
         """A batch of observations as the policy has them."""
-        found = place(tensors(self.observation_space, obs), torch.device(device), torch.float32)
+        found = to_device(tensors(self.observation_space, obs), torch.device(device), torch.float32)
         return found if self.key is None else {self.key: found}
 
     def action(self, action: Tensor) -> Tensor:

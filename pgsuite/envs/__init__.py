@@ -1,4 +1,4 @@
-"""Worlds behind one protocol: tensors in, tensors out, true successors, restarts within the step."""
+"""Vector environments of tensors, which report true successor states and restart within the step."""
 
 from pgsuite.envs.base import BrokenEnvError, VectorEnv
 from pgsuite.envs.envpool_env import EnvPool

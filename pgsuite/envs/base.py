@@ -1,4 +1,4 @@
-"""What the suite asks of a world."""
+"""The protocol of vector environments."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pgsuite.types import Obs, Step
 
 
 class BrokenEnvError(RuntimeError):
-    """An environment broke; says which, when and how."""
+    """An environment failed; the message names the environment, the step and the error."""
 
 
 class NotFiniteError(BrokenEnvError):
-    """One gave what is no number, and can be restarted."""
+    """An environment returned a non-finite number; training can recover by a restart."""
 
 
 class VectorEnv(Protocol):
-    """N synchronized environments whose tensors never leave the device.
+    """N synchronized environments whose tensors stay on the device.
 
-    Actions outside a Box are clipped to it.  A finished environment restarts within the step that finished it, and
-    that step reports the true successor; one that needs a step of its own for restarting says so in that step's mask.
-    Environments that one kind of ``Collector`` alone can collect from may name that class as their ``collector``.
+    Actions outside a Box are clipped to it.  When an episode ends, the environment restarts within the same step, which
+    still reports the true successor state; a step that only restarts an environment is masked in ``Step.mask``.
+    Environments that need a particular ``Collector`` class name it as their attribute ``collector``.
     """
 
     name: str
@@ -38,21 +38,21 @@ class VectorEnv(Protocol):
 
     @property
     def is_resumable(self) -> bool:
-        """Whether ``state_dict`` holds everything that the future depends on.  If not, ``load_state_dict`` gives the
-        next ``reset`` a seed that was never used, and no more."""
+        """Whether ``state_dict`` holds the complete state of the environments.  If not, ``load_state_dict`` only gives
+        the next ``reset`` a new seed."""
         ...
 
     @property
     def max_episode_steps(self) -> int | None:
-        """None where episodes have no limit."""
+        """The time limit of episodes in steps; None if there is none."""
         ...
 
     def reset(self) -> Obs:
-        """Restart every environment; obs [N, *O]."""
+        """Restart every environment; returns obs [N, *O]."""
         ...
 
     def step(self, action: Tensor) -> Step:
-        """One step in every environment with action [N, *A]."""
+        """Step every environment once with action [N, *A]."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -61,10 +61,10 @@ class VectorEnv(Protocol):
 
 
 class VectorEnvConfig(ABC):
-    """The settings of environments that somebody else vectorizes, and how to make them."""
+    """Settings of environments from another library that are already vectorized, and their construction."""
 
     backends: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> VectorEnv:
-        """N environments, with tensors of ``dtype`` on ``device``.  Raises ValueError for what cannot be made."""
+        """Make N environments with tensors of ``dtype`` on ``device``.  Raises ValueError if that is impossible."""

@@ -1,4 +1,4 @@
-"""Things of the user's own, found by a path such as ``my_package:name``."""
+"""Objects in user packages, found by a path such as ``my_package:name``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pgsuite.settings import closest, imported
 
 
 def find(path: str, setting: str) -> Any:
-    """What is at package:name, where a setting says so.  Raises ValueError if there is nothing."""
+    """The object at the path package:name, the value of a setting.  Raises ValueError if it does not exist."""
     package, _, name = path.partition(":")
     if not (package and name):
         raise ValueError(f"{setting} must be something in a package, such as my_package:name, got {path!r}")
@@ -26,7 +26,7 @@ def find(path: str, setting: str) -> Any:
 
 
 def make(path: str, setting: str, /, *args: Any, **options: Any) -> Any:
-    """What is made by what is at package:name.  Raises ValueError if that takes no such arguments."""
+    """Call the object at the path package:name.  Raises ValueError if it does not accept the arguments."""
     maker = find(path, setting)
     try:
         inspect.signature(maker).bind(*args, **options)

@@ -1,4 +1,4 @@
-"""envpool's environments, which threads in C++ step, as a VectorEnv."""
+"""envpool's environments, stepped by C++ threads, as a VectorEnv."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pgsuite.envs.gym_env import GymEnv
 from pgsuite.settings import Count, WorldThreads, closest
 from pgsuite.types import write_obs
 
-UNLIMITED = 2**31 - 1  # what envpool says of episodes that have no limit
+UNLIMITED = 2**31 - 1  # envpool's max_episode_steps for episodes without a time limit
 
 
 @dataclass(kw_only=True, eq=False)
 class EnvPool(VectorEnvConfig):
-    """Which of envpool's environments, and how to make it."""
+    """An environment of envpool, and its vectorization."""
 
     backends = ("envpool",)
 
@@ -54,7 +54,7 @@ class EnvPool(VectorEnvConfig):
                 **limit,
                 **self.options,
             )
-        except Exception as error:  # it has no errors of its own
+        except Exception as error:  # envpool defines no exception class
             raise ValueError(f"envpool cannot make {self.id}: {str(error).partition(chr(10))[0]}") from error
         if (players := pool.config["max_num_players"]) > 1:
             raise ValueError(f"{self.id} is for {players} players, and one policy plays here")
@@ -62,11 +62,11 @@ class EnvPool(VectorEnvConfig):
 
 
 class Pool(VectorEnv[Any, Any, Any]):
-    """envpool's environments as gymnasium has them, made with their seed; they restart when they are told to.
+    """envpool's environments as a gymnasium vector environment with autoreset disabled; seeded at construction.
 
-    Left alone, envpool spends a step of an environment's own on restarting it.  Some of its environments do not know
-    of ``max_episode_steps``: here the limit holds for all.  envpool does not tell whether the task ended in the very
-    step in which the clock did; such an episode counts as cut off.
+    By default envpool would spend an extra step on each restart.  Some of its environments ignore
+    ``max_episode_steps``; this class enforces the limit for all.  If an episode terminates in the very step of its time
+    limit, envpool does not report that, and the episode counts as truncated.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
@@ -74,7 +74,7 @@ class Pool(VectorEnv[Any, Any, Any]):
     def __init__(self, pool: Any) -> None:
         self.pool, self.num_envs, self.limit = pool, pool.config["num_envs"], pool.config["max_episode_steps"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they state bounds in more digits than they can hold
+            warnings.simplefilter("ignore")  # about the precision of bounds
             self.single_observation_space, self.single_action_space = pool.observation_space, pool.action_space
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Any environment that gymnasium can make, as a VectorEnv."""
+"""Environments of gymnasium's registry as a VectorEnv."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig
-from pgsuite.envs.spaces import native_action, place, tensor_space, tensors
+from pgsuite.envs.spaces import native_action, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
 from pgsuite.settings import Count, Natural, closest, imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
@@ -24,15 +24,15 @@ from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 @dataclass(kw_only=True, eq=False)
 class Gym(VectorEnvConfig):
-    """Which environment of gymnasium's registry, and how to make it."""
+    """An environment of gymnasium's registry, and its vectorization."""
 
     backends = ("gymnasium",)
 
     id: str = ""  # such as LunarLander-v3, or my_package:MyEnv-v0
     import_: str | None = None  # a package that registers it
-    workers: Natural = 0  # processes that share the environments, where steps are slow; 0 steps them in this one
+    workers: Natural = 0  # processes that step the environments, for slow ones; 0 steps them in this process
     native: bool = False  # the environment's own vectorization, where it registers one
-    action_mask: bool = False  # the environment says in its info which discrete actions are allowed
+    action_mask: bool = False  # the environment's info has a mask of allowed discrete actions
     max_episode_steps: Count | None = None  # time limit; null takes the registered one
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
 
@@ -47,7 +47,7 @@ class Gym(VectorEnvConfig):
         return GymEnv(vec, name=self.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
 
     def vectorize(self, num_envs: int) -> VectorEnv:
-        """Raises ValueError for what gymnasium does not know or cannot make."""
+        """Make the vector environment.  Raises ValueError for an unknown id, or if gymnasium fails to make it."""
         if self.import_ is not None:
             try:
                 imported(self.import_)
@@ -71,7 +71,7 @@ class Gym(VectorEnvConfig):
 
 @dataclass
 class Maker:
-    """Makes one watched environment; a class of its own, so that it travels to other processes."""
+    """Makes one environment, wrapped in Watch; a class, so that it can be pickled."""
 
     gym: Gym
     index: int
@@ -85,7 +85,7 @@ class Maker:
 
 
 class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Moves ``action_mask`` from an environment's info to its observation, where policies look for it."""
+    """Moves ``action_mask`` from an environment's info to its observation, where policies expect it."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)
@@ -110,7 +110,7 @@ class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Says which environment failed, when and how; what is not a number is a failure too."""
+    """Raises BrokenEnvError with environment and step for exceptions, and NotFiniteError for non-finite results."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], name: str) -> None:
         super().__init__(env)
@@ -137,7 +137,7 @@ class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 def finite(obs: Any) -> bool:
-    """Whether every number of an observation is one."""
+    """Whether every number of an observation is finite."""
     if isinstance(obs, Mapping):
         return all(map(finite, obs.values()))
     if isinstance(obs, tuple):
@@ -146,7 +146,7 @@ def finite(obs: Any) -> bool:
 
 
 class GymEnv:
-    """A gymnasium vector environment in any of the three autoreset modes; see ``spaces`` for what becomes of its
+    """A gymnasium vector environment in any of the three autoreset modes; see ``spaces`` for the conversion of
     observations."""
 
     backend = "gymnasium"
@@ -172,13 +172,13 @@ class GymEnv:
         self.mode = AutoresetMode(mode)
         how = f"{type(vec).__name__}, {'none' if self.mode is AutoresetMode.DISABLED else self.mode.value} autoreset"
         self.description = f"{name} | {how} | {self.num_envs} environments | is gymnasium {gymnasium.__version__}'s"
-        # An integer is all that every vector environment takes; it gives its environments this and the ones after it.
+        # Every vector environment accepts an integer, and seeds its environments with it and the integers after it.
         self.origin = seeding.number(seed, "environment")
         self.seed: int | None = self.origin
-        self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments that spend their next step on that
+        self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments whose next step only restarts them
 
     def reset(self) -> Obs:
-        seed, self.seed = self.seed, None  # the first time only; then their own generators run on
+        seed, self.seed = self.seed, None  # for the first reset only; later ones continue the environments' generators
         obs, _ = self.vec.reset(seed=seed)
         self.restarting[:] = False
         self.last = self._obs(obs)
@@ -190,7 +190,7 @@ class GymEnv:
         truncated &= ~terminated
         done, idle = terminated | truncated, self.restarting.copy()
         if self.mode is AutoresetMode.NEXT_STEP:
-            # What an environment that restarts says of this step is about no action.
+            # In a step that restarts an environment, termination and truncation refer to no action.
             terminated, truncated = terminated & ~idle, truncated & ~idle
             self.restarting = terminated | truncated
             new = next_obs = self._obs(obs)
@@ -213,7 +213,7 @@ class GymEnv:
         )
 
     def _final(self, obs: Obs, done: np.ndarray, info: dict[str, Any]) -> Obs:
-        """True successors: those of the environments that are done come separately."""
+        """True successor states; gymnasium returns those of finished environments separately."""
         worlds = np.flatnonzero(done)
         successors = map_obs(torch.clone, obs)
         finals = info.get("final_obs")
@@ -231,13 +231,13 @@ class GymEnv:
         return successors
 
     def _obs(self, obs: Any) -> Obs:
-        return place(tensors(self.space, obs), self.device, self.dtype)
+        return to_device(tensors(self.space, obs), self.device, self.dtype)
 
     def _tensor(self, x: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(x, dtype=dtype, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """A seed for what follows: gymnasium's environments cannot be saved."""
+        """A seed for the next reset: gymnasium's environments cannot be saved."""
         return {"seed": seeding.number(self.origin, "resumed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

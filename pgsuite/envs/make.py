@@ -1,4 +1,4 @@
-"""From a world, or the name of one, to a running vector environment."""
+"""Construction of vector environments, from a task, settings or a name."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> VectorEnv:
-    """N environments of a world, with tensors of ``dtype`` on ``device``.
+    """Make N environments with tensors of ``dtype`` on ``device``.
 
-    ``world`` is a Task or its name, with or without gymnasium's version, or a VectorEnvConfig, or an id that
-    gymnasium knows; with a name come ``options``.  ``threads`` is for physics on the CPU, 0 for every core.  Raises
-    ValueError for an unknown world, option or back end.
+    ``world`` is a Task, a VectorEnvConfig, the name of a task, with or without gymnasium's version, or an id in
+    gymnasium's registry.  ``options`` are for a world given by name.  ``threads`` is the number of CPU threads for
+    physics, 0 for every core.  Raises ValueError for an unknown world, option or back end.
     """
     if isinstance(world, str):
         world = _named(world, options)

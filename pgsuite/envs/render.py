@@ -1,4 +1,4 @@
-"""Pictures of an environment, drawn as gymnasium draws it and without a screen."""
+"""Offscreen rendering of environments, with the same pictures as gymnasium."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ context = GLContext(8, 8)
 context.make_current()
 mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100).free()
 context.free()
-"""  # GLFW, for one, makes what looks like a context where there is no screen
+"""  # the trial renders, since GLFW makes an unusable context without a screen
 
 
 @dataclass
 class Camera:
-    """``shoot`` draws the first environment as it stands: bytes [H, W, 3]; real time is ``fps`` steps per second."""
+    """``render`` returns a picture of the first environment, bytes [H, W, 3]; real time is ``fps`` steps per second."""
 
-    shoot: Callable[[], np.ndarray]
+    render: Callable[[], np.ndarray]
     fps: float
 
 
 def camera(env: VectorEnv) -> Camera:
-    """Raises ValueError for an environment that cannot be drawn, or where a package is missing that draws it."""
+    """A camera on the first environment.  Raises ValueError if it cannot be rendered, or a required package is
+    missing."""
     if not screen():
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame's SDL complains of what it does not need
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no screen, but warns without this
     if isinstance(env, TaskEnv):
         return of_task(env.task)
     if isinstance(env, GymEnv):
@@ -66,30 +67,30 @@ def camera(env: VectorEnv) -> Camera:
 
 
 def picture(image: np.ndarray) -> np.ndarray:
-    """An observed image [C, H, W], the last of several, enlarged."""
+    """An observed image [C, H, W], the last of stacked ones, enlarged."""
     colours = image[-3:] if len(image) == 3 else image[-1:].repeat(3, 0)
     return colours.transpose(1, 2, 0).repeat(4, 0).repeat(4, 1)
 
 
 def of_task(task: Any) -> Camera:
-    """gymnasium's drawing of where the first of ours stands."""
+    """A camera that renders the first environment of a task by gymnasium's own drawing code."""
     if isinstance(task, MujocoTask):
         return of_robot(task)
     if isinstance(task, ClassicTask) and task.gymnasium_id in gymnasium.registry:
         twin: Any = gymnasium.make(task.gymnasium_id, render_mode="rgb_array").unwrapped
         twin.reset()
 
-        def shoot() -> np.ndarray:
+        def render() -> np.ndarray:
             twin.state = task.state[0].cpu().double().numpy()
             return drawn(task.gymnasium_id, twin.render)
 
-        shoot()  # for what is missing to be said now
-        return Camera(shoot, twin.metadata["render_fps"])
+        render()  # missing packages are reported now
+        return Camera(render, twin.metadata["render_fps"])
     raise ValueError(f"{type(task).__name__} has no gymnasium environment that draws it")
 
 
 def of_robot(task: MujocoTask) -> Camera:
-    """By MuJoCo's own renderer, which, unlike gymnasium's, leaves the pictures of others alone when it goes."""
+    """A camera of MuJoCo's renderer; gymnasium's would break other renderers when it is closed."""
     choose_gl()
     model = copy.copy(task.model)
     size = model.vis.global_
@@ -106,17 +107,20 @@ def of_robot(task: MujocoTask) -> Camera:
     place()
     view = viewpoint(model, data, task.gymnasium_id)
 
-    def shoot() -> np.ndarray:
+    def render() -> np.ndarray:
         place()
         renderer.update_scene(data, view)
         return renderer.render()
 
-    return Camera(shoot, 1 / task.dt)
+    return Camera(render, 1 / task.dt)
 
 
 def floors_of(model: mujoco.MjModel) -> Iterator[tuple[int, np.ndarray]]:
-    """The patterned planes, which hold a robot wherever it goes and are drawn only so far, and by how many metres [2]
-    they follow it at once: whole periods of the pattern, and not before it is halfway to where gymnasium's end."""
+    """The patterned planes, and the distances [2] in m by which each is moved to follow the robot.
+
+    A plane extends to infinity in the physics, but is drawn at a finite size.  It is moved by whole periods of its
+    pattern, once the robot is halfway to the edge that gymnasium draws.
+    """
     for geom in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE):
         material, size = model.geom_matid[geom], model.geom_size[geom, :2]
         if material >= 0 and not model.mat_texuniform[material] and (size > 0).all():
@@ -125,7 +129,7 @@ def floors_of(model: mujoco.MjModel) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def viewpoint(model: mujoco.MjModel, data: mujoco.MjData, gymnasium_id: str) -> str | mujoco.MjvCamera:
-    """The model's own camera ``track``, which follows the robot, or a standing one as gymnasium sets it."""
+    """The model's camera ``track``, which follows the robot, or the fixed camera that gymnasium configures."""
     if "track" in (model.camera(i).name for i in range(model.ncam)):
         return "track"
     view = mujoco.MjvCamera()
@@ -139,7 +143,7 @@ def viewpoint(model: mujoco.MjModel, data: mujoco.MjData, gymnasium_id: str) -> 
 
 
 def drawn(name: str, draw: Callable[[], Any]) -> np.ndarray:
-    """The picture that somebody's code makes.  Raises ValueError where it makes none."""
+    """The picture returned by third-party drawing code.  Raises ValueError if it fails or returns no picture."""
     try:
         frame = draw()
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
@@ -158,18 +162,19 @@ def screen() -> bool:
 
 @functools.cache
 def choose_gl() -> None:
-    """Have MuJoCo draw with what works here: EGL, OSMesa, or, where there is a screen, GLFW; or what MUJOCO_GL names.
+    """Choose an OpenGL back end for MuJoCo: the first of EGL, OSMesa and, with a screen, GLFW that works; or the one
+    that MUJOCO_GL names.
 
-    Each is tried in a process of its own, for one that fails spoils the next.  Raises ValueError if none works.
+    Each is tried in a separate process, since a failed back end breaks the next.  Raises ValueError if none works.
     """
-    logging.getLogger("OpenGL.acceleratesupport").setLevel(logging.WARNING)  # of which it has much to say
+    logging.getLogger("OpenGL.acceleratesupport").setLevel(logging.WARNING)  # it logs at level INFO
     wanted = os.environ.get("MUJOCO_GL")
     names = [wanted] if wanted else ["egl", "osmesa", "glfw"] if screen() else ["egl", "osmesa"]
     for name in names:
         done = subprocess.run([sys.executable, "-c", TRIAL.format(name)], capture_output=True, check=False)
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = name
-            importlib.reload(gl_context)  # which reads the name when it is imported, and was
+            importlib.reload(gl_context)  # the module reads MUJOCO_GL at import
             return
     tried = f"with MUJOCO_GL={wanted}" if wanted else f"with any of {', '.join(names)}"
     raise ValueError(

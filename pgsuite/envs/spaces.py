@@ -1,9 +1,9 @@
-"""gymnasium's spaces as the suite's tensors.
+"""Conversion of gymnasium's spaces, observations and actions to tensors.
 
-An observation becomes one vector [N, O] of all that is not an image: boxes row by row, discrete numbers one-hot, the
-parts of dictionaries and tuples in their order.  Images, which are boxes of bytes from 0 to 255 with two to four dims,
-become [N, C, H, W] under their own keys, and the vector beside them is ``vector``.  What a dictionary holds under
-``critic_obs`` stays apart, for the critic alone, and so does ``action_mask``, as one bool for each discrete action.
+All of an observation except images becomes one vector [N, O]: boxes are flattened, discrete numbers are one-hot, and
+entries of dictionaries and tuples are concatenated in order.  Images, which are boxes of bytes from 0 to 255 with two
+to four dims, become [N, C, H, W] under their own keys, next to ``vector``.  The entry ``critic_obs`` of a dictionary
+stays separate, for the critic only, and so does ``action_mask``, as one bool for each discrete action.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Leaf = tuple[str, spaces.Space[Any], Any]  # path, space, batch of observations
 
 
 def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
-    """The space of what ``tensors`` makes.  Raises ValueError for observations that have no fixed size."""
+    """The space of the result of ``tensors``.  Raises ValueError for observations without a fixed size."""
     parts: dict[str, spaces.Space[Any]] = {}
     vectors: list[spaces.Box] = []
     public, apart = split(space)
@@ -57,7 +57,7 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
 
 
 def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
-    """A batch of observations, of arrays or of tensors, as tensors [N, *O] in new memory."""
+    """Convert a batch of observations, arrays or tensors, to tensors [N, *O] in new memory."""
     parts: dict[str, Obs] = {}
     vectors: list[Tensor] = []
     public, apart = split(space)
@@ -131,25 +131,25 @@ def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
 
 
-def place(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
-    """Observations on a device, with their vectors in dtype; images stay bytes, and masks bools."""
+def to_device(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
+    """Move observations to a device and vectors to dtype; images stay bytes, and masks bools."""
     return map_obs(lambda x: x.to(device) if x.ndim == 4 or x.dtype is torch.bool else x.to(device, dtype), obs)
 
 
 def first_action(space: spaces.Space[Any]) -> Any:
-    """What a policy's zero stands for."""
+    """The native action for a policy's action 0: ``start`` of discrete spaces."""
     return space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
 
 
 def native_action(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
-    """A policy's actions [N, *A] as the space has them: clipped to a Box, counted from a discrete space's start."""
+    """A policy's actions [N, *A] as elements of the space: clipped to a Box, or offset by a discrete space's start."""
     x = action.cpu().numpy().astype(space.dtype).reshape(-1, *(space.shape or ()))
     return x.clip(space.low, space.high) if isinstance(space, spaces.Box) else x + first_action(space)
 
 
 def to_data(space: spaces.Space[Any]) -> dict[str, Any]:
-    """A space as words, numbers, lists and dictionaries, as JSON has them: a bound that all numbers share is written
-    once, and null is no bound.  Raises ValueError for spaces of no fixed size."""
+    """A space as JSON data.  A bound shared by all numbers is written once, and null means no bound.  Raises ValueError
+    for spaces without a fixed size."""
     data: dict[str, Any] = {"type": type(space).__name__}
     if isinstance(space, spaces.Dict):
         return data | {"spaces": {key: to_data(part) for key, part in space.items()}}
@@ -168,7 +168,7 @@ def to_data(space: spaces.Space[Any]) -> dict[str, Any]:
 
 
 def of_data(data: dict[str, Any]) -> spaces.Space[Any]:
-    """The space that ``to_data`` wrote down."""
+    """The space for data of ``to_data``."""
     match data["type"]:
         case "Dict":
             return spaces.Dict(OrderedDict((key, of_data(part)) for key, part in data["spaces"].items()))

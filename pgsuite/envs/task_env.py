@@ -1,4 +1,4 @@
-"""A task as a vector environment: action bounds, clock, same-step restarts, precision."""
+"""A task as a vector environment: clipping of actions, time limit, restarts within the step, precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgsuite.types import Step
 
 
 class TaskEnv:
-    """A placed task, speaking ``dtype`` on ``device`` whatever its back end computes in and on."""
+    """A task as a VectorEnv, with tensors of ``dtype`` on ``device``, whatever its back end uses."""
 
     is_resumable = True
 
@@ -57,7 +57,7 @@ class TaskEnv:
         return step._replace(obs=self._out(self.task.observe()))
 
     def _step_task(self, action: Tensor) -> Step:
-        """What follows from what the task has simulated, before any restart."""
+        """The transition after the simulation of a step, before any restart."""
         reward, terminated = self.task.advance(action)
         next_obs = self._out(self.task.observe())
         self.clock += 1

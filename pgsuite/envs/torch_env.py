@@ -1,4 +1,4 @@
-"""Vector environments that live in torch themselves, such as Isaac Lab's and ManiSkill's."""
+"""Vector environments of torch tensors, such as those of Isaac Lab and ManiSkill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import make
-from pgsuite.envs.spaces import first_action, place, tensor_space, tensors
+from pgsuite.envs.spaces import first_action, tensor_space, tensors, to_device
 from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
 
@@ -26,13 +26,13 @@ GROUPS = {"policy": "policy", PRIVILEGED: "critic"}  # our names, and Isaac Lab'
 
 @dataclass(kw_only=True, eq=False)
 class TorchNative(VectorEnvConfig):
-    """What makes the environments, and what to tell it."""
+    """The function that makes the environments, and its arguments."""
 
     backends = ("torch-native",)
 
     entry: str = ""  # such as my_package:make_env; called with num_envs, device, seed and the options, by keyword
-    max_episode_steps: Count | None = None  # time limit, told to the environments; null leaves it to them
-    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of what makes the environments
+    max_episode_steps: Count | None = None  # time limit, passed to the environments; null takes theirs
+    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of env.entry
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
@@ -51,14 +51,14 @@ class TorchNative(VectorEnvConfig):
 
 
 class TorchNativeEnv:
-    """Environments that take and give tensors, and restart within the step that ends an episode.
+    """Environments that take and return tensors, and restart within the step that ends an episode.
 
-    They have ``num_envs``, ``single_observation_space`` and ``single_action_space``; ``reset`` gives observations and
-    a dictionary, and ``step`` gives gymnasium's five, with the true successors under ``final_obs`` or
-    ``final_observation`` in the last.  They may write to what they gave, for everything is copied here.
+    They have ``num_envs``, ``single_observation_space`` and ``single_action_space``.  ``reset`` returns observations
+    and a dictionary, and ``step`` gymnasium's five values, with the true successor states in the last under
+    ``final_obs`` or ``final_observation``.  Results are copied, so the environments may reuse their buffers.
 
-    Of Isaac Lab's groups of observations, ``policy`` is what everybody sees and ``critic`` what the critic alone does;
-    see ``spaces`` for what becomes of them.
+    Of Isaac Lab's observation groups, ``policy`` is the input of both networks, unless ``critic`` provides that of the
+    critic; see ``spaces`` for the conversion.
     """
 
     backend = "torch-native"
@@ -101,10 +101,10 @@ class TorchNativeEnv:
         self.description = f"{name} | torch-native, {kind} | {self.num_envs} environments"
         self.steps = 0
         self.last: Obs = None
-        self.knows = False  # whether true successors are given
+        self.knows = False  # whether it is known if true successors are given
 
     def reset(self) -> Obs:
-        seed, self.seed = self.seed, None  # the first time only; then their own generators run on
+        seed, self.seed = self.seed, None  # for the first reset only; later ones continue the environments' generators
         with self._named("failed to reset:"):
             obs, _ = self.env.reset(seed=seed)
             self.last = self._obs(obs)
@@ -128,8 +128,8 @@ class TorchNativeEnv:
         )
 
     def _learn(self, given: bool, done: Tensor) -> None:
-        """Whether true successors are given.  Some give none where no episode ended, so this reads one bit back each
-        step until one has."""
+        """Find out whether true successors are given.  Some environments give none in steps without an episode end, so
+        one bit is read back in each step until an episode has ended."""
         self.knows = given or bool(done.any())
         if self.knows and not given:
             warnings.warn(
@@ -139,7 +139,7 @@ class TorchNativeEnv:
             )
 
     def _action(self, action: Tensor) -> Tensor:
-        """In new memory."""
+        """The actions for the environments, in new memory."""
         x = action.to(self.lives_on).reshape(self.num_envs, *(self.action_space.shape or ()))
         if self.bounds is not None:
             return x.to(self.bounds[0].dtype).clamp(*self.bounds)
@@ -148,7 +148,7 @@ class TorchNativeEnv:
     def _obs(self, obs: Any) -> Obs:
         if self.groups:
             obs = {ours: obs[theirs] for ours, theirs in self.groups.items()}
-        return place(tensors(self.space, obs), self.device, self.dtype)
+        return to_device(tensors(self.space, obs), self.device, self.dtype)
 
     def _cells(self, x: Any, dtype: torch.dtype) -> Tensor:
         """[N] in new memory."""
@@ -163,7 +163,7 @@ class TorchNativeEnv:
 
     @property
     def is_resumable(self) -> bool:
-        """Those that have a state_dict of their own can be saved."""
+        """True for environments with ``state_dict`` and ``load_state_dict``."""
         return find(self.env, "state_dict") is not None and find(self.env, "load_state_dict") is not None
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class TorchNativeEnv:
 
 
 def find(env: Any, *names: str) -> Any:
-    """The first of these attributes that an environment, or one that it wraps, has; None if none does."""
+    """The value of the first of these attributes that the environment, or one that it wraps, has; None without."""
     while env is not None:
         for name in names:
             if (value := getattr(env, name, None)) is not None:

@@ -1,4 +1,4 @@
-"""gymnasium environments shared among worker processes."""
+"""gymnasium environments in worker processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Maker = Callable[[], gymnasium.Env[Any, Any]]
 
 
 class Workers(VectorEnv[Any, Any, Any]):
-    """N environments in ``workers`` processes, each stepping its share one after the other.
+    """N environments in ``workers`` processes, each of which steps its share sequentially.
 
-    Processes are spawned afresh, so they inherit no threads; makers must be picklable.  Raises BrokenEnvError with what
-    an environment said, or for a process that died.
+    Processes are spawned rather than forked, so they inherit no threads; makers must be picklable.  Raises
+    BrokenEnvError for the exception of an environment, and for a process that died.
     """
 
     def __init__(self, makers: Sequence[Maker], workers: int) -> None:
@@ -62,7 +62,7 @@ class Workers(VectorEnv[Any, Any, Any]):
         return self.join(obs), reward, terminated, truncated, {"final_obs": final}
 
     def join(self, parts: Sequence[Any]) -> Any:
-        """The observations of all shares as one batch in new memory."""
+        """Concatenate the observations of all workers to one batch in new memory."""
         rows = [row for part, share in zip(parts, self.shares, strict=True) for row in self.rows(part, len(share))]
         return concatenate(self.single_observation_space, rows, self.empty())
 
@@ -73,7 +73,7 @@ class Workers(VectorEnv[Any, Any, Any]):
         return create_empty_array(self.single_observation_space, n=self.num_envs)
 
     def ask(self, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """One request to each worker; their answers."""
+        """Send one request to each worker and return the answers."""
         answers = []
         for i, request in enumerate(requests):
             try:
@@ -106,8 +106,8 @@ class Workers(VectorEnv[Any, Any, Any]):
 
 
 def work(pipe: Connection, makers: Sequence[Maker]) -> None:
-    """A worker's life: one answer for each request, as (what went wrong or None, answer)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when to stop
+    """The loop of a worker process: answers each request with (error or None, answer)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     try:
         env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     except Exception as error:

@@ -1,1 +1,1 @@
-"""How tensor code runs: as written, compiled, or as CUDA graphs."""
+"""Execution of tensor code: eager, compiled, or as CUDA graphs; and the precision of networks."""

@@ -1,4 +1,4 @@
-"""Kernels that run compiled.  Algorithms and environments know nothing of it."""
+"""Compiled kernels.  Algorithms and environments do not depend on this module."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from pgsuite.algorithms import NPG
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
-from pgsuite.execution.graph_split import Staged, compiled, described, traced
+from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
 from pgsuite.nn.distributions import Distribution, Reparameterized
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector
 from pgsuite.types import Batch, Metrics
 
-register_dataclass(Batch)  # so that tracing sees the tensors in it
+register_dataclass(Batch)  # tracing then treats a batch as a nest of its tensors
 
 
 class Compiled:
-    """A function of nests of tensors, with all that autograd does in it, as one compiled graph for each shape it meets.
+    """A function of nests of tensors, autograd included, as one compiled graph per input signature.
 
-    Tracing sees the operations of forward and backward alike, so they are fused with one another, and no autograd runs
-    afterwards.  What is no tensor is taken for constant.  ``alone`` is called before anything is traced, and returns
-    when no other thread runs, for torch knows only whether some thread traces.
+    Tracing records the operations of forward and backward alike, so the compiler fuses them with one another, and no
+    autograd runs afterwards.  Arguments other than tensors are compiled in as constants.  ``exclusive`` is called
+    before a trace and returns once no other thread runs: torch's tracing state is global to the process.
     """
 
-    def __init__(self, function: Callable[..., Any], alone: Callable[[], None] = lambda: None) -> None:
-        self.function, self.alone = function, alone
+    def __init__(self, function: Callable[..., Any], exclusive: Callable[[], None] = lambda: None) -> None:
+        self.function, self.exclusive = function, exclusive
         self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        key, inputs = described(args)
+        key, inputs = signature(args)
         if key not in self.graphs:
-            self.alone()
+            self.exclusive()
             with torch.enable_grad():
                 graph, nest = traced(self.function, args)
             self.graphs[key] = compile_graph(graph, inputs), nest
@@ -49,48 +49,51 @@ class Compiled:
 
 
 class CompiledLinearization:
-    """What a natural step needs to know, each thing in graphs of its own: conjugate gradient calls that of the Fisher
-    product, and is not unrolled."""
+    """The local model of a natural gradient step, with its gradient, Fisher product and step evaluation in separate
+    graphs.  Conjugate gradient calls the graph of the Fisher product and is not unrolled itself."""
 
-    def __init__(self, linearize: Callable[..., LocalModel], alone: Callable[[], None]) -> None:
-        self.numbers = Compiled(lambda *seen: linearize(*seen)[:2], alone)
-        self.product = Staged(lambda *seen: linearize(*seen).product, alone)
-        self.evaluate_step = Staged(lambda *seen: linearize(*seen).evaluate_step, alone)
+    def __init__(self, linearize: Callable[..., LocalModel], exclusive: Callable[[], None]) -> None:
+        self.numbers = Compiled(lambda *seen: linearize(*seen)[:2], exclusive)
+        self.product = TwoStageGraph(lambda *seen: linearize(*seen).product, exclusive)
+        self.evaluate_step = TwoStageGraph(lambda *seen: linearize(*seen).evaluate_step, exclusive)
 
     def __call__(self, start: Tensor, batch: Batch) -> LocalModel:
         gradient, entropy = self.numbers(start, batch)
         return LocalModel(gradient, entropy, self.product(start, batch), self.evaluate_step(start, batch))
 
 
-class SideBySide:
-    """An update whose halves, the policy's and the critic's, read one batch and write apart: each in a thread.
+class ParallelCriticUpdate:
+    """An update that fits the critic in a second thread while the policy is updated in the first.
 
-    From a batch of a new shape they learn in turn, for whatever compiles must be alone.
+    Both read the same batch and write disjoint parameters.  A batch of a new signature is processed sequentially,
+    since its graphs are compiled then, and no other thread may run during compilation.
     """
 
-    def __init__(self, algorithm: NPG, alone: Callable[[], None]) -> None:
-        self.algorithm, self.update, self.others = algorithm, algorithm.update_networks.run, alone
+    def __init__(self, algorithm: NPG, exclusive: Callable[[], None]) -> None:
+        self.algorithm, self.update, self.wait_for_collector = algorithm, algorithm.update_networks.run, exclusive
         self.regression: Future[Metrics] | None = None
         self.known: set[Any] = set()
         self.other = ThreadPoolExecutor(1)
 
     def __call__(self, batch: Batch) -> Metrics:
-        a, about = self.algorithm, (described(batch)[0], self.algorithm.critic_minibatches)
+        a, about = self.algorithm, (signature(batch)[0], self.algorithm.critic_minibatches)
         if about not in self.known:
             self.known.add(about)
             return self.update(batch)
         self.regression = self.other.submit(a.fit_critic, a.critic, a.critic_optimizer, batch)
         return a.update_policy(batch) | self.regression.result()
 
-    def alone(self) -> None:
-        """Return when no other thread runs, for what is new to the policy's half alone, as another number of tries."""
-        self.others()
+    def exclusive(self) -> None:
+        """Wait until no other thread runs: the policy update may meet a signature that the critic's does not, such as
+        another number of backtracking steps."""
+        self.wait_for_collector()
         if self.regression is not None:
             wait([self.regression])
 
 
 class CompiledActing:
-    """Acts through one graph.  What is random stays outside it, drawn number by number as eager acting draws it."""
+    """Acts through one graph.  Noise is sampled outside the graph, from the same generator and in the same order as in
+    eager acting."""
 
     def __init__(self, collector: Collector) -> None:
         self.collector, self.act = collector, collector.act.run
@@ -103,38 +106,38 @@ class CompiledActing:
             self.dist = policy.distribution(policy.body.step(c.obs, c.hidden_state, c.start)[0], c.obs)
             self.choose = Compiled(
                 lambda policy, obs, hidden_state, start, noise: policy.choose(
-                    obs, hidden_state, start, lambda d: d.draw(noise)
+                    obs, hidden_state, start, lambda d: d.from_noise(noise)
                 )
             )
         if not isinstance(self.dist, Reparameterized):
             return self.act(policy)
-        noise = self.dist.noise(c.generator)  # of whose numbers the law and the shape alone count
+        noise = self.dist.noise(c.generator)  # depends on the shape of the parameters only, not on their values
         return self.choose(policy, c.obs, c.hidden_state, c.start, noise)
 
 
 def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
-    """Have their kernels run compiled from here on.
+    """Replace the ``run`` of the kernels of an algorithm, a collector and its environments by compiled functions.
 
-    There is one graph of each loss with its gradient step, which is where A2C and PPO spend their time, and NPG and
-    TRPO what they spend on their critic; of the gradient, the Fisher product and the tries of a natural step, but for
-    policies with memory; one of acting, but for actions that are no function of noise; one of the critic's pass over a
-    rollout; and one of what a step of a task does in torch.  On a CPU a critic with a body of its own is regressed
-    beside the natural step.  The numbers agree with eager ones to rounding.
+    Compiled are: each loss together with its gradient step, where A2C and PPO spend their time, and NPG and TRPO fit
+    their critic; the policy gradient, the Fisher product and the line search of a natural gradient step, except for
+    recurrent policies; acting, except for distributions that are not reparameterized; the critic's pass over a rollout;
+    and the torch part of a task's step.  On a CPU, a critic that shares no parameters with the policy is fitted in
+    parallel with the natural gradient step.  Results agree with eager ones to rounding.
     """
-    torch.compiler.reset()  # or the runs of a sweep use up the number of times that one function may be compiled
+    torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
     for optimizer in algorithm.optimizers:
         step = optimizer.gradient_step
         step.run = Compiled(step.run, collector.wait)
     for critic in algorithm.critics:
-        if not critic.sequential:  # or its steps through time would be unrolled
+        if not critic.sequential:  # a recurrence would be unrolled through time
             values = critic.values_and_next_values
             values.run = compiled(values.run)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
-        beside = SideBySide(algorithm, collector.wait)
-        algorithm.linearize.run = CompiledLinearization(algorithm.linearize.run, beside.alone)
+        parallel = ParallelCriticUpdate(algorithm, collector.wait)
+        algorithm.linearize.run = CompiledLinearization(algorithm.linearize.run, parallel.exclusive)
         apart = set(algorithm.policy.parameters()).isdisjoint(algorithm.critic.parameters())
         if apart and type(algorithm).update is NPG.update and collector.env.device.type == "cpu":
-            algorithm.update_networks.run = beside
+            algorithm.update_networks.run = parallel
     stepper, env = collector.stepper, collector.env
     stepper.act.run = CompiledActing(stepper)
     if isinstance(env, TaskEnv):

@@ -1,10 +1,11 @@
-"""Iterations as CUDA graphs: the host launches what the device did before.  Algorithms and environments know nothing
-of it.
+"""Iterations as CUDA graphs.  Algorithms and environments do not depend on this module.
 
-Collecting, learning and the digest that the trainer reads are captured one by one, and what cannot be stays as it is.
-Replayed, none of their Python runs: it counts for what it did to tensors, at the addresses that they had.  So whatever
-is held from one call to the next must stay where it is (``Slots`` sees to that), numbers that the host holds must stay
-the same (if one does not, the part is captured anew), and nothing may be read back to the host.
+Three functions are captured separately: collecting a rollout, learning from it, and packing the data that the trainer
+reads back.  A function that cannot be captured runs eagerly, with a warning.
+
+Replaying a graph repeats the recorded device operations at the recorded addresses and runs no Python.  Hence tensors
+that live from one call to the next must keep their addresses, which ``TensorState`` ensures; numbers held on the host
+must keep their values, otherwise the function is captured again; and nothing may be read back to the host.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from pgsuite.envs.physics.mujoco_warp import WarpPhysics
 from pgsuite.kernel import Kernel
 from pgsuite.training.trainer import Trainer
 
-FOREIGN = ("gymnasium", "mujoco", "mujoco_warp", "numpy", "warp")  # packages whose objects hold nothing of ours
-CLOCKS = sys.intern("seconds")  # the name of what the host measures, and nothing depends on
-STEADY = 2  # calls in a row, after the first, by which a function has shown that it does the same each time
-PATIENCE = 20  # calls to become so
+FOREIGN = ("gymnasium", "mujoco", "mujoco_warp", "numpy", "warp")  # packages whose objects are not searched
+CLOCKS = sys.intern("seconds")  # attribute with wall-clock times, which the search ignores
+STEADY = 2  # consecutive calls, after the first, with unchanged host state before a function is captured
+PATIENCE = 20  # calls after which a function that never became steady is given up
 
-Outside = Sequence[Kernel[..., None]]  # which launch what no graph of torch's can hold
+Uncapturable = Sequence[Kernel[..., None]]  # kernels whose launches cannot be part of a graph of torch
 
 
 class ChangedError(Exception):
-    """Something that the host holds is not what it was; says what."""
+    """A value held on the host has changed; the message is its name."""
 
 
-class Slots:
-    """The places in reach of some objects that hold a tensor or a number, and what they held when this was made."""
+class TensorState:
+    """Snapshot of every attribute and item that holds a tensor or a number and is reachable from some objects."""
 
     def __init__(self, *roots: Any) -> None:
-        self.held: list[tuple[Any, Any, Any, str]] = []  # owner, key, value, and a name for people
+        self.held: list[tuple[Any, Any, Any, str]] = []  # owner, key, value, dotted name
         self.generators: list[Generator] = []
         self.seen: dict[int, Any] = {}
         for root in roots:
@@ -57,14 +58,13 @@ class Slots:
             self.generators.append(x)
         for key, value in inside(x):
             where = f"{name}.{key if isinstance(key, str | int) else type(key).__name__}"
-            if not isinstance(x, tuple):  # whose places cannot be written to; it is held as a whole
+            if not isinstance(x, tuple):  # immutable: replaced as a whole by its owner
                 self.held.append((owner(x), key, value, where))
             self.look(value, where)
 
     def restore(self, *also: tuple[Any, Any]) -> None:
-        """Put the same tensors in their places again, with the values of those that have taken them; and into each
-        first of ``also`` the values of the second.  Raises ChangedError, and does nothing, where more than values
-        changed."""
+        """Put the original tensors back, holding the current values; and copy the second of each pair in ``also`` into
+        the first.  Raises ChangedError, without writing anything, if anything but tensor values differs."""
         pairs: list[tuple[Tensor, Tensor]] = []
         moved = []
         for x, key, value, name in self.held:
@@ -78,29 +78,30 @@ class Slots:
         for old, new in also:
             match(old, new, "its argument", pairs)
         with torch.no_grad():
-            values = [new.clone() for _, new in pairs]  # for a new one may be the old one of another place
+            values = [new.clone() for _, new in pairs]  # a current tensor may be the original of another attribute
             for (old, _), value in zip(pairs, values, strict=True):
                 old.copy_(value)
         for x, key, value in moved:
             x[key] = value
 
     def undo(self) -> None:
-        """Put everything back, values and all, where nothing was written in place."""
+        """Put the original objects back, without copying values; for when nothing was written in place."""
         for x, key, value, _ in self.held:
             x[key] = value
 
 
 def owner(x: Any) -> Any:
-    """What the parts of x can be read from and written to by key; None for what has none that matter here."""
+    """The container that holds the parts of x by key: x itself or its ``__dict__``; None if its parts are not
+    searched."""
     if isinstance(x, dict | list | tuple):
         return x
-    if isinstance(x, Tensor | type | ModuleType) or hasattr(x, "__get__"):  # which functions and methods have
+    if isinstance(x, Tensor | type | ModuleType) or hasattr(x, "__get__"):  # functions and methods
         return None
     return getattr(x, "__dict__", None) if type(x).__module__.partition(".")[0] not in FOREIGN else None
 
 
 def inside(x: Any) -> list[tuple[Any, Any]]:
-    """The parts of x that matter here, by key."""
+    """The parts of x that are numbers, tensors, generators or containers, with their keys."""
     parts = owner(x)
     items = enumerate(parts) if isinstance(parts, list | tuple) else (parts or {}).items()
     return [(key, y) for key, y in items if key is not CLOCKS and (is_number(y) or tells(y))]
@@ -115,7 +116,7 @@ def tells(x: Any) -> bool:
 
 
 def match(old: Any, new: Any, name: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Pair the tensors of a nest with those of another one.  Raises ChangedError unless they differ in values only."""
+    """Append the corresponding tensors of two nests to ``pairs``.  Raises ChangedError unless only values differ."""
     if old is new:
         return
     if isinstance(old, Tensor) and isinstance(new, Tensor):
@@ -134,17 +135,20 @@ def match(old: Any, new: Any, name: str, pairs: list[tuple[Tensor, Tensor]]) -> 
 
 
 class Graphs:
-    """What one call of a function launches, in order: CUDA graphs, and between them what no graph can hold."""
+    """The launches of one call of a function, in order: CUDA graphs, and the uncapturable calls between them."""
 
-    def __init__(self, generators: Sequence[Generator], outside: Outside) -> None:
-        self.generators, self.outside = [x for x in generators if x.device.type == "cuda"], outside
+    def __init__(self, generators: Sequence[Generator], uncapturable_calls: Uncapturable) -> None:
+        self.generators, self.uncapturable_calls = (
+            [x for x in generators if x.device.type == "cuda"],
+            uncapturable_calls,
+        )
         self.launches: list[Callable[[], Any]] = []
-        self.pool = torch.cuda.graph_pool_handle()  # one for all of them, since they are replayed in their order
+        self.pool = torch.cuda.graph_pool_handle()  # shared, since the graphs are replayed in order
 
     @staticmethod
     def rehearse(work: Callable[[], Any]) -> tuple[Any, list[str]]:
-        """What work returns, on a stream that is not the default one, as when it is captured; and where it waited for
-        the device."""
+        """Run work eagerly on a side stream, as capture would.  Returns its result, and the source lines at which it
+        synchronized with the device."""
         stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
         with warnings.catch_warnings(record=True) as told, torch.cuda.stream(stream):
@@ -162,13 +166,13 @@ class Graphs:
         return result, [f"{x.filename}:{x.lineno}" for x in waits]
 
     def record(self, work: Callable[[], Any]) -> Any:
-        """What work returns, in memory that every replay writes to.  Nothing of it runs on the device yet.  Raises
-        RuntimeError where it cannot be captured."""
+        """Capture work and return its result, in memory that every replay overwrites.  Nothing runs on the device yet.
+        Raises RuntimeError if work cannot be captured."""
         torch.cuda.synchronize()
         gc.collect()
         collecting = gc.isenabled()
-        gc.disable()  # what is freed in the midst of a capture would become part of it
-        launches = [(kernel, kernel.run) for kernel in self.outside]
+        gc.disable()  # memory freed during a capture would become part of it
+        launches = [(kernel, kernel.run) for kernel in self.uncapturable_calls]
         for kernel, run in launches:
             kernel.run = partial(self.between, run)
         try:
@@ -209,9 +213,9 @@ class Graphs:
 
 
 class Captured:
-    """A function that is captured once it does the same each time it is called, and replayed from then on.
+    """A function that is captured once its host state is steady, and replayed from then on.
 
-    ``roots`` hold whatever it depends on from call to call.  What it returns is overwritten by the next call.
+    ``roots`` are the objects that hold its state between calls.  Its results are overwritten by the next call.
     """
 
     def __init__(
@@ -219,10 +223,16 @@ class Captured:
         function: Callable[..., Any],
         roots: Sequence[Any],
         what: str,
-        outside: Outside = (),
+        uncapturable_calls: Uncapturable = (),
         record: type[Graphs] = Graphs,
     ) -> None:
-        self.function, self.roots, self.what, self.outside, self.record = function, roots, what, outside, record
+        self.function, self.roots, self.what, self.uncapturable_calls, self.record = (
+            function,
+            roots,
+            what,
+            uncapturable_calls,
+            record,
+        )
         self.graphs: Graphs | None = None
         self.calls = self.steady = 0
         self.hopeless = False
@@ -233,8 +243,8 @@ class Captured:
         if self.graphs is None:
             return self.capture(args) if self.settled else self.rehearse(args)
         try:
-            self.slots.restore((self.args, args))
-        except ChangedError:  # such as a scheduled number of epochs
+            self.state.restore((self.args, args))
+        except ChangedError:  # such as a scheduled number of epochs: capture again
             self.graphs, self.outputs, self.calls, self.steady = None, None, 0, 0
             return self.rehearse(args)
         self.graphs.replay()
@@ -245,12 +255,12 @@ class Captured:
         return self.steady >= STEADY and self.calls > STEADY
 
     def rehearse(self, args: tuple[Any, ...]) -> Any:
-        """Run it as it is written, and see whether it can be captured."""
-        slots = Slots(*self.roots)
+        """Run the function eagerly, and check whether it can be captured."""
+        state = TensorState(*self.roots)
         outputs, waits = self.record.rehearse(partial(self.function, *args))
         self.calls += 1
         try:
-            slots.restore()
+            state.restore()
             self.steady += 1
         except ChangedError as change:
             self.steady = 0
@@ -262,21 +272,21 @@ class Captured:
         return outputs
 
     def capture(self, args: tuple[Any, ...]) -> Any:
-        slots = Slots(*self.roots)
-        graphs = self.record(slots.generators, self.outside)
+        state = TensorState(*self.roots)
+        graphs = self.record(state.generators, self.uncapturable_calls)
 
         def work() -> Any:
             outputs = self.function(*args)
-            slots.restore()
+            state.restore()
             return outputs
 
         try:
             self.outputs = graphs.record(work)
         except (RuntimeError, ChangedError) as error:
-            slots.undo()
+            state.undo()
             self.leave(str(error).partition("\n")[0])
             return self.function(*args)
-        self.slots, self.args, self.graphs = slots, args, graphs
+        self.state, self.args, self.graphs = state, args, graphs
         graphs.replay()
         return self.outputs
 
@@ -286,18 +296,19 @@ class Captured:
 
 
 def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
-    """Have iterations captured, as far as they can be; warns of each part that cannot, and says what could."""
+    """Capture the iterations of a trainer.  Each part that cannot be captured runs eagerly, and a warning gives the
+    reason and a remedy."""
     algorithm, collector, env = trainer.algorithm, trainer.collector, trainer.collector.env
     physics = getattr(getattr(env, "task", None), "physics", None)
-    outside = [physics.launch] if isinstance(physics, WarpPhysics) else []
-    why, roots = distant(env) or collector.host_sync_reason, (collector, algorithm.policy)
-    parts: list[tuple[Kernel[..., Any], tuple[Any, ...], str, str | None, Outside]] = [
-        (collector.collect, roots, "collecting", why, outside),
+    uncapturable_calls = [physics.launch] if isinstance(physics, WarpPhysics) else []
+    why, roots = why_not_capturable(env) or collector.host_sync_reason, (collector, algorithm.policy)
+    parts: list[tuple[Kernel[..., Any], tuple[Any, ...], str, str | None, Uncapturable]] = [
+        (collector.collect, roots, "collecting", why, uncapturable_calls),
         (algorithm.training_step, (algorithm,), "learning", algorithm.host_sync_reason, ()),
-        (trainer.pack_host_data, (trainer.tracker, collector.buffer), "the digest of an iteration", None, ()),
+        (trainer.pack_host_data, (trainer.tracker, collector.buffer), "packing the host data", None, ()),
     ]
     if env.device.type == "cuda":
-        torch.cuda.set_device(env.device)  # of the streams that graphs are captured on
+        torch.cuda.set_device(env.device)  # streams for capture are created on the current device
     for kernel, roots, what, why, between in parts:
         captured = Captured(kernel.run, roots, what, between, record)
         if distributed.size() > 1:
@@ -305,11 +316,11 @@ def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
         if why is not None:
             captured.leave(why)
         else:
-            kernel.run = captured.__call__  # a method, into which no search for slots goes
+            kernel.run = captured.__call__  # a bound method, which TensorState does not search
 
 
-def distant(env: VectorEnv) -> str | None:
-    """Why steps of these environments cannot be part of a graph, and what can; None where they can."""
+def why_not_capturable(env: VectorEnv) -> str | None:
+    """Why steps of these environments cannot be captured, and which environments can; None if they can."""
     if isinstance(env, TaskEnv) and env.task.device == env.device:
         return None
     return f"{env.name} runs on {env.backend}, which torch does not see; a Task in torch can be captured, or on Warp"

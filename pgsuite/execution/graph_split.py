@@ -1,4 +1,4 @@
-"""Functions as graphs: traced, cut in two where a function returns a function, compiled, known by what they are for."""
+"""Functions as graphs: traced, split in two if they return a function, compiled, and cached by input signature."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from pgsuite.types import Experience
 UNWATCHED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DICT_NOT_CONTAINS"}
 
 
-class Staged:
-    """function(*early)(*late), of nests of tensors, as two compiled graphs for each shape they meet: the first is run
-    once for all calls with the same early ones, and of several functions of late ones each has its own.
+class TwoStageGraph:
+    """``function(*early)(*late)``, of nests of tensors, as two compiled graphs per pair of signatures.
 
-    Tracing sees the operations of autograd too, so what is differentiated again and again is so in the first graph.
+    The first graph computes everything that depends on the early arguments only, and runs once for all calls with the
+    same early arguments; the second runs in each call.  Tracing records the operations of autograd too, so
+    differentiation that needs no late argument happens in the first graph.
     """
 
-    def __init__(self, function: Callable[..., Callable[..., Any]], alone: Callable[[], None] = lambda: None) -> None:
-        """``alone`` is called before anything is traced, and returns when no other thread runs."""
-        self.function, self.alone = function, alone
+    def __init__(
+        self, function: Callable[..., Callable[..., Any]], exclusive: Callable[[], None] = lambda: None
+    ) -> None:
+        """``exclusive`` is called before a trace, and returns once no other thread runs."""
+        self.function, self.exclusive = function, exclusive
         self.graphs: dict[Any, tuple[Callable[..., Any], Callable[..., Any], Any]] = {}
 
     def __call__(self, *early: Any) -> Callable[..., Any]:
-        about, given = described(early)
+        about, given = signature(early)
         kept: dict[Any, Any] = {}
 
         def later(*late: Any) -> Any:
-            shapes, inputs = described(late)
+            shapes, inputs = signature(late)
             key = about, shapes
             if key not in self.graphs:
                 self.graphs[key] = self.trace(early, late)
@@ -46,20 +49,22 @@ class Staged:
         return later
 
     def trace(self, early: Any, late: Any) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
-        self.alone()
-        given, rest = (described(x)[1] for x in (early, late))
+        self.exclusive()
+        given, rest = (signature(x)[1] for x in (early, late))
         with torch.enable_grad():
             graph, nest = traced(lambda early, late: self.function(*early)(*late), (early, late))
         with torch.no_grad():
-            graph = make_fx(functionalize(graph))(*given, *rest)  # or the second could write to what the first has left
-            first, second = cut(graph, len(rest))
+            graph = make_fx(functionalize(graph))(
+                *given, *rest
+            )  # without mutations, or the second graph could overwrite results of the first
+            first, second = split_graph(graph, len(rest))
             return compile_graph(first, given), compile_graph(second, [*first(*given), *rest]), nest
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as one graph.  Of what it was compiled for, its arguments and what is reached through them are looked
-    at again in each call, but for hooks and for names that were not there: neither comes later, and to look for them
-    and for whatever the modules of Python hold took as long as a small graph itself."""
+    """A function compiled to one graph.  Guards on its arguments, and on what is reached through them, are kept; guards
+    on global variables, on hooks and on absent names are dropped, since evaluating them took as long as a small graph
+    and none of these changes during a run."""
     return torch.compile(function, dynamic=False, fullgraph=True, options={"guard_filter_fn": watched})
 
 
@@ -67,16 +72,17 @@ def watched(guards: Sequence[Any]) -> list[bool]:
     return [not guard.is_global and guard.guard_type not in UNWATCHED for guard in guards]
 
 
-def described(args: Any) -> tuple[Any, list[Tensor]]:
-    """All that a graph of a function of these depends on, and their tensors, on whose values it does not."""
+def signature(args: Any) -> tuple[Any, list[Tensor]]:
+    """The key of a graph for these arguments: structure, constants, and the shape, dtype and stride of each tensor.
+    Also the tensors themselves, in the order of the graph's inputs."""
     about: list[Any] = []
     tensors: list[Tensor] = []
-    describe(args, about, tensors)
+    add_to_signature(args, about, tensors)
     return tuple(about), tensors
 
 
-def describe(x: Any, about: list[Any], tensors: list[Tensor]) -> None:
-    """In pytree's order, which takes five times as long, in every call."""
+def add_to_signature(x: Any, about: list[Any], tensors: list[Tensor]) -> None:
+    """Append the key and tensors of x, in the order of torch's pytree, which is five times slower per call."""
     if isinstance(x, Tensor):
         tensors.append(x)
         about += (x.shape, x.dtype, x.stride())
@@ -91,12 +97,12 @@ def describe(x: Any, about: list[Any], tensors: list[Tensor]) -> None:
         about.append(x)
         return
     for part in parts:
-        describe(part, about, tensors)
+        add_to_signature(part, about, tensors)
 
 
 def traced(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[GraphModule, Any]:
-    """The operations of a function of nests, from the tensors in them to those in what it returns, and the nest of the
-    latter."""
+    """The graph of a function of nests, from the tensors in its arguments to those in its result; and the structure of
+    the result, for ``tree_unflatten``."""
     leaves, nest = tree_flatten(args)
     found = []
 
@@ -107,12 +113,12 @@ def traced(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[GraphMo
         found.append(outward)
         return outputs
 
-    return make_fx(flat)(*described(args)[1]), found[-1]
+    return make_fx(flat)(*signature(args)[1]), found[-1]
 
 
-def cut(module: GraphModule, late: int) -> tuple[GraphModule, GraphModule]:
-    """A graph without mutations in two: what needs none of its last inputs, ``late`` many; and the rest, of what the
-    first returns and those inputs."""
+def split_graph(module: GraphModule, late: int) -> tuple[GraphModule, GraphModule]:
+    """Split a graph without mutations in two.  The first part computes everything that needs none of the last ``late``
+    inputs; the second takes the results of the first, followed by those inputs."""
     module.graph.eliminate_dead_code()
     nodes = list(module.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]

@@ -1,4 +1,4 @@
-"""The ways to run tensor code, and the choice among them.  What a way needs is imported where it is chosen."""
+"""The modes of execution, and the choice among them.  The requirements of a mode are imported only if it is chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Precision = Literal["float32", "tf32", "bf16"]
 
 
 def why_not_compilable(device: torch.device) -> str | None:
-    """Why nothing can be compiled here, and what would help."""
+    """Why nothing can be compiled on this machine, with a remedy; None if it can."""
     if distributed.size() > 1:
         return "is for one process: leave torchrun"
     if device.type == "cuda":
@@ -32,7 +32,7 @@ def why_not_compilable(device: torch.device) -> str | None:
 
 
 def missing_in_torch() -> str | None:
-    """Which of the parts of torch that are not public, and that compiling needs, this torch lacks."""
+    """Which private module of torch, required for compilation, is missing in the installed version; None if none is."""
     try:
         importlib.import_module("pgsuite.execution.torch_private")
     except ImportError as error:
@@ -44,10 +44,11 @@ def missing_in_torch() -> str | None:
 
 
 def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execution:
-    """Have them run so from here on; returns which way that is.
+    """Choose the mode of execution of an algorithm and a collector; returns the mode in effect.
 
-    ``auto`` compiles on a CPU where that can be, and is eager elsewhere.  ``cuda_graph`` needs the trainer too, and is
-    left to ``cuda_graphs.capture``.  Raises ValueError where there is nothing to compile with, or several processes.
+    ``auto`` compiles on a CPU if a compiler is available, and is eager otherwise.  ``cuda_graph`` is only validated
+    here: ``cuda_graphs.capture`` needs the trainer too.  Raises ValueError if ``compile`` is asked for without a
+    compiler or with several processes, and for ``cuda_graph`` without a GPU.
     """
     device = collector.env.device
     if how == "cuda_graph" and device.type != "cuda":

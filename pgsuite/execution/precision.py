@@ -1,4 +1,4 @@
-"""In which precision networks multiply.  The parameters, and whatever no layer computes, stay float32."""
+"""Precision of the matrix products in networks.  Parameters, and everything outside layers, stay float32."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pgsuite.nn.network import Features
 
 
 def lower(algorithm: Algorithm, device: torch.device, precision: Precision) -> None:
-    """Have its networks compute so from here on.
+    """Set the precision of an algorithm's networks.
 
-    ``bf16`` is for convolutions and hidden layers alone (``Features``): what a distribution or a value is made of, and
-    with it log-probabilities, ratios, losses and credit, is float32.  ``tf32`` rounds the factors of every float32
-    product of matrices, in the whole process.  Raises ValueError for tf32 where there is none.
+    ``bf16`` applies to the convolutions and hidden layers of ``Features`` only: outputs of networks, and with them
+    log-probabilities, importance ratios, losses and advantages, are float32.  ``tf32`` rounds the factors of every
+    float32 matrix product in the process.  Raises ValueError for tf32 without a GPU.
     """
     if precision == "tf32" and device.type != "cuda":
         raise ValueError("precision=tf32 is for a GPU: use float32, or bf16")

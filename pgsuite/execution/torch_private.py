@@ -1,5 +1,5 @@
-"""Every part of torch that is not public and that compiling needs.  Nothing else in the suite imports them, and this
-file is imported for ``execution=compile`` alone: they take a second, and a later torch may lack them."""
+"""The private parts of torch that compilation needs.  No other module imports them, and this module is imported for
+``execution=compile`` only: the import takes a second, and another version of torch may lack them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["compile_graph", "make_fx", "tree_flatten", "tree_unflatten"]
 
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A graph of operations, compiled for inputs of these shapes."""
-    # Without an environment of shapes, what an earlier process has compiled is not looked for.
+    # Without a ShapeEnv, the on-disk cache of compiled graphs is not consulted.
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))):
         made: Any = inductor.compile(graph, [*inputs])
     return made

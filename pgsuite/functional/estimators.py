@@ -1,8 +1,8 @@
-"""Credit assignment: pure functions of [T, N] tensors.
+"""Returns and advantages: pure functions of [T, N] tensors.
 
-Everywhere ``next_value`` [T, N] is the value of the true successor, so a truncated step bootstraps like any other;
-``terminated`` [T, N] silences that bootstrap, ``done`` [T, N] stops credit crossing into the next episode, and the
-last row of a rollout needs no special case.  ``gamma`` is one discount, or one per step [T, N].
+In all of them ``next_value`` [T, N] is the value of the true successor state, so a truncated step bootstraps like any
+other; ``terminated`` [T, N] sets that bootstrap to zero, ``done`` [T, N] separates episodes, and the last row of a
+rollout needs no special case.  ``gamma`` is one discount factor, or one per step [T, N].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Discount = float | Tensor
 
 
 def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
-    """y[t] = x[t] + decay[t] * y[t + 1], with nothing after the end."""
+    """y[t] = x[t] + decay[t] * y[t + 1], with y[T] = 0."""
     y, out = torch.zeros_like(x[0]), torch.empty_like(x)
     for t in reversed(range(x.shape[0])):
         y = torch.addcmul(x[t], decay[t], y, out=out[t])
@@ -29,13 +29,14 @@ def reward_to_go(reward: Tensor, done: Tensor, *, gamma: Discount) -> Tensor:
 
 
 def monte_carlo(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount) -> Tensor:
-    """Returns [T, N] to the end of the episode, or bootstrapped where the clock or the rollout cut it short."""
+    """Returns [T, N] to the end of the episode, bootstrapped where the time limit or the end of the rollout truncates
+    it."""
     tail = next_value.where(_ends(done) & ~terminated, 0.0)
     return reward_to_go(reward + gamma * tail, done, gamma=gamma)
 
 
 def n_step(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount, n: int) -> Tensor:
-    """Returns [T, N] of n rewards and a bootstrap, fewer where the episode or the rollout ends first
+    """n-step returns [T, N]: n rewards and a bootstrap, or fewer rewards where the episode or the rollout ends earlier
     (Mnih et al., 2016, algorithm S3)."""
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
     returns = reward + gamma * bootstrap
@@ -54,7 +55,7 @@ def gae(
     gamma: Discount,
     lam: float,
 ) -> Tensor:
-    """Generalized advantages [T, N] (Schulman et al., 2016, equation 16)."""
+    """Generalized advantage estimates [T, N] (Schulman et al., 2016, equation 16)."""
     delta = reward + gamma * next_value.where(~terminated, 0.0) - value
     return reverse_scan(delta, gamma * lam * (~done).to(delta.dtype))
 
@@ -63,7 +64,8 @@ def td_lambda(
     reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount, lam: float
 ) -> Tensor:
     """Lambda returns [T, N] (Sutton and Barto, 2018, equation 12.20):
-    G[t] = r[t] + gamma ((1 - lam) V'[t] + lam G[t + 1]), with V' for G where the episode or the rollout ends."""
+    G[t] = r[t] + gamma ((1 - lam) V'[t] + lam G[t + 1]), where V'[t] replaces G[t + 1] at the end of an episode or of
+    the rollout."""
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
     weight = lam * (~ends).to(reward.dtype)
     return reverse_scan(reward + gamma * (1 - weight) * bootstrap, gamma * weight)
@@ -83,11 +85,11 @@ def vtrace(
     c_clip: float = 1.0,
     importance_weighted: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and targets [T, N] for a policy other than the one that acted (Espeholt et al., 2018, equation 1).
+    """Off-policy advantages and value targets [T, N] by V-trace (Espeholt et al., 2018, equation 1).
 
-    ``ratio`` [T, N] is the target policy's probability of each action over the acting policy's.  With ratio one the
-    targets are the lambda returns and the advantages those of ``gae``.  Advantages are multiplied by their action's own
-    ratio, up to rho_clip, where ``importance_weighted``.
+    ``ratio`` [T, N] is the importance ratio, target policy over behavior policy, of each action.  If all ratios are
+    one, the targets are lambda returns and the advantages those of ``gae``.  With ``importance_weighted``, each
+    advantage is multiplied by the ratio of its own action, clipped at rho_clip.
     """
     rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
     bootstrap, ends = next_value.where(~terminated, 0.0), _ends(done)
@@ -99,8 +101,8 @@ def vtrace(
 
 
 def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
-    """At each time [T, N], the mean return of the *other* live environments: a baseline that depends on nothing the
-    environment itself did, hence unbiased.  Where no other is live it is zero."""
+    """The mean return [T, N] of the *other* live environments at each time: a baseline that is independent of the
+    environment's own actions, hence unbiased.  Zero where no other environment is live."""
     returns, live = returns.where(mask, 0.0), mask.to(returns.dtype)
     others = distributed.total(returns.sum(1, keepdim=True)) - returns
     count = distributed.total(live.sum(1, keepdim=True)) - live
@@ -119,17 +121,17 @@ def group_returns(reward: Tensor, mask: Tensor, group: int) -> Tensor:
 
 
 def leave_one_out_baseline(score: Tensor) -> Tensor:
-    """Scores [..., G], each less the mean of the others in its group (Kool et al., 2019)."""
+    """Scores [..., G] minus the mean of the other scores in the group (Kool et al., 2019)."""
     return (score - score.mean(-1, keepdim=True)) * (score.shape[-1] / (score.shape[-1] - 1))
 
 
 def _ends(done: Tensor) -> Tensor:
-    """[T, N] bool, where no next row continues this one."""
+    """[T, N] bool: the last step of an episode or of the rollout."""
     last = torch.zeros_like(done)
     last[-1].fill_(True)
     return done | last
 
 
 def _shift(x: Tensor) -> Tensor:
-    """x[t + 1] at t; the last row, which nothing follows, repeats."""
+    """x[t + 1] at t; the last row is repeated."""
     return torch.cat([x[1:], x[-1:]])

@@ -1,6 +1,6 @@
-"""Natural gradient steps: flat parameters, Fisher products, conjugate gradient, backtracking.
+"""Natural gradients and trust regions: flat parameters, Fisher products, conjugate gradient, backtracking line search.
 
-Nothing here knows of policies or rewards, so each piece is tested against linear algebra.  P is the number of
+These functions involve neither policies nor rewards, and are tested against dense linear algebra.  P is the number of
 parameters.
 """
 
@@ -22,25 +22,25 @@ Product = Callable[[Tensor], Tensor]  # v [P] -> A v [P]
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """[P], one vector in parameter order."""
+    """Concatenate tensors to one vector [P], in their order."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
 @torch.no_grad()
 def assign(params: Sequence[Tensor], vector: Tensor) -> None:
-    """Write [P] back in place, so that nothing that holds the parameters is left behind."""
+    """Write a vector [P] to the parameters in place."""
     for p, chunk in zip(params, vector.split([p.numel() for p in params]), strict=True):
         p.copy_(chunk.view_as(p))
 
 
 def flat_grad(y: Tensor, params: Sequence[Tensor], *, retain_graph: bool = False) -> Tensor:
-    """[P], the gradient of y averaged over processes; zero for parameters that y does not depend on."""
+    """The gradient [P] of y, averaged over processes; zero for parameters that y does not depend on."""
     return distributed.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph, materialize_grads=True)))
 
 
 def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Product:
-    """v [P] -> (F + damping I) v [P], with F the Hessian of kl at the point where kl is zero, which is the Fisher
-    matrix (Schulman et al., 2015, appendix C).  Uses double backward."""
+    """Fisher-vector product v [P] -> (F + damping I) v [P].  F is the Hessian of kl where kl is zero, which is the
+    Fisher matrix (Schulman et al., 2015, appendix C).  Uses double backward."""
     grad = flatten(torch.autograd.grad(kl, params, create_graph=True))
 
     def product(v: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Prod
 
 
 def map_tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """x, a nest of dataclasses, tuples, lists, dictionaries and tensors, with fn applied to every tensor in it."""
+    """Apply fn to every tensor in x, a nest of dataclasses, tuples, lists, dictionaries and tensors."""
     if isinstance(x, Tensor):
         return fn(x)
     if isinstance(x, dict):
@@ -62,9 +62,9 @@ def map_tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)  # named tuples
     if isinstance(x, type) or not is_dataclass(x):
         return x
-    twin = copy.copy(x)  # not constructed anew, which might compute something
+    twin = copy.copy(x)  # copied rather than constructed: __post_init__ may compute
     for name, value in vars(x).items():
-        object.__setattr__(twin, name, map_tensors(fn, value))  # frozen ones too
+        object.__setattr__(twin, name, map_tensors(fn, value))  # works for frozen dataclasses too
     return twin
 
 
@@ -78,13 +78,13 @@ def tensors(x: Any) -> list[Tensor]:
 def gauss_newton_product(
     fn: Callable[[Tensor], D], divergence: Callable[[D, D], Tensor], at: Tensor, damping: float
 ) -> Product:
-    """v [P] -> (F + damping I) v [P] of a model fn(parameters [P]) = numbers, as J' M J v: forward through the model,
-    across the divergence, back through the model (Martens, 2020, section 8).
+    """Gauss-Newton product v [P] -> (F + damping I) v [P] of a model fn(parameters [P]), computed as J' M J v: forward
+    mode through the model, M of the divergence, and backward through the model (Martens, 2020, section 8).
 
-    J is the Jacobian of the numbers, here all tensors of fn's result, and M = -d2 divergence(p, q) / dp dq at p = q.
-    Unlike the Hessian in q, these mixed derivatives keep their meaning for numbers that are redundant or bound to one
-    another, as normalized logits are: the divergence in q alone is linear in those.  The model is differentiated once
-    in each direction, and its backward never.
+    J is the Jacobian of all tensors of fn's result, and M = -d2 divergence(p, q) / dp dq at p = q.  Unlike the Hessian
+    in q, these mixed derivatives are also correct for outputs that are redundant or constrained, such as normalized
+    logits, in which the divergence is linear in q.  The model is differentiated once in each mode, without double
+    backward.
 
     Raises TypeError if fn's result depends on the parameters through anything but tensors that ``map_tensors`` reaches.
     """
@@ -116,8 +116,8 @@ def gauss_newton_product(
 def conjugate_gradient(product: Product, b: Tensor, iters: int, tol: float = 1e-10) -> Tensor:
     """An approximate solution x [P] of A x = b from x = 0 (Hestenes and Stiefel, 1952).
 
-    Iterations after the squared residual has fallen to tol change nothing, so none is skipped and nothing is read back
-    to the host.
+    Once the squared residual is at most tol, further iterations leave x unchanged.  All ``iters`` iterations run, so
+    nothing is read back to the host.
     """
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = r @ r
@@ -132,8 +132,8 @@ def conjugate_gradient(product: Product, b: Tensor, iters: int, tol: float = 1e-
 
 
 def backtrack(accept: Callable[[Tensor], Tensor], fractions: Tensor) -> Tensor:
-    """The first of fractions [K] that is acceptable, or zero.  Tries one at a time, and reads one bit of each back to
-    the host."""
+    """Backtracking line search: the first of the step fractions [K] that is accepted, or zero.  Evaluates them one at
+    a time, and reads one bit back to the host for each."""
     for fraction in fractions:
         if accept(fraction):
             return fraction
@@ -141,6 +141,6 @@ def backtrack(accept: Callable[[Tensor], Tensor], fractions: Tensor) -> Tensor:
 
 
 def backtrack_at_once(accept: Callable[[Tensor], Tensor], fractions: Tensor) -> Tensor:
-    """The same by one call of accept for all [K], from which nothing is read back."""
+    """As ``backtrack``, with one call of accept for all fractions [K] and without reading anything back."""
     accepted = accept(fractions)
     return fractions.where(accepted & (accepted.cumsum(0) == 1), 0.0).sum()

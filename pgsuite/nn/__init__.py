@@ -1,1 +1,1 @@
-"""Modules: distributions, policies, critics, running statistics, optimizers."""
+"""Neural networks: policies, critics, action distributions, running statistics, optimizers, schedules."""

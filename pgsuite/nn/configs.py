@@ -1,4 +1,4 @@
-"""The settings of policies and critics, and how they are built from them."""
+"""Settings of policies and critics, and their construction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NetworkConfig(Checked):
     body: Component | None = None  # in place of all these layers, by its dotted path: my_package.MyBody
 
     def shape(self, recurrent: Component | None, generator: Generator) -> Shape:
-        """What ``Features`` of these settings are told."""
+        """The arguments of ``Features`` for these settings."""
         return Shape(
             hidden=self.hidden,
             activation=self.activation,
@@ -41,22 +41,22 @@ class NetworkConfig(Checked):
 
 @dataclass(kw_only=True)
 class PolicyConfig(Checked, ABC):
-    """What builds a policy; a policy of your own is a subclass, chosen by ``policy=<name of its configuration>``."""
+    """Settings that build a policy; those of a custom one are a subclass, chosen by ``policy=<name of its config>``."""
 
     @abstractmethod
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
-        """A policy over observations of ``obs_norm.space``, with parameters drawn from the generator.  Raises
-        ValueError for spaces that it is not for."""
+        """Build a policy for observations of ``obs_norm.space``, with initial parameters drawn from the generator.
+        Raises ValueError for unsupported spaces."""
 
 
 @dataclass(kw_only=True)
 class MLPPolicyConfig(NetworkConfig, PolicyConfig):
-    """A network of its own, and the distribution of actions that is read off it."""
+    """A multilayer perceptron, and the action distribution that it parameterizes."""
 
     recurrent: Component = "none"  # a layer before the hidden ones: none, gru, lstm, or by dotted path
     distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
-    log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null stands for -0.5
-    sigma: Sigma = "free"  # of Gaussians: a parameter of its own, or depending on the state as well
+    log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null is -0.5
+    sigma: Sigma = "free"  # of Gaussian policies: a free parameter, or state-dependent
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
         body = None if self.body is None else make_body(self.body, obs_norm, "policy", generator)
@@ -75,18 +75,18 @@ class MLPPolicyConfig(NetworkConfig, PolicyConfig):
 class CriticConfig(NetworkConfig):
     """The network of a critic."""
 
-    recurrent: Component | None = None  # a layer before the hidden ones; null stands for the policy's, and so for body
-    shared: bool = False  # read values off the policy's network; the other settings then have no effect
-    zero_init: bool = False  # values are zero at first
+    recurrent: Component | None = None  # a layer before the hidden ones; null takes the policy's, as for body
+    shared: bool = False  # share the policy's network; the other settings then have no effect
+    zero_init: bool = False  # initial values are zero
 
     def like(self, policy: object) -> CriticConfig:
-        """These settings, with the ``recurrent`` and ``body`` of a policy's where they are null."""
+        """These settings, with ``recurrent`` and ``body`` taken from a policy's settings where they are null."""
         recurrent = self.recurrent or getattr(policy, "recurrent", "none")
         return replace(self, recurrent=recurrent, body=self.body or getattr(policy, "body", None))
 
     def build(self, policy: Policy, num_envs: int, generator: Generator) -> Critic:
-        """A critic beside a policy, with parameters drawn from the generator.  Raises ValueError where a shared body
-        would not see what is for the critic alone."""
+        """Build the critic for a policy, with initial parameters drawn from the generator.  Raises ValueError for a
+        shared body if observations have a part for the critic only."""
         body = None
         if not self.shared:
             body = policy.critic_body()

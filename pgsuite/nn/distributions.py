@@ -1,6 +1,6 @@
 """Action distributions over any leading dims [...].
 
-Tensors in, tensors out, and no state: a policy makes one per look at its observations.
+Distributions are stateless functions of tensors; a policy constructs one in each forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Distribution(Protocol):
         ...
 
     def mode(self) -> Tensor:
-        """The likeliest action [..., *A]."""
+        """The mode: the most likely action [..., *A]."""
         ...
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -36,27 +36,28 @@ class Distribution(Protocol):
         ...
 
     def detach(self) -> Self:
-        """The same distribution, through which no gradient flows."""
+        """The same distribution with detached parameters."""
         ...
 
 
-Law = Literal["standard_normal", "standard_exponential", "uniform"]
+NoiseDistribution = Literal["standard_normal", "standard_exponential", "uniform"]
 
 
 class Reparameterized:
-    """Whose samples are a function of noise: independent numbers [...] that follow ``law``, uniform ones in [0, 1)."""
+    """A distribution whose samples are a deterministic function of its parameters and of independent noise [...], which
+    follows ``noise_distribution``; uniform noise lies in [0, 1)."""
 
-    law: ClassVar[Law]
+    noise_distribution: ClassVar[NoiseDistribution]
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         raise NotImplementedError
 
-    def draw(self, noise: Tensor) -> Tensor:
-        """The action [..., *A] that noise stands for."""
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The action [..., *A] for given noise."""
         raise NotImplementedError
 
     def sample(self, generator: Generator | None = None) -> Tensor:
-        return self.draw(self.noise(generator))
+        return self.from_noise(self.noise(generator))
 
 
 LOG_SIGMA_RANGE = (-20.0, 20.0)
@@ -64,12 +65,12 @@ LOG_SIGMA_RANGE = (-20.0, 20.0)
 
 @dataclass(frozen=True)
 class Gaussian(Reparameterized):
-    """Diagonal.  ``log_sigma`` must broadcast to ``mean``; it is held within +-20, so that sigma, which is its
-    exponential, is positive and its square representable in float32 whatever an optimizer does."""
+    """Diagonal Gaussian.  ``log_sigma`` must broadcast to ``mean``; it is clamped to +-20, so that sigma is positive
+    and its square representable in float32 whatever the parameters are."""
 
     mean: Tensor  # [..., A]
     log_sigma: Tensor  # [A] or [..., A]
-    law = "standard_normal"
+    noise_distribution = "standard_normal"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log_sigma", self.log_sigma.clamp(*LOG_SIGMA_RANGE))
@@ -77,7 +78,7 @@ class Gaussian(Reparameterized):
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.empty_like(self.mean).normal_(generator=generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         return torch.addcmul(self.mean, self.log_sigma.exp(), noise)
 
     def mode(self) -> Tensor:
@@ -104,12 +105,12 @@ class Categorical(Reparameterized):
     """``logits`` must be normalized: their exponentials sum to one."""
 
     logits: Tensor  # [..., A]
-    law = "standard_exponential"
+    noise_distribution = "standard_exponential"
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.empty_like(self.logits).exponential_(generator=generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         return (self.logits - noise.log()).argmax(-1)
 
     def mode(self) -> Tensor:
@@ -130,10 +131,10 @@ class Categorical(Reparameterized):
 
 @dataclass(frozen=True)
 class MultiCategorical(Reparameterized):
-    """Independent choices, one for each of ``logits``, which must be normalized."""
+    """Independent categorical distributions, one for each of ``logits``, which must be normalized."""
 
     logits: tuple[Tensor, ...]  # [..., n] each
-    law = "standard_exponential"
+    noise_distribution = "standard_exponential"
 
     @property
     def parts(self) -> list[Categorical]:
@@ -142,9 +143,9 @@ class MultiCategorical(Reparameterized):
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.cat([part.noise(generator) for part in self.parts], -1)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         each = zip(self.parts, noise.split([x.shape[-1] for x in self.logits], -1), strict=True)
-        return torch.stack([part.draw(x) for part, x in each], -1)
+        return torch.stack([part.from_noise(x) for part, x in each], -1)
 
     def mode(self) -> Tensor:
         return torch.stack([part.mode() for part in self.parts], -1)
@@ -165,15 +166,15 @@ class MultiCategorical(Reparameterized):
 
 @dataclass(frozen=True)
 class Bernoulli(Reparameterized):
-    """Independent choices of 0 or 1.  Written with softplus, which no logit overflows."""
+    """Independent Bernoulli distributions.  Computed with softplus, which does not overflow for any logit."""
 
-    logits: Tensor  # [..., A] log of the odds of a 1
-    law = "uniform"
+    logits: Tensor  # [..., A] log-odds of a 1
+    noise_distribution = "uniform"
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.empty_like(self.logits).uniform_(generator=generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def from_noise(self, noise: Tensor) -> Tensor:
         return (noise < self.logits.sigmoid()).long()
 
     def mode(self) -> Tensor:
@@ -194,8 +195,8 @@ class Bernoulli(Reparameterized):
 
 
 def into_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Where between its bounds an action is, as (0, 1); the bounds themselves, which rounding may reach, count as the
-    nearest numbers inside, so that every action has a finite log-probability."""
+    """Map an action from its bounds to (0, 1).  The bounds themselves, which rounding may reach, are moved to the
+    nearest interior numbers, so that every action has a finite log-probability."""
     eps = torch.finfo(action.dtype).eps
     return ((action - low) / (high - low)).clamp(eps, 1 - eps)
 
@@ -217,13 +218,13 @@ HERMITE = hermite(32)
 
 @dataclass(frozen=True)
 class Squashed(Reparameterized):
-    """A Gaussian, sent through tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
+    """A Gaussian squashed by tanh to the bounds ``low`` and ``high`` [A] (Haarnoja et al., 2018, appendix C)."""
 
     base: Gaussian
     low: Tensor
     high: Tensor
     quadrature: Tensor = HERMITE  # for the entropy
-    law = "standard_normal"
+    noise_distribution = "standard_normal"
 
     def squash(self, x: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * (2 * x).sigmoid()
@@ -231,11 +232,11 @@ class Squashed(Reparameterized):
     def noise(self, generator: Generator | None = None) -> Tensor:
         return self.base.noise(generator)
 
-    def draw(self, noise: Tensor) -> Tensor:
-        return self.squash(self.base.draw(noise))
+    def from_noise(self, noise: Tensor) -> Tensor:
+        return self.squash(self.base.from_noise(noise))
 
     def mode(self) -> Tensor:
-        """The median, as is customary: the density itself may peak at the bounds."""
+        """The squashed mode of the Gaussian, which is the median; the density itself may peak at the bounds."""
         return self.squash(self.base.mode())
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class Squashed(Reparameterized):
         return self.base.entropy() + slope + (self.high - self.low).log().sum(-1)
 
     def kl(self, other: Squashed) -> Tensor:
-        """That of the Gaussians: what both are sent through changes nothing."""
+        """The KL of the Gaussians, since KL is invariant under the common bijection."""
         return self.base.kl(other.base)
 
     def detach(self) -> Squashed:
@@ -259,7 +260,7 @@ class Squashed(Reparameterized):
 
 @dataclass(frozen=True)
 class Beta:
-    """Between the bounds ``low`` and ``high`` [A], with alpha and beta of at least one."""
+    """Beta distribution on the bounds ``low`` and ``high`` [A], with alpha and beta of at least one."""
 
     alpha: Tensor  # [..., A]
     beta: Tensor  # [..., A]

@@ -1,7 +1,6 @@
-"""From a network's numbers to a distribution over actions.
+"""Heads, which map the outputs of a network to an action distribution.
 
-A head of your own is one more subclass of ``Head``, in ``HEADS`` under a name or named by its dotted path:
-``policy.distribution=my_package.MyHead``.
+A custom head is a subclass of ``Head``, chosen by its dotted path: ``policy.distribution=my_package.MyHead``.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from pgsuite.nn.distributions import (
 from pgsuite.types import Metrics
 
 Sigma = Literal["free", "state"]
-FORBIDDEN = -1e8  # the logit of an action that may not be taken: its probability is zero, and no gradient is NaN
+FORBIDDEN = -1e8  # logit of a masked action: its probability is zero, and gradients stay finite
 
 
 class Head(nn.Module, ABC):
-    """What makes a distribution of ``inputs`` numbers.  Raises ValueError for a space that it is not for."""
+    """Maps ``inputs`` network outputs to an action distribution.  Raises ValueError for unsupported action spaces."""
 
     inputs: int
 
@@ -44,11 +43,11 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
-        """The distribution for numbers [..., inputs]; where actions are discrete, over those that are allowed, one
-        bool for each in the order of the logits."""
+        """The action distribution for network outputs [..., inputs].  ``allowed`` is the mask of discrete actions, in
+        the order of the logits."""
 
     def metrics(self) -> Metrics:
-        """What a practitioner keeps an eye on."""
+        """Diagnostics of the distribution's own parameters."""
         return {}
 
     def refuse(self, wanted: str, space: spaces.Space[Any]) -> ValueError:
@@ -57,8 +56,8 @@ class Head(nn.Module, ABC):
 
 
 class GaussianHead(Head):
-    """A diagonal Gaussian.  Its log sigma is a parameter of its own, to which the network adds where it is to depend on
-    the ``state``."""
+    """A diagonal Gaussian.  Its log standard deviation is a free parameter; with ``sigma="state"`` the network's output
+    is added to it."""
 
     def __init__(self, space: spaces.Space[Any], log_sigma: float = -0.5, sigma: Sigma = "free") -> None:
         super().__init__(space)
@@ -82,7 +81,7 @@ class GaussianHead(Head):
 
 
 class Bounds(nn.Module):
-    """The lowest and the highest action [A] of a bounded Box."""
+    """The bounds [A] of a Box, as buffers."""
 
     low: Tensor
     high: Tensor
@@ -99,7 +98,7 @@ def bounded(space: spaces.Space[Any]) -> bool:
 
 
 class SquashedHead(GaussianHead):
-    """A Gaussian brought into the bounds by tanh."""
+    """A Gaussian squashed to the bounds by tanh."""
 
     quadrature: Tensor
 
@@ -115,7 +114,7 @@ class SquashedHead(GaussianHead):
 
 
 class BetaHead(Head):
-    """A Beta distribution between the bounds, with one peak (Chou et al., 2017)."""
+    """A unimodal Beta distribution on the bounds (Chou et al., 2017)."""
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         super().__init__(space)
@@ -154,7 +153,7 @@ class MultiCategoricalHead(Head):
 
 
 class BernoulliHead(Head):
-    """What is not allowed is a 1."""
+    """Independent Bernoulli distributions; the mask forbids ones."""
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         super().__init__(space)
@@ -187,10 +186,10 @@ DEFAULTS: Sequence[tuple[type[spaces.Space[Any]], str]] = (
 
 
 def make_head(space: spaces.Space[Any], distribution: Component = "auto", **options: Any) -> Head:
-    """The head that ``policy.distribution`` chooses, by the space's kind if that is auto; options that are None or
-    their defaults are left out.
+    """Make the head that ``policy.distribution`` chooses; ``auto`` chooses by the type of the action space.  Options
+    that are None or have their default are ignored.
 
-    Raises ValueError for an unknown one, a space that has none, and options that are for other heads.
+    Raises ValueError for an unknown head, an unsupported space, and options of other heads.
     """
     if distribution == "auto":
         names = [name for kind, name in DEFAULTS if isinstance(space, kind)]

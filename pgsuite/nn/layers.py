@@ -1,4 +1,4 @@
-"""What networks are made of."""
+"""Layers and their initialization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from pgsuite.types import Obs
 
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride (Mnih et al., 2015)
-SMALL = ((32, 3, 1), (64, 3, 1))  # for images that the above would leave nothing of
+SMALL = ((32, 3, 1), (64, 3, 1))  # for images too small for NATURE
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 
 def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float, generator: Generator | None) -> None:
-    """Draw weights that were never drawn before; biases are zero."""
-    for name, p in list(layer.named_parameters()):  # to_empty would do, and import what takes half a second
+    """Initialize a layer on the meta device with orthogonal weights and zero biases."""
+    for name, p in list(layer.named_parameters()):  # to_empty would trigger an import of half a second
         setattr(layer, name, nn.Parameter(torch.empty(p.shape)))
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     assert layer.bias is not None
@@ -38,14 +38,14 @@ def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float, generator: Generator |
 
 
 def linear(inputs: int, outputs: int, gain: float, generator: Generator | None) -> nn.Linear:
-    """Orthogonal weights of this gain, and biases of zero."""
+    """A linear layer with orthogonal weights of this gain and zero biases."""
     layer = nn.Linear(inputs, outputs, device="meta")
     orthogonal(layer, gain, generator)
     return layer
 
 
 def perceptron(sizes: Sequence[int], activation: str, generator: Generator | None = None) -> nn.Sequential:
-    """Linear layers of these sizes, of gain sqrt 2, each with its activation."""
+    """A multilayer perceptron with an activation after every layer; weights have gain sqrt 2."""
     net = nn.Sequential()
     for inputs, outputs in itertools.pairwise(sizes):
         net.extend([linear(inputs, outputs, math.sqrt(2), generator), ACTIVATIONS[activation]()])
@@ -53,10 +53,10 @@ def perceptron(sizes: Sequence[int], activation: str, generator: Generator | Non
 
 
 class Convolutions(nn.Module):
-    """Features [..., size] of images of bytes [..., C, H, W].
+    """Convolutional features [..., size] of byte images [..., C, H, W].
 
-    ``layers`` holds channels, kernel and stride of each; None stands for those of Mnih et al. (2015), or for smaller
-    ones if an image is under 36 pixels.  Raises ValueError for an image that they are too large for.
+    ``layers`` are channels, kernel and stride of each layer; None chooses those of Mnih et al. (2015), or two smaller
+    layers for images below 36 pixels.  Raises ValueError for an image smaller than a kernel.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Convolutions(nn.Module):
         self.size = channels * math.prod(sides)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)  # half the time
+        x = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)  # twice as fast
         x = x.to(next(self.net.parameters()).dtype) / 255
         return self.net(x).reshape(*image.shape[:-3], self.size)
 
 
 class Joined(nn.Module):
-    """The features of the parts of an observation, one after the other."""
+    """The concatenated features of the entries of a dictionary observation."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks from observations [..., *O] to numbers."""
+"""Networks: bodies, which compute features of observations [..., *O], and linear outputs on top of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, le
 
 
 class PolicyInput(Protocol):
-    """What a network may look at; a Rollout and a Batch both are one."""
+    """The inputs of a network; Rollout and Batch both provide them."""
 
     @property
     def obs(self) -> Obs: ...
@@ -29,7 +29,7 @@ class PolicyInput(Protocol):
 
 
 class Shape(TypedDict, total=False):
-    """What a body may be told about itself, and the generator that draws its parameters."""
+    """Arguments of a body: its layers, and the generator of its initial parameters."""
 
     hidden: Sequence[int]
     activation: str
@@ -40,36 +40,36 @@ class Shape(TypedDict, total=False):
 
 
 class Body(nn.Module):
-    """Features [..., size] of observations [..., *O], from which ``Network`` reads actions or values.
+    """Features [..., size] of observations [..., *O], the input of the output layer of a policy or critic.
 
     A body without memory defines ``forward(obs)``.  One with memory is ``sequential`` and ``carries`` its hidden state:
     it defines ``initial_state`` and ``step``, and keeps the state under its ``name``, which is policy or critic.
 
     One of your own is chosen by ``policy.body``; it is made as ``cls(obs_norm, name, generator, **settings)``.
 
-    obs_norm: what observations are, as ``obs_norm.space``, and their standardization, ``obs_norm(obs)``; it may be
+    obs_norm: the standardization of observations, ``obs_norm(obs)``, with their space, ``obs_norm.space``; may be
     shared with other bodies.
     """
 
-    sequential = False  # whether it must be shown whole columns [T, N] in time order
-    carries = False  # whether its hidden state goes on from rollout to rollout
+    sequential = False  # whether its input must be complete columns [T, N] in time order
+    carries = False  # whether its hidden state persists from one rollout to the next
 
     def __init__(self, obs_norm: Standardize, name: str, size: int, shape: str = "") -> None:
         super().__init__()
         self.obs_norm, self.name, self.size = obs_norm, name, size
-        self.shape = shape or f"{type(self).__name__} > {size}"  # for people
+        self.shape = shape or f"{type(self).__name__} > {size}"  # for display
 
     def forward(self, obs: Obs) -> Tensor:
-        """Features [..., size] of observations [..., *O], each by itself."""
+        """Features [..., size] of observations [..., *O], independently of each other."""
         raise NotImplementedError(f"{type(self).__name__} defines neither forward(obs) nor step")
 
     def initial_state(self, num_envs: int) -> HiddenState:
-        """The hidden states [num_envs, ...] before the first step of an episode."""
+        """The initial hidden states [num_envs, ...] of an episode."""
         return {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
-        """Features [..., size] of all that was seen, with the hidden states after each step where they are carried.  A
-        ``sequential`` body gets [T, N] cells, and begins with the hidden states of the first row."""
+        """Features [..., size] of all cells, and the hidden states after each step if they persist.  A ``sequential``
+        body is given [T, N] cells and starts from the hidden states of the first row."""
         if not self.sequential:
             return self(seen.obs), {}
         state, features, after = {self.name: seen.hidden_state[self.name][0]}, [], []
@@ -80,18 +80,18 @@ class Body(nn.Module):
         return torch.stack(features), {self.name: torch.stack(after)}
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
-        """Features [..., size] of single observations [..., *O], each after a hidden state of its own, and the hidden
-        states after them; where ``start`` [...], an episode begins and the hidden state before it does not count."""
+        """Features [..., size] of single observations [..., *O], each with a hidden state before it, and the hidden
+        states after them.  ``start`` [...] marks the first observations of episodes."""
         return self(obs), {}
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Features [T, N, size] of each step and of its true successor, which is reached before any episode ends."""
+        """Features [T, N, size] of each observation and of its true successor, processed in the same episode."""
         features, after = self.sequence(rollout)
         return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
 
 
 def make_body(choice: Component, obs_norm: Standardize, name: str, generator: Generator | None) -> Body:
-    """A body by its dotted path.  Raises ValueError if there is none, or its features are not of its ``size``."""
+    """Make a body by its dotted path.  Raises ValueError if it is not found, or its features have another ``size``."""
     where = f"{name}.body"
     body = make_component(choice, {}, Body, where, obs_norm, name, generator)
     start = torch.ones(1, dtype=torch.bool)
@@ -106,21 +106,20 @@ def make_body(choice: Component, obs_norm: Standardize, name: str, generator: Ge
 
 
 def zeros(space: spaces.Space[Any]) -> Obs:
-    """One observation [1, *O] of zeros."""
+    """An observation [1, *O] of zeros."""
     if isinstance(space, spaces.Dict):
         return {key: zeros(part) for key, part in space.items()}  # pyright: ignore[reportReturnType]
     return torch.zeros(1, *(space.shape or ()), dtype=torch.uint8 if is_image(space) else torch.float32)
 
 
 class Features(Body):
-    """``size`` features of each observation: what may be seen of it is standardized, images go through convolutions,
-    and all that through a memory, if there is one, and hidden layers.
+    """The default body: standardized observations, convolutions for images, an optional recurrent layer, hidden layers.
 
-    Convolutions and hidden layers are computed in ``dtype``, by autocast; parameters, what comes out, a memory, and the
-    numbers that a ``Network`` makes of them are not.
+    Convolutions and hidden layers are computed in ``dtype`` by autocast; parameters, features, the recurrent layer and
+    the output layer of a ``Network`` stay float32.
 
-    With ``privileged`` it sees the part of the observations that is for the critic, where they have one; without, the
-    rest.  ``obs_norm`` may be shared with other bodies.
+    With ``privileged`` the input is ``critic_obs`` if observations have it; otherwise it is everything else.
+    ``obs_norm`` may be shared with other bodies.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class Features(Body):
         self.dtype = torch.float32
         self.encoder, features = encoder(space)
         images = ["x".join(map(str, m.shape)) + " > " for m in self.encoder.modules() if isinstance(m, Convolutions)]
-        self.shape = "".join(images) + str(features)  # for people
+        self.shape = "".join(images) + str(features)  # for display
         self.recurrence = None
         if recurrent != "none":
             where = f"{name}.recurrent"
@@ -197,21 +196,21 @@ class Features(Body):
         """layers(x), computed in ``dtype``."""
         if self.dtype is torch.float32:
             return layers(x)
-        # Without the cache of cast weights, which a CUDA graph may not fill.
+        # The cache of cast weights is disabled: it must not be filled during the capture of a CUDA graph.
         with torch.autocast(leaves(x)[0].device.type, self.dtype, cache_enabled=False):
             return layers(x).float()
 
 
 class Network(nn.Module):
-    """``size`` numbers [..., size] about each observation, read off the features of a body."""
+    """A body with a linear output layer: ``size`` outputs [..., size] for each observation."""
 
     def __init__(self, body: Body, size: int, gain: float, generator: Generator | None) -> None:
         super().__init__()
         self.body = body
         self.out = linear(body.size, size, gain, generator)
-        self.shape = f"{body.shape}-{size}"  # for people
+        self.shape = f"{body.shape}-{size}"  # for display
 
     @property
     def sequential(self) -> bool:
-        """Whether it must be shown whole columns in time order."""
+        """Whether its input must be complete columns in time order."""
         return self.body.sequential

@@ -1,4 +1,4 @@
-"""Running statistics.  They stay frozen while a rollout is collected and learned from: ``update`` alone moves them."""
+"""Running statistics.  Only ``update`` changes them, so they are constant during collection and learning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pgsuite.types import ACTION_MASK, Obs, moments
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything ``update`` has seen, over all processes (Chan et al., 1979)."""
+    """Running mean and variance of all inputs of ``update`` over all processes (Chan et al., 1979)."""
 
     mean: Tensor
     var: Tensor
-    scale: Tensor  # one over the deviation
+    scale: Tensor  # reciprocal of the standard deviation
     count: Tensor
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
@@ -29,7 +29,7 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor) -> None:
-        """Take in x [..., *shape] where mask [...] is true."""
+        """Include x [..., *shape] where mask [...] is true."""
         weight = mask.reshape(-1, *[1] * self.mean.ndim)
         x = x.reshape(-1, *self.mean.shape).where(weight, 0.0)
         n = distributed.total(mask.sum().double())
@@ -43,13 +43,13 @@ class RunningMoments(nn.Module):
 
 
 def is_image(space: spaces.Space[Any]) -> bool:
-    """Bytes [C, H, W]."""
+    """Whether observations are byte images [C, H, W]."""
     return isinstance(space, spaces.Box) and space.dtype == "uint8" and len(space.shape) == 3
 
 
 class Standardize(nn.Module):
-    """Observations of a space with running mean and deviation taken out of its vectors, clipped to +-clip if that is
-    given; images stay as they are, and so does everything if not ``enabled``."""
+    """Standardization of observations: vectors by running mean and standard deviation, clipped to +-clip if that is
+    given.  Images are unchanged, and so is everything if not ``enabled``."""
 
     def __init__(self, space: spaces.Space[Any], clip: float | None = 10.0, enabled: bool = True) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Standardize(nn.Module):
         return clip_to((obs - self.moments.mean) * self.moments.scale, self.clip)
 
     def update(self, obs: Obs, mask: Tensor) -> None:
-        """Take in observations [..., *O] where mask [...] is true."""
+        """Include observations [..., *O] where mask [...] is true in the statistics."""
         if isinstance(obs, dict):
             for key, part in self.parts.items():
                 assert isinstance(part, Standardize)
@@ -78,18 +78,19 @@ class Standardize(nn.Module):
 
 
 def clip_to(x: Tensor, clip: float | None) -> Tensor:
-    """x, clamped to +-clip if that is given."""
+    """Clamp x to +-clip if that is given."""
     return x if clip is None else x.clamp(-clip, clip)
 
 
 class RewardScale(nn.Module):
-    """Rewards [T, N] over the running deviation of their discounted sums, so that returns have unit scale.
+    """Rewards [T, N] divided by the running standard deviation of discounted sums of rewards, so that returns have unit
+    scale.
 
-    The sum of each environment runs on from rollout to rollout and starts afresh with each episode.  Nothing is
-    subtracted from the rewards, since that would change the task (Engstrom et al., 2020, section 3).
+    The sum of each environment continues across rollouts and restarts with each episode.  No mean is subtracted, since
+    that would change the optimal policy (Engstrom et al., 2020, section 3).
     """
 
-    discounted_return: Tensor  # [N], of the episodes that are under way
+    discounted_return: Tensor  # [N], of the current episodes
 
     def __init__(self, num_envs: int, clip: float | None = 10.0) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
-        """Take in a rollout's rewards, episode starts and mask, each [T, N], discounted by gamma."""
+        """Include a rollout's rewards, with episode starts and mask, each [T, N], discounted by gamma."""
         decay, sums, sofar = gamma * (~start).to(reward.dtype), torch.empty_like(reward), self.discounted_return
         for new, kept, total in zip(reward, decay, sums, strict=True):
             sofar = torch.addcmul(new, kept, sofar, out=total)
@@ -111,12 +112,12 @@ class RewardScale(nn.Module):
 
 
 class WhitenReward(RewardScale):
-    """Rewards [T, N] of unit deviation in each rollout by itself, around the mean that they have (Ziegler et al., 2019,
-    whose code calls it whitening without a shift of the mean)."""
+    """Rewards [T, N] scaled to unit standard deviation within each rollout, with their mean unchanged (Ziegler et al.,
+    2019: whitening without shift of the mean)."""
 
     def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
         mean, variance = moments(reward, mask)
         return clip_to((mean + (reward - mean) * (variance + 1e-8).rsqrt()).where(mask, 0.0), self.clip)
 
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
-        """Nothing: each rollout is measured by itself."""
+        """Do nothing: each rollout is whitened by its own statistics."""

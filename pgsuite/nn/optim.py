@@ -1,4 +1,4 @@
-"""Gradient steps: averaged over processes first, clipped second, applied in place."""
+"""Optimizers: gradients are averaged over processes, then clipped, then applied in place."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to minimize, and met
 
 
 class Optimizer(ABC):
-    """One optimizer over the parameters of several modules.
+    """An optimizer over the parameters of several modules.
 
-    It moves them into one vector, ``flat`` [P], of which they become views: the collective, the norm, the clipping and
-    the step are then one operation each, however many layers there are.  The learning rate is a tensor, so that a
-    schedule may write to it and nothing is read back to the host; steps are taken at ``lr_scale`` of it, which is one
-    until a run had to be slowed down.  ``max_grad_norm`` bounds the global norm of the averaged gradient; None leaves
-    it alone.
+    The parameters become views of one vector, ``flat`` [P], so that all-reduce, norm, clipping and step are one
+    operation each, whatever the number of layers.  The learning rate is a tensor, which a schedule may write to, so
+    nothing is read back to the host.  Steps use ``lr * lr_scale``; ``lr_scale`` is one until a recovery lowers it.
+    ``max_grad_norm`` bounds the global norm of the averaged gradient; None disables clipping.
 
-    A subclass defines ``apply_gradient``.  One of your own is chosen by ``algo.optim``; it is made as
+    A subclass defines ``apply_gradient``.  A custom optimizer is chosen by ``algo.optim`` and constructed as
     ``cls(modules, lr, max_grad_norm, **settings)``.
     """
 
-    state_names: tuple[str, ...] = ()  # of its tensors beside ``flat``, in the order of ``apply_gradient``
-    host_sync_reason: str | None = None  # what a step reads back to the host; None where it reads nothing
+    state_names: tuple[str, ...] = ()  # names of its state tensors, in the order of ``apply_gradient``
+    host_sync_reason: str | None = None  # what a step reads back to the host; None if nothing
 
     def __init__(
         self, modules: Sequence[nn.Module], lr: float | Tensor, max_grad_norm: float | Tensor | None = None
@@ -45,14 +44,14 @@ class Optimizer(ABC):
             p.data = chunk
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
         self.lr_scale = torch.ones_like(self.lr)
-        self.skip_mask: Tensor | None = None  # [] bool: where it is true, steps change nothing
+        self.skip_mask: Tensor | None = None  # [] bool: if true, steps change nothing
         self.gradient_step = Kernel("gradient step", self._gradient_step)
 
     def step(self, objective: Objective, *seen: Any) -> Metrics:
-        """One step down the gradient of the loss that objective(*seen) begins with; the metrics that follow it, and
-        the gradient's global norm before clipping.
+        """Take one gradient step on the loss objective(*seen)[0].  Returns the metrics of the objective, and as
+        ``grad_norm`` the global gradient norm before clipping.
 
-        Raises RuntimeError if another optimizer has since taken parameters of this one.
+        Raises RuntimeError if parameters are no longer views of ``flat``.
         """
         self.check_views()
         metrics, moved = self.gradient_step(objective, *seen)
@@ -62,7 +61,7 @@ class Optimizer(ABC):
         return metrics
 
     def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
-        """Where a step would lead: the metrics, and what takes the place of ``flat`` and the optimizer's state."""
+        """Compute a step without applying it: the metrics, and the new values of ``flat`` and of the state tensors."""
         loss, metrics = objective(*seen)
         gradient, norm = self.clip(trust_region.flat_grad(loss, self.params))
         with torch.no_grad():
@@ -70,19 +69,19 @@ class Optimizer(ABC):
 
     @abstractmethod
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
-        """What takes the place of ``flat`` and of the tensors of ``state_names`` after a step against a gradient [P],
-        which is averaged over processes and clipped.  Nothing is written in place, so that the step can be compiled."""
+        """The new values of ``flat`` and of the tensors of ``state_names`` after a step with a gradient [P] that is
+        averaged over processes and clipped.  Pure, so that the step can be compiled."""
 
     @torch.no_grad()
     def clip(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient [P], scaled down to ``max_grad_norm``, and its norm [] before that."""
+        """The gradient [P], clipped to the norm ``max_grad_norm``, and its norm [] before clipping."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return gradient, norm
 
     def chunks(self, flat: Tensor) -> list[Tensor]:
-        """Views of a vector [P], shaped as the parameters."""
+        """Views of a vector [P] with the shapes of the parameters."""
         parts = flat.split([p.numel() for p in self.params])
         return [chunk.view_as(p) for p, chunk in zip(self.params, parts, strict=True)]
 
@@ -121,7 +120,7 @@ class Adam(Optimizer):
         super().__init__(modules, lr, max_grad_norm)
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # decaying means [P]
-        self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # or 1 - 0.999 would lose half its digits
+        self.steps = torch.zeros_like(self.lr, dtype=torch.float64)  # in float32, 1 - 0.999 would lose half its digits
 
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
         steps = self.steps + 1
@@ -161,8 +160,8 @@ class MakesTorchOptimizer(Protocol):
 
 
 class TorchOptimizer(Optimizer):
-    """Any optimizer of the ``torch.optim`` kind.  The loss with its gradient is a kernel, the step is not: these
-    optimizers count their steps and read their learning rate on the host."""
+    """An adapter for optimizers of ``torch.optim``.  Loss and gradient are a kernel, the step is not: these optimizers
+    keep their step count and learning rate on the host."""
 
     host_sync_reason = "a torch.optim optimizer takes its learning rate from the host; adam and rmsprop do not"
 
@@ -224,10 +223,10 @@ def make_optimizer(
     max_grad_norm: float | Tensor | None = None,
     where: str = "algo.optim",
 ) -> Optimizer:
-    """The optimizer that a setting chooses: adam, rmsprop, a subclass of ``Optimizer`` or of ``torch.optim.Optimizer``
-    by its dotted path, or ``{_target_: torch.optim.AdamW, weight_decay: 0.01}``.
+    """Make the optimizer that a setting chooses: adam, rmsprop, a subclass of ``Optimizer`` or of
+    ``torch.optim.Optimizer`` by its dotted path, or ``{_target_: torch.optim.AdamW, weight_decay: 0.01}``.
 
-    Raises ValueError for an unknown one, for settings that it does not have, and for one that wants a closure.
+    Raises ValueError for an unknown optimizer, for settings that it does not have, and for one that needs a closure.
     """
     cls: type[Any] = component_class(optim, OPTIMIZERS, object, where)
     if not issubclass(cls, torch.optim.Optimizer):

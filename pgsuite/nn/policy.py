@@ -1,5 +1,8 @@
-"""Policies and critics.  Both read obs [..., *O], memory and start [...] from whatever they are given; those without
-memory look at obs alone, and those with one want [T, N] cells, in time order."""
+"""Policies and critics.
+
+Their input provides obs [..., *O], hidden_state and start [...].  Feedforward networks use obs only; recurrent ones
+need [T, N] cells in time order.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,15 @@ from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Metrics, Obs, Ro
 
 
 class PolicyOutput(NamedTuple):
-    """What a policy does about one observation of each environment."""
+    """A policy's decision for one observation of each environment."""
 
     action: Tensor  # [N, *A]
     logp: Tensor  # [N]
-    hidden_state: HiddenState  # after it
+    hidden_state: HiddenState  # after the observation
 
 
 class Policy(Network):
-    """A policy over observations [..., *O].  A ``body`` and a ``head`` of its own take the place of those that are made
-    for the spaces."""
+    """A stochastic policy over observations [..., *O].  If ``body`` or ``head`` is None, it is made for the spaces."""
 
     def __init__(
         self,
@@ -55,11 +57,11 @@ class Policy(Network):
         return self.body.obs_norm
 
     def update_statistics(self, rollout: Rollout) -> None:
-        """Take in what was seen.  Statistics move only here, between one update and the next rollout."""
+        """Update the running statistics of observations, after an update and before the next rollout."""
         self.obs_norm.update(rollout.obs, rollout.mask)
 
     def initial_state(self, num_envs: int) -> HiddenState:
-        """The memory of having seen nothing."""
+        """The initial hidden states of an episode."""
         return self.body.initial_state(num_envs)
 
     def dist(self, seen: PolicyInput) -> Distribution:
@@ -79,38 +81,38 @@ class Policy(Network):
         *,
         deterministic: bool = False,
     ) -> PolicyOutput:
-        """Sample an action for each environment, or take the likeliest."""
+        """Sample an action for each environment, or take the mode."""
         return self.choose(obs, hidden_state, start, lambda d: d.mode() if deterministic else d.sample(generator))
 
     def choose(
-        self, obs: Obs, hidden_state: HiddenState, start: Tensor, pick: Callable[[Distribution], Tensor]
+        self, obs: Obs, hidden_state: HiddenState, start: Tensor, select: Callable[[Distribution], Tensor]
     ) -> PolicyOutput:
-        """What to do in each environment, where ``pick`` takes an action [N, *A] from a distribution of them."""
+        """The decision in each environment; ``select`` maps the action distribution to an action [N, *A]."""
         features, hidden_state = self.body.step(obs, hidden_state, start)
         dist = self.distribution(features, obs)
-        action = pick(dist)
+        action = select(dist)
         return PolicyOutput(action, dist.log_prob(action), hidden_state)
 
     def critic_body(self) -> Body | None:
-        """A body for a critic that is not ``shared``; None stands for one made for the observation space."""
+        """A body for a critic that is not ``shared``; None if it is to be made for the observation space."""
         return None
 
     def frozen_copy(self) -> Policy:
-        """A copy that stays as it is: without gradients, and untouched by later updates of this policy."""
+        """A copy without gradients, which later updates of this policy do not change."""
         return copy.deepcopy(self).requires_grad_(False)
 
     def metrics(self) -> Metrics:
-        """What a practitioner keeps an eye on."""
+        """Diagnostics of the action distribution."""
         return self.head.metrics()
 
 
 class Critic(Network):
     """State values [...] of observations [..., *O].
 
-    A ``shared`` critic reads its values off the body of a policy; else it has a ``body`` of its own, made for the space
-    if none is given.  A memory that is carried goes on, from rollout to rollout, in each of ``num_envs`` environments.
-    One with ``zero_init`` begins with values of zero.  Raises ValueError where a shared body would not see what is for
-    the critic alone.
+    A ``shared`` critic uses the body of a policy; otherwise it has its own ``body``, made for the observation space if
+    None.  A recurrent critic keeps its hidden state from rollout to rollout, in each of ``num_envs`` environments.
+    With ``zero_init`` all initial values are zero.  Raises ValueError for a shared body if observations have
+    ``critic_obs``.
     """
 
     hidden_state: Tensor
@@ -139,12 +141,12 @@ class Critic(Network):
 
     @property
     def remembers(self) -> bool:
-        """Whether it has a memory of its own, and none that the policy's actions come with."""
+        """Whether it has a hidden state of its own, rather than none or the policy's."""
         return self.body.carries and not self.shared
 
     @property
     def own(self) -> nn.Module:
-        """What of it is no policy's, and may be fitted without moving one."""
+        """The module whose parameters can be fitted without changing the policy."""
         return self.out if self.shared else self
 
     def forward(self, seen: PolicyInput) -> Tensor:
@@ -154,12 +156,12 @@ class Critic(Network):
         return self.out(features).squeeze(-1)
 
     def _values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The value [T, N] of each step and of its true successor."""
+        """The values [T, N] of each observation and of its true successor."""
         features, following = self.body.successors(rollout)
         return self.read(features), self.read(following)
 
     def attach_critic_state(self, rollout: Rollout) -> Rollout:
-        """The rollout, with what the critic remembers of those before it."""
+        """The rollout with the critic's hidden state at its start."""
         if not self.remembers:
             return rollout
         hidden_state = self.hidden_state.expand(len(rollout.start), *self.hidden_state.shape)
@@ -167,6 +169,6 @@ class Critic(Network):
 
     @torch.no_grad()
     def update_statistics(self, rollout: Rollout) -> None:
-        """Remember to the end of a rollout."""
+        """Advance the hidden state to the end of a rollout."""
         if self.remembers:
             self.hidden_state.copy_(self.body.sequence(self.attach_critic_state(rollout))[1]["critic"][-1])

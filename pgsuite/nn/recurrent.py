@@ -1,7 +1,7 @@
-"""Memory: recurrences over [T, ...] sequences in time order, cleared where episodes start.
+"""Recurrent layers over [T, ...] sequences in time order; the hidden state is reset where episodes start.
 
-They are written out in plain operations, since fused ones give neither second derivatives nor a clearing between
-steps: trust regions need the first, and rollouts in which episodes follow one another the second.
+They are written in elementary operations: fused kernels support neither second derivatives, which trust regions need,
+nor resets within a sequence, which rollouts with several episodes need.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pgsuite.nn.layers import linear, tanh
 
 
 class Recurrence(nn.Module):
-    """A recurrent layer: ``size`` outputs at every step, and a hidden state of ``width`` numbers.
+    """A recurrent layer with ``size`` outputs at every step and a hidden state of ``width`` numbers.
 
-    A subclass says how many ``gates`` of ``size`` the inputs are projected to, its ``width``, and how a ``step`` goes.
-    One of your own is chosen by ``policy.recurrent``; it is made as ``cls(inputs, size, generator, **settings)``.
+    A subclass defines ``gates``, the number of projections of the input to ``size`` numbers, ``width``, and ``step``.
+    A custom layer is chosen by ``policy.recurrent`` and constructed as ``cls(inputs, size, generator, **settings)``.
     """
 
     gates: int
@@ -29,13 +29,13 @@ class Recurrence(nn.Module):
         self.recall = linear(size, self.gates * size, 1.0, generator)
 
     def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
-        """The hidden state [..., width] after a step, of which the first ``size`` numbers are the outputs; ``drive``
+        """The hidden state [..., width] after a step; its first ``size`` numbers are the outputs.  ``drive``
         [..., gates * size] is the projection of the inputs."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, hidden_state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each,
-        beginning with one [..., width]; it is zero again at every step where start [T, ...]."""
+        """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each step,
+        from an initial hidden state [..., width].  It is reset to zero before steps where start [T, ...] is true."""
         after = []
         for drive, fresh in zip(self.read(x).unbind(), start.unsqueeze(-1).unbind(), strict=True):
             hidden_state = self.step(drive, torch.where(fresh, 0.0, hidden_state))
@@ -58,7 +58,7 @@ class GRU(Recurrence):
 
 class LSTM(Recurrence):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997), with the gates in torch's order: input, forget, new,
-    output.  It begins by remembering: the forget gate's bias is one (Jozefowicz et al., 2015)."""
+    output.  The forget gate's bias is initially one (Jozefowicz et al., 2015)."""
 
     gates = 4
 

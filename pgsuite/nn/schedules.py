@@ -1,10 +1,10 @@
-"""Numbers that change in the course of a run, written where a method expects a number.
+"""Schedules, which may be given wherever a method has a numerical setting.
 
 - ``{constant: 0.01}``
 - ``{linear: [3e-4, 0]}``: straight from one to the other over the run
 - ``{cosine: [3e-4, 0]}``: along half a cosine (Loshchilov and Hutter, 2017)
 - ``{piecewise: {0: 0, 0.1: 3e-4, 1: 0}}``: straight between values at fractions of the run
-- ``{adaptive: {start: 3e-4, kl: 0.01}}``: smaller after an update whose KL is large, greater after a small one
+- ``{adaptive: {start: 3e-4, kl: 0.01}}``: decreased after an update with a large KL, increased after a small one
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pgsuite.settings import closest
 
 
 class Schedule(nn.Module, ABC):
-    """A number in the course of a run: the zero-dimensional ``value``, which is written in place.
+    """A scheduled number: the zero-dimensional ``value``, which is written in place.
 
-    ``numbers`` are those that it was made of, the first of them its start.
+    ``numbers`` are the values that define the schedule, beginning with the initial one.
     """
 
     written: ClassVar[str]
@@ -33,14 +33,14 @@ class Schedule(nn.Module, ABC):
 
     def __init__(self, *numbers: float) -> None:
         super().__init__()
-        if None in numbers:  # which some settings may be, but on the way to no number
+        if None in numbers:  # a setting may be None, a point of a schedule may not
             raise TypeError(numbers)
         self.numbers = numbers
         self.register_buffer("value", torch.tensor(float(numbers[0])))
 
     @abstractmethod
     def at(self, fraction: float) -> float:
-        """The number when a fraction of the run is behind."""
+        """The value at a fraction of the run, from 0 to 1."""
 
     def progress(self, fraction: float) -> None:
         self.value.fill_(self.at(fraction))
@@ -93,9 +93,9 @@ class Piecewise(Schedule):
 
 
 class Adaptive(Schedule):
-    """Divided by ``factor`` after an update whose KL(old || new) is above ``band`` times the target ``kl``, multiplied
-    by it after one whose KL is below the target over ``band``, and held between ``low`` and ``high``, by default a
-    hundredth and a hundred times the start.  A factor below one turns it round, for prices of straying.  Nothing is
+    """Divided by ``factor`` after an update whose KL(old || new) exceeds ``band`` times the target ``kl``, multiplied
+    by ``factor`` after one whose KL is below the target divided by ``band``, and clamped to ``low`` and ``high``, by
+    default 0.01 and 100 times the start.  For the coefficient of a KL penalty, ``factor`` is below one.  Nothing is
     read back to the host.
     """
 
@@ -120,10 +120,10 @@ class Adaptive(Schedule):
         return self.numbers[0]
 
     def progress(self, fraction: float) -> None:
-        """Nothing: what moves it is ``react``."""
+        """Do nothing: ``react`` changes the value."""
 
     def react(self, kl: Tensor) -> None:
-        """Follow the KL of the update just made."""
+        """Adapt to the KL of the last update."""
         far, near = kl > self.band * self.kl, kl < self.kl / self.band
         change = torch.where(far, 1 / self.factor, torch.where(near, self.factor, 1.0))
         self.value.mul_(change).clamp_(self.low, self.high)
@@ -139,7 +139,7 @@ KINDS: dict[str, type[Any]] = {
 
 
 def parse(given: Mapping[str, Any], where: str) -> Schedule:
-    """The schedule that is written so.  Raises ValueError, saying how it should have been written."""
+    """Parse a schedule.  Raises ValueError with the correct syntax."""
     if len(given) != 1:
         raise ValueError(f"{where} must be a number or one schedule, such as {Linear.written}, got {dict(given)}")
     ((kind, value),) = given.items()
@@ -153,10 +153,10 @@ def parse(given: Mapping[str, Any], where: str) -> Schedule:
 
 
 class Scheduled:
-    """A dataclass that checks its fields, and whose numbers may be given as schedules.
+    """A dataclass that validates its fields, and accepts schedules for numerical ones.
 
-    A scheduled field holds a zero-dimensional tensor that is written in place, so that whatever was made of it follows;
-    one of whole numbers holds a number, rounded.
+    A scheduled field holds a zero-dimensional tensor that is written in place, so that every object that holds it sees
+    the current value; a scheduled integer field holds a rounded int.
     """
 
     def __post_init__(self) -> None:
@@ -173,15 +173,15 @@ class Scheduled:
             setattr(self, name, round(schedule.numbers[0]) if kind is int else schedule.value)
         settings.check(self, skip=self.schedules)
 
-    def place(self, device: torch.device) -> None:
-        """Put the scheduled numbers where they are needed."""
+    def to(self, device: torch.device) -> None:
+        """Move the scheduled numbers to a device."""
         for name, schedule in self.schedules.items():
             schedule.to(device)
             if isinstance(getattr(self, name), Tensor):
                 setattr(self, name, schedule.value)
 
     def set_progress(self, fraction: float) -> None:
-        """Have every scheduled number be what it is when a fraction of the run is behind."""
+        """Set every scheduled number to its value at a fraction of the run."""
         for name, schedule in self.schedules.items():
             schedule.progress(fraction)
             if not isinstance(getattr(self, name), Tensor):
@@ -189,7 +189,7 @@ class Scheduled:
 
     @property
     def adaptive(self) -> list[Adaptive]:
-        """Those that are told of every update's KL."""
+        """The schedules that adapt to the KL of each update."""
         return [schedule for schedule in self.schedules.values() if isinstance(schedule, Adaptive)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A module's parameters as an argument."""
+"""Functional calls of modules, with the parameters as an argument."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-class Call(nn.Module):
-    """``torch.func`` swaps parameters for the length of a forward; this makes one of any function."""
+class FunctionalCall(nn.Module):
+    """Wraps a function as the forward of a module, so that ``torch.func.functional_call`` can swap parameters in it."""
 
     def __init__(self, module: nn.Module, fn: Callable[[], object]) -> None:
         super().__init__()
@@ -23,12 +23,12 @@ class Call(nn.Module):
 
 
 def functional_in_parameters(module: nn.Module, fn: Callable[[], T]) -> Callable[[Tensor], T]:
-    """fn, which calls module, as a function of the module's parameters in one vector [P] in their order.
+    """fn, which calls module, as a function of the module's parameters as one vector [P].
 
-    The vector may require gradients, be a dual number or be one of many under ``vmap``.  The module's own parameters
-    stay where and as they are.
+    The vector may require gradients, be a dual tensor or be batched by ``vmap``.  The module's own parameters are
+    neither read nor changed.
     """
-    call = Call(module, fn)
+    call = FunctionalCall(module, fn)
     params = dict(call.named_parameters())
     sizes = [p.numel() for p in params.values()]
 

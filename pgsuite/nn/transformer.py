@@ -1,7 +1,7 @@
 """Causal transformers over columns of tokens [T, N].
 
-Attention is written out in plain operations, as recurrences are: fused kernels give neither second derivatives nor
-forward-mode ones, and trust regions need them.
+Attention is written in elementary operations: fused kernels support neither second derivatives nor forward mode, which
+trust regions need.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import gelu
 from pgsuite.nn.layers import linear
 from pgsuite.types import HiddenState
 
-SEEN = "seen"  # [N, S] bool, which tokens of the cache there are to attend to
+SEEN = "seen"  # [N, S] bool, real tokens of the cache, which are attended to
 
 
 class RMSNorm(nn.Module):
@@ -32,8 +32,8 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
-    """x [N, H, T, D] turned by the angles of its positions [N, T], so that products of two know only how far apart they
-    are (Su et al., 2021, equation 34)."""
+    """Rotary position embedding of x [N, H, T, D] at positions [N, T]: inner products of queries and keys depend on
+    relative positions only (Su et al., 2021, equation 34)."""
     half = x.shape[-1] // 2
     rates = base ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
     angle = (position.to(x.dtype).unsqueeze(-1) * rates).unsqueeze(1)
@@ -43,12 +43,12 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each on what is normalized and added to what is not (pre-norm: Xiong et al.,
-    2020)."""
+    """A transformer block: attention and a perceptron, both with pre-normalization and a residual connection (Xiong et
+    al., 2020)."""
 
     def __init__(self, width: int, heads: int, depth: int, generator: Generator | None) -> None:
         super().__init__()
-        quiet = 1 / math.sqrt(2 * depth)  # of what is added, so that all blocks together add one (Radford et al., 2019)
+        quiet = 1 / math.sqrt(2 * depth)  # gain of the residual branches (Radford et al., 2019)
         self.heads = heads
         self.attention_norm, self.norm = RMSNorm(width), RMSNorm(width)
         self.project = linear(width, 3 * width, 1.0, generator)
@@ -59,8 +59,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, visible: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [N, T, W] after the block, and keys and values [N, H, S + T, D] after it; ``visible`` [N, T, S + T] says
-        which of them each position attends to."""
+        """The output [N, T, W] for x [N, T, W], and the keys and values [N, H, S + T, D] including the ``past`` ones.
+        ``visible`` [N, T, S + T] is the attention mask."""
         n, t, width = x.shape
         parts = self.project(self.attention_norm(x)).view(n, t, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()
@@ -74,10 +74,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """``width`` features of each token, given those before it.
+    """A causal transformer: ``width`` features of each token, given the preceding ones.
 
-    Rotary positions, which count the real tokens of a column; no dropout, so that a policy that learns is the policy
-    that acted.  Raises ValueError where heads do not divide the width into even parts.
+    Positions are rotary and count the real tokens of a column.  There is no dropout, so that the importance ratio is
+    one before the first update.  Raises ValueError unless width is a multiple of twice the number of heads.
     """
 
     def __init__(
@@ -92,17 +92,19 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, generator=generator)
         self.blocks = nn.ModuleList(Block(width, heads, layers, generator) for _ in range(layers))
         self.norm = RMSNorm(width)
-        self.shape = f"{vocabulary} > transformer {width} x {layers}"  # for people
+        self.shape = f"{vocabulary} > transformer {width} x {layers}"  # for display
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        """Features [T, N, width] of tokens [T, N], one text a column; those that are not ``real`` [T, N] are not
-        attended to, and their own features mean nothing."""
-        return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
+        """Features [T, N, width] of tokens [T, N], one text per column.  Tokens that are not ``real`` [T, N] are not
+        attended to, and their own features are meaningless."""
+        return self.forward_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[
+            0
+        ]
 
-    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
-        """Features [T, N, width] of tokens [T, N] that go on where a cache ends, and the cache after them: keys and
-        values [N, heads, S, width / heads] of each layer, and which of them are real, ``seen`` [N, S].  An empty
-        dictionary is the cache of having seen nothing."""
+    def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
+        """Features [T, N, width] of tokens [T, N] that follow the tokens of a cache, and the extended cache: keys and
+        values [N, heads, S, width / heads] of each layer, and the mask of real tokens, ``seen`` [N, S].  The initial
+        cache is an empty dictionary."""
         real = real.T
         seen, position, visible = look(real, cache)
         after, x = {SEEN: seen}, self.embed(tokens.T)
@@ -113,9 +115,12 @@ class Transformer(nn.Module):
 
 
 def look(real: Tensor, cache: HiddenState) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens there are after ``real`` [N, T] more than the cache holds, [N, S + T]; the position of the new ones
-    among the real ones [N, T]; and which each of them attends to [N, T, S + T]: those before it that are real, and
-    itself, for padding must attend to something."""
+    """Masks and positions for new tokens, whose mask of real ones is ``real`` [N, T], after those of the cache.
+
+    Returns the mask of real tokens [N, S + T], the positions of the new tokens among the real ones [N, T], and the
+    attention mask [N, T, S + T]: each token attends to the real tokens before it, and to itself, since padding must
+    attend to something.
+    """
     past = cache[SEEN] if cache else real[:, :0]
     seen = torch.cat([past, real], 1)
     position = past.sum(1, keepdim=True) + real.cumsum(1) - 1
@@ -125,7 +130,7 @@ def look(real: Tensor, cache: HiddenState) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LanguageModel(nn.Module):
-    """Logits [T, N, vocabulary] of the token after each, from a transformer's features."""
+    """A causal language model: logits [T, N, vocabulary] of each next token."""
 
     def __init__(self, body: Transformer, generator: Generator | None = None) -> None:
         super().__init__()
@@ -136,12 +141,12 @@ class LanguageModel(nn.Module):
         return self.out(self.body(tokens, real))
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write what ``load`` reads, and with it facts that are tensors, numbers, words or nests of them."""
+        """Write a file for ``load``, with additional facts: tensors, numbers, strings, or nests of them."""
         torch.save({"model": self.body.config, "state": self.state_dict()} | facts, path)
 
     @classmethod
     def load(cls, path: Path) -> LanguageModel:
-        """What ``save`` wrote; nothing in the file is executed.  Raises ValueError for anything else."""
+        """Load a file of ``save``, without executing code.  Raises ValueError for any other file."""
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
             model = cls(Transformer(**found["model"]))

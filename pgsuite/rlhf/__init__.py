@@ -1,4 +1,4 @@
-"""Language models: policies over tokens, environments of prompts, reward models, alignment."""
+"""Reinforcement learning of language models: policies over tokens, environments of prompts, reward models."""
 
 from pgsuite.rlhf.env import Language, LanguageEnv
 from pgsuite.rlhf.generation import GenerationCollector

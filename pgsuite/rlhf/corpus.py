@@ -1,4 +1,4 @@
-"""What of the corpus an environment asks for by name: its words, and openings to go on with."""
+"""The vocabulary and the prompts of the generated corpus, for ``env.tokens`` and ``env.prompts``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pgsuite.rlhf.grammar import Grammar
 from pgsuite.rlhf.tokens import Vocabulary
 
 DRAWN = 2_000
-EVERY = 5  # one opening in so many is held out
+EVERY = 5  # one of so many distinct prompts is held out
 
 
 def vocabulary() -> Vocabulary:
@@ -14,13 +14,13 @@ def vocabulary() -> Vocabulary:
 
 
 def prompts() -> list[str]:
-    """Openings as often as the grammar draws them, without those that are held out."""
+    """Training prompts: samples of the grammar, repeated as drawn, without the held-out ones."""
     apart = set(held_out())
     return [prompt for prompt in _drawn() if prompt not in apart]
 
 
 def held_out() -> list[str]:
-    """Some openings, each once, that ``prompts`` has none of."""
+    """Held-out prompts, each once; disjoint from ``prompts``."""
     return sorted(set(_drawn()))[::EVERY]
 
 

@@ -1,4 +1,4 @@
-"""Prompts to respond to, and what is thought of the responses."""
+"""Environments of prompts, with rewards of responses."""
 
 from __future__ import annotations
 
@@ -19,49 +19,51 @@ from pgsuite.rollout import Collector
 from pgsuite.settings import Count, NonNegative
 from pgsuite.types import Step
 
-Reward = Callable[[list[str], list[str]], Tensor]  # prompts and responses -> [N], or [L, N] of their tokens
+Reward = Callable[[list[str], list[str]], Tensor]  # prompts and responses -> rewards [N], or [L, N] per token
 Ensemble = Literal["mean", "minimum"]
 
 
 class Tokens(Protocol):
-    """Between texts and tokens."""
+    """The tokenizer protocol."""
 
-    pad: int  # stands where nothing does
+    pad: int  # padding token
     stop: int  # ends a response
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The size of the vocabulary."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens [P, N] of prompts as a model begins with them, and which of them are real [P, N]."""
+        """Tokens [P, N] of prompts, with a beginning token if the model uses one, and the mask of real ones [P, N]."""
         ...
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """The texts of responses [L, N], each up to its stop token, with nothing said of padding."""
+        """The texts of responses [L, N], each up to its stop token, without padding."""
         ...
 
 
 @dataclass(kw_only=True, eq=False)
 class Language(VectorEnvConfig):
-    """Prompts, tokens and rewards, each found at a dotted path ``package:name`` or made by what is found there.
+    """Prompts, tokenizer and rewards, each an object at a path ``package:name``, or the result of calling it.
 
-    ``rewards`` are models' files: ``reward`` is then called with each of them, and with how ensembles are made one, and
-    makes of it what is otherwise at its path, a callable of prompts and responses.
+    ``reward`` is a callable of prompts and responses.  With ``rewards``, which are files of reward models, it is
+    instead called with each file and with ``ensemble``, and returns such a callable.
     """
 
     backends = ("language",)
 
-    prompts: str = ""  # a list of texts, or what makes one; or a file with one on each line
-    tokens: str = ""  # an object with pad, stop, encode and decode, or what makes one; or a directory of transformers
+    prompts: str = ""  # a list of texts, or a function that makes one; or a file with one on each line
+    tokens: str = (
+        ""  # an object with pad, stop, encode and decode, or a function that makes one; or a directory of transformers
+    )
     reward: str = ""  # a callable of prompts and responses
     rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
-    ensemble: Ensemble = "mean"  # of several; the minimum is what the most doubtful one says (Coste et al., 2024)
-    scorer: str | None = None  # true score, if it is known: logged, never learned from
-    held_out: str | None = None  # prompts to evaluate on, never learned from
+    ensemble: Ensemble = "mean"  # of several rewards; the minimum is conservative (Coste et al., 2024)
+    scorer: str | None = None  # true score, if it is known: logged, not used for training
+    held_out: str | None = None  # prompts for evaluation, not used for training
     samples: Count = 1  # responses to each prompt
-    length: Count = 32  # the most tokens of a response
-    truncation_penalty: NonNegative = 0.0  # taken off the reward of a response without a stop token
+    length: Count = 32  # maximum number of tokens of a response
+    truncation_penalty: NonNegative = 0.0  # subtracted from the reward of a response without a stop token
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
@@ -89,8 +91,8 @@ class Language(VectorEnvConfig):
         )
 
     def made_of(self, file: str) -> Reward:
-        """What ``reward`` makes of a file.  Raises ValueError where it makes no callable, and UserError for a file that
-        it refuses."""
+        """The reward function that ``reward`` makes of a file.  Raises ValueError if it makes no callable, and passes
+        on UserError for an invalid file."""
         made: Any = None
         try:
             made = make(self.reward, "env.reward", file, self.ensemble)
@@ -127,7 +129,7 @@ class Language(VectorEnvConfig):
 
 
 class PretrainedTokens:
-    """The tokenizer of a directory of the ``transformers`` library.  Raises ValueError for one without a stop token."""
+    """A tokenizer saved by the ``transformers`` library.  Raises ValueError for one without a stop token."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -154,19 +156,18 @@ class PretrainedTokens:
 
 
 class LanguageEnv:
-    """N responses at a time, to prompts that are drawn anew for each, or for each ``samples`` of them.
+    """N responses at a time, to prompts drawn at random; groups of ``samples`` responses have the same prompt.
 
-    ``GenerationCollector`` asks for ``prompts`` and has the responses ``score``d.  Token by token it is an environment
-    like others, as evaluations play it: what it shows is a token, an action is the next one, and within a prompt, where
-    the next one is given, an action does nothing.
+    ``GenerationCollector`` calls ``prompts`` and ``score``.  For evaluation it is also an ordinary environment, stepped
+    token by token: the observation is a token and the action the next one; within a prompt, actions have no effect.
     """
 
     backend, is_resumable = "language", True
 
     @property
     def collector(self) -> type[Collector]:
-        """What fills rollouts from these environments: whole responses are generated instead of stepped."""
-        from pgsuite.rlhf.generation import GenerationCollector  # which is about these environments
+        """The collector of these environments, which generates complete responses instead of steps."""
+        from pgsuite.rlhf.generation import GenerationCollector  # circular at module level
 
         return GenerationCollector
 
@@ -187,7 +188,7 @@ class LanguageEnv:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        """Raises ValueError where there are no prompts, or one that has no tokens."""
+        """Raises ValueError without prompts, and for a prompt without tokens."""
         self.options = {
             "ensemble": ensemble,
             "scorer": scorer,
@@ -217,21 +218,21 @@ class LanguageEnv:
             f"{self.name} | {len(self.texts):,} prompts of up to {self.width} tokens, responses of up to {length} | "
             f"{num_envs} at a time{each}"
         )
-        self.ordered = False  # each prompt in its turn, instead of drawn
+        self.ordered = False  # prompts in order instead of at random
         self.generator = seeding.generator(seed, "environment")
-        self.chosen = torch.zeros(num_envs, dtype=torch.long)  # which prompt each answers
+        self.chosen = torch.zeros(num_envs, dtype=torch.long)  # index of the prompt of each response
         self.text = torch.full((self.max_episode_steps + 1, num_envs), self.pad, device=self.device)
         self.clock = torch.zeros(num_envs, dtype=torch.long, device=self.device)
 
     def apart(self) -> LanguageEnv:
-        """Each of the prompts that are held out once, or without them each of these, in order."""
+        """An environment with each held-out prompt once, in order; without held-out prompts, with each training one."""
         texts, placed = self.held_out or self.texts, {"device": self.device, "dtype": self.dtype}
         env = LanguageEnv(texts, self.tokens, self.rewards, num_envs=len(texts), **self.options, **placed)
         env.ordered = True
         return env
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts [P, N] with what is missing to the longest at their beginning, and which tokens are real [P, N]."""
+        """Prompts [P, N], left-padded, and the mask of real tokens [P, N]."""
         tokens, real = self.tokens.encode(texts)
         if not bool(real.any(0).all()):
             raise ValueError(f"a prompt has no tokens: {texts[int(real.any(0).long().argmin())]!r}")
@@ -240,7 +241,7 @@ class LanguageEnv:
         return tokens.where(real, self.pad).to(self.device), real.to(self.device)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
-        """The prompts [P, N] of the next N responses, those of one prompt side by side, and which tokens are real."""
+        """The prompts [P, N] of the next N responses, with groups in adjacent columns, and the mask of real tokens."""
         drawn = torch.randint(len(self.texts), (self.num_envs // self.samples,), generator=self.generator)
         drawn = torch.arange(self.num_envs) if self.ordered else drawn
         self.chosen = drawn.repeat_interleave(self.samples)
@@ -248,8 +249,8 @@ class LanguageEnv:
         return self.encoded[:, chosen], self.real[:, chosen]
 
     def score(self, tokens: Tensor, written: Tensor) -> Tensor:
-        """The reward [L, N] of each token of the responses in texts [P + L, N], which are ``written`` [L, N]: all of it
-        at their last one, if their reward is one number."""
+        """The reward [L, N] of each response token in texts [P + L, N]; ``written`` [L, N] is the mask of real ones.  A
+        reward of the whole response is paid at its last token."""
         prompts = [self.texts[i] for i in self.chosen.tolist()]
         responses = tokens[-len(written) :]
         said = self.tokens.decode(responses.cpu())
@@ -264,8 +265,8 @@ class LanguageEnv:
         return (reward - self.truncation_penalty * (last & (responses != self.stop))).where(written, 0.0)
 
     def judge(self, name: str, judge: Reward, prompts: list[str], responses: list[str]) -> Tensor:
-        """What one says of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError if it says nothing like
-        that."""
+        """Call a reward function: rewards of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError for
+        an exception or a result of another shape."""
         try:
             found = torch.as_tensor(judge(prompts, responses), device=self.device, dtype=self.dtype)
         except Exception as error:
@@ -279,7 +280,7 @@ class LanguageEnv:
         return found.detach()
 
     def true(self, responses: list[str]) -> Tensor | None:
-        """What the scorer says of responses [N] to all prompts in order; None without one."""
+        """The true scores [N] of responses to all prompts in order; None without a scorer."""
         if self.scorer is None:
             return None
         found = self.judge("scorer", self.scorer, self.texts, responses).cpu()
@@ -290,7 +291,7 @@ class LanguageEnv:
         return self.text[0]
 
     def begin(self, where: Tensor) -> None:
-        """Draw new prompts for the columns where [N]; each stands at the beginning of its text."""
+        """Draw new prompts for the columns where [N] is true, and restart their texts."""
         drawn = torch.randint(len(self.texts), (self.num_envs,), generator=self.generator)
         self.chosen = torch.where(where.cpu(), drawn, self.chosen)
         chosen = self.chosen.to(self.device)

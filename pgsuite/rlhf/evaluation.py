@@ -1,4 +1,4 @@
-"""What becomes of a language model while it is aligned, on prompts that it never learns from."""
+"""Evaluation of a language model on held-out prompts during training."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Written(NamedTuple):
     prompts: list[str]
     responses: list[str]
     reward: Tensor  # [M]
-    true: Tensor | None  # [M], what the scorer says, if there is one
+    true: Tensor | None  # [M] true scores, if there is a scorer
 
 
 @torch.no_grad()
 def respond(policy: Policy, env: LanguageEnv, seed: int) -> Written:
-    """What a policy writes to each of the prompts of ``env`` that are held out, the same for the same seed."""
+    """The policy's responses to the held-out prompts of ``env``; deterministic given the seed."""
     own = env.apart()
     rollout = GenerationCollector(own, own.max_episode_steps, seed).collect(policy)
     responses = own.tokens.decode(rollout.action[own.width - 1 :].cpu())
@@ -41,10 +41,10 @@ def respond(policy: Policy, env: LanguageEnv, seed: int) -> Written:
 
 
 def compare(policy: Policy, reference: Policy, env: LanguageEnv, seed: int) -> tuple[dict[str, float], Written]:
-    """How a policy's responses compare with its reference's, and the policy's.
+    """Compare a policy with its reference.  Returns metrics, and the policy's responses.
 
-    ``kl`` is in nats a response, ``wins`` how often the policy's response has the greater true score, or without a
-    scorer the greater reward; a tie counts half.
+    ``kl`` is KL(policy || reference) in nats per response.  ``wins`` is the fraction of prompts for which the policy's
+    response has the greater true score, or, without a scorer, the greater reward; a tie counts half.
     """
     ours, theirs = respond(policy, env, seed), respond(reference, env, seed)
     r = ours.rollout
@@ -64,10 +64,10 @@ def compare(policy: Policy, reference: Policy, env: LanguageEnv, seed: int) -> t
 
 @dataclass(kw_only=True, eq=False)
 class Alignment(Callback):
-    """Logs how the policy's responses to held-out prompts compare with those of its reference, about ``points`` times
-    in a run, and shows some of them before, and after.
+    """Compares the policy with its reference on held-out prompts, about ``points`` times in a run, and logs some
+    responses at the start and at the end.
 
-    The first process does so, for all, and only where the method has a reference.
+    Only the first process does so, and only if the algorithm has a reference policy.
     """
 
     points: Count = 20  # comparisons with the reference in a run

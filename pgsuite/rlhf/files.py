@@ -1,4 +1,4 @@
-"""Models as files: weights, vocabulary and size in a sealed checkpoint."""
+"""Files of models: weights, vocabulary and architecture in a checkpoint with a checksum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgsuite.training import checkpoint
 def save(
     path: Path, kind: str, vocabulary: Vocabulary, config: dict[str, Any], state: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    """Write weights, the words that they are for, the transformer that they belong to, and facts.
+    """Write the weights, vocabulary and architecture of a model, and facts.
 
     Raises UserError if path cannot be written.
     """
@@ -25,9 +25,10 @@ def save(
 def load(
     given: str | Path, name: str, kind: str, made_by: str
 ) -> tuple[Vocabulary, dict[str, Any], dict[str, Any], Path]:
-    """Vocabulary, transformer and weights of the file of this name in a directory, or of the file given, and its path.
+    """Load vocabulary, architecture and weights, from the file of this name in a directory or from the given file; also
+    returns its path.
 
-    Raises UserError where there is none of this kind, saying what makes one.
+    Raises UserError, with the command that makes one, if there is no file of this kind.
     """
     path = Path(given) / name if Path(given).suffix != ".pt" else Path(given)
     if not path.is_file():
@@ -41,7 +42,7 @@ def load(
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Raise UserError where what a file holds does not make a model."""
+    """Raise UserError if the contents of a file do not fit the model."""
     try:
         yield
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -50,7 +51,7 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 def require_empty(folder: Path, name: str) -> Path:
-    """Where to write in a run directory.  Raises UserError where something was written before."""
+    """The path to write to in a run directory.  Raises UserError if the file exists."""
     if (folder / name).exists():
         raise UserError(f"{folder / name} is there already: move it away, or give another hydra.run.dir=")
     return folder / name

@@ -1,4 +1,4 @@
-"""Responses to prompts, as rollouts."""
+"""Generation of responses to prompts, and their collection as rollouts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pgsuite.types import Rollout
 
 
 class Generated(NamedTuple):
-    """Prompts [P, N] and what was written after them, up to L tokens."""
+    """Prompts [P, N] with their responses of up to L tokens."""
 
     tokens: Tensor  # [P + L, N]
     logp: Tensor  # [L, N] of each token of the response
-    written: Tensor  # [L, N] bool, true up to the stop token, which is among them
+    written: Tensor  # [L, N] bool, true up to and including the stop token
 
 
 @torch.no_grad()
@@ -38,8 +38,8 @@ def generate(
     poll: int = 8,
     deterministic: bool = False,
 ) -> Generated:
-    """Responses of up to ``length`` tokens to prompts [P, N], which are padded at their beginning, where they are not
-    ``real`` [P, N].  Every ``poll`` tokens the host asks whether any is still being written."""
+    """Generate responses of up to ``length`` tokens to left-padded prompts [P, N], whose real tokens are ``real``
+    [P, N].  Every ``poll`` tokens one bit is read back to the host: whether any response is unfinished."""
     body = policy.body
     assert isinstance(body, TokenBody)
     width, columns = prompts.shape
@@ -59,13 +59,13 @@ def generate(
 
 
 class GenerationCollector(Collector):
-    """A response to each of N prompts: an episode whose steps are the positions of a text and whose actions are the
-    tokens that follow.
+    """Collects a response to each of N prompts, as an episode: steps are the positions of a text, observations its
+    tokens, and actions the next tokens.
 
-    Of T = prompt width + longest response - 1 positions, those of the prompt, whose tokens nobody chose, are masked, as
-    are those after the response's stop token, which is its last action.  A response that reaches its greatest length
-    ends there: it is scored for what was written, and nothing is bootstrapped.  Nothing is remembered in the rollout,
-    for every text begins in it.
+    T = prompt width + longest response - 1.  Positions of the prompt, whose tokens the policy did not choose, are
+    masked, and so are those after the stop token, which is the last action.  A response that reaches the greatest
+    length is terminated there: it is scored as it is, without bootstrap.  The rollout holds no hidden states, since
+    every text begins in it.
     """
 
     whole_episodes = True
@@ -73,7 +73,7 @@ class GenerationCollector(Collector):
     env: LanguageEnv
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
-        """Raises ValueError for environments that are no prompts, and for another horizon than theirs."""
+        """Raises ValueError unless env is a LanguageEnv and the horizon its number of positions."""
         super().__init__(env, horizon, seed)
         if not isinstance(env, LanguageEnv):
             raise ValueError(f"responses are generated for prompts, and {env.name} has none")
@@ -97,11 +97,11 @@ class GenerationCollector(Collector):
 
         blank = torch.zeros_like(real[1:])
         mask = torch.cat([blank, text.written])
-        begun = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
+        started = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
         row = Rollout(
             obs=text.tokens[:-1],
             hidden_state={},
-            start=(begun & ~torch.cat([torch.zeros_like(begun[:1]), begun[:-1]]))[:-1],
+            start=(started & ~torch.cat([torch.zeros_like(started[:1]), started[:-1]]))[:-1],
             action=text.tokens[1:],
             logp=torch.cat([blank.to(text.logp), text.logp]),
             reward=torch.cat([blank.to(reward), reward]),
@@ -111,7 +111,7 @@ class GenerationCollector(Collector):
             mask=mask,
         )
         self.buffer.set(row)
-        self.begun = True
+        self.started = True
         return self.buffer.read()
 
     def state_dict(self) -> dict[str, object]:

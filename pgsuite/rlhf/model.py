@@ -1,4 +1,4 @@
-"""A language model that knows its words."""
+"""A language model with its vocabulary."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ LONGEST = 32  # tokens of a response, STOP with them; the corpus has none over 2
 
 
 class WordModel(LanguageModel):
-    """The probability of every text over a vocabulary."""
+    """A causal language model over the words of a vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, body: Transformer, generator: Generator | None = None) -> None:
         super().__init__(body, generator)
         self.vocabulary = vocabulary
 
     def log_probability(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """Of each token of tokens [T, N] but the first, given those before it [T - 1, N]; 0 where it is not real."""
+        """The log-probability [T - 1, N] of each token but the first, given the preceding ones, for tokens [T, N]; zero
+        where it is not real."""
         logp = self(tokens[:-1], real[:-1]).log_softmax(-1)
         return logp.gather(-1, tokens[1:].unsqueeze(-1)).squeeze(-1).where(real[1:], 0.0)
 
     def generate(self, prompts: Sequence[str], generator: Generator, longest: int = LONGEST) -> list[str]:
-        """A response to each prompt, drawn from the model, of at most so many tokens.
+        """Sample a response of at most ``longest`` tokens to each prompt.
 
         Raises ValueError for unknown words.
         """
@@ -45,7 +46,7 @@ class WordModel(LanguageModel):
         return self.vocabulary.decode(text.tokens[len(tokens) :])
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write a file that ``load`` reads, with further facts for people.
+        """Write a file for ``load``, with additional facts.
 
         Raises UserError if it cannot be written.
         """
@@ -53,7 +54,7 @@ class WordModel(LanguageModel):
 
     @classmethod
     def load(cls, path: str | Path) -> WordModel:
-        """The model in a run directory of scripts/pretrain.py, or in a file.  Raises UserError if there is none."""
+        """Load the model of a run directory of scripts/pretrain.py, or a file.  Raises UserError if there is none."""
         vocabulary, config, state, where = files.load(path, FILE, "language model", command("pretrain"))
         with files.fitting(where):
             model = cls(vocabulary, Transformer(**config))

@@ -1,4 +1,4 @@
-"""Language models as policies: an observation is a token, an action the next one."""
+"""Language models as policies: the observation is a token, the action the next one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class TokenBody(Body):
-    """The features of a transformer over tokens [T, N], of which each column is one text: padding, then its first token
-    where it ``start``s, and to the end of it no other start.
+    """A transformer as a body, over tokens [T, N].  Each column is one text: padding, then its tokens, with ``start``
+    at the first one only.
 
-    While acting it remembers keys and values, which grow with the text; a rollout holds none of them, since every text
-    in it begins there.
+    While acting, the hidden state is the cache of keys and values, which grows with the text.  A rollout holds none,
+    since every text begins in it.
     """
 
     sequential = True
@@ -41,45 +41,48 @@ class TokenBody(Body):
         self.transformer = transformer
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
-        """The memory of having seen texts [T, N], padded where they are not ``real`` [T, N]."""
-        return self.keep(self.transformer.extend(tokens, real, {})[1]) if len(tokens) else {}
+        """The hidden state after texts [T, N], whose real tokens are ``real`` [T, N]."""
+        return self.keep(self.transformer.forward_with_cache(tokens, real, {})[1]) if len(tokens) else {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
-        return self.transformer(seen.obs, begun(seen.start)), {}
+        return self.transformer(seen.obs, started(seen.start)), {}
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         cache = {key.removeprefix(f"{self.name}."): x for key, x in hidden_state.items()}
         if cache:
             cache[SEEN] = cache[SEEN] & ~start.unsqueeze(-1)
-        features, cache = self.transformer.extend(obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache)
+        features, cache = self.transformer.forward_with_cache(
+            obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache
+        )
         return features.squeeze(0), self.keep(cache)
 
     def another(self, name: str) -> TokenBody:
-        """One that reads alike and learns apart."""
+        """A copy under another name, with its own parameters except for frozen ones, which are shared."""
         return TokenBody(copy_sharing_frozen(self.transformer), self.obs_norm, name)
 
     def keep(self, cache: HiddenState) -> HiddenState:
         return {f"{self.name}.{key}": x for key, x in cache.items()}
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """One pass gives both: what follows a token is the next one in its column."""
+        """Features and successors' features in one pass, since the successor of a token is the next one in its
+        column."""
         tokens = torch.cat([rollout.obs, rollout.next_obs[-1:]])
-        real = begun(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
+        real = started(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
         features = self.transformer(tokens, real)
         return features[:-1], features[1:]
 
 
-def begun(start: Tensor) -> Tensor:
-    """Where [T, N] a text has started."""
+def started(start: Tensor) -> Tensor:
+    """The mask [T, N] of cells in which a text has started."""
     return start.cumsum(0) > 0
 
 
 class TokenHead(CategoricalHead):
-    """The likelihoods of tokens at a ``temperature``, of which those beyond the nucleus, the likeliest tokens that
-    together have a probability of at least ``top_p``, are left out (Holtzman et al., 2020).
+    """Token probabilities at a ``temperature``, truncated to the nucleus: the most likely tokens with a total
+    probability of at least ``top_p`` (Holtzman et al., 2020).
 
-    What is left is a distribution: log-probabilities are those of what was sampled, and an action that has fallen out
-    of the nucleus of a policy that moved has the probability zero.
+    The truncated distribution is renormalized, and log-probabilities refer to it.  An action outside the nucleus of the
+    current policy has probability zero.
     """
 
     def __init__(self, space: spaces.Space[Any], temperature: float = 1.0, top_p: float = 1.0) -> None:
@@ -104,8 +107,8 @@ class LanguagePolicy(Policy):
         return self.body.another("critic") if isinstance(self.body, TokenBody) else None
 
     def frozen_copy(self) -> LanguagePolicy:
-        """A copy that stays as it is and shares frozen layers; it assigns probabilities to every token, whatever
-        nucleus this policy samples from."""
+        """A copy that later updates do not change, sharing frozen layers.  Its distribution is not truncated to a
+        nucleus."""
         copied = copy_sharing_frozen(self).requires_grad_(False)
         if isinstance(copied.head, TokenHead):
             copied.head.top_p = 1.0
@@ -117,12 +120,14 @@ class LanguageModelConfig(PolicyConfig):
     """A language model as the policy."""
 
     model: str | None = None  # a file that scripts/pretrain.py wrote, or a directory of transformers
-    temperature: Positive = 1.0  # of sampling, and so of the policy
-    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # leaves out what is beyond the nucleus
-    frozen: Natural = 0  # lowest layers that are not learned, and that policy and reference share
+    temperature: Positive = 1.0  # of sampling, and thereby of the policy
+    top_p: Annotated[float, Range(0, 1, open=True)] = (
+        1.0  # probability of the nucleus that is sampled from; 1 samples from all tokens
+    )
+    frozen: Natural = 0  # number of lowest layers that are not trained, and are shared by policy and reference
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> LanguagePolicy:
-        """The policy over the tokens of ``action_space``.  Raises ValueError where the model does not fit it."""
+        """Build the policy over the tokens of ``action_space``.  Raises ValueError if the model does not fit it."""
         if self.model is None:
             raise ValueError("responses are written by language models: give policy.model")
         policy = language_policy(*load(self.model), temperature=self.temperature, top_p=self.top_p, frozen=self.frozen)
@@ -134,7 +139,7 @@ class LanguageModelConfig(PolicyConfig):
 
 
 class Pretrained(nn.Module):
-    """The body of a causal language model of the ``transformers`` library, in the place of a ``Transformer``."""
+    """The body of a causal language model of the ``transformers`` library, with the interface of ``Transformer``."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -144,13 +149,15 @@ class Pretrained(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Its layers, the lowest first."""
+        """Its layers, lowest first."""
         return next(x for x in self.model.modules() if isinstance(x, nn.ModuleList))
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        return self.extend(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[0]
+        return self.forward_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[
+            0
+        ]
 
-    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
+    def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
         seen, position, visible = look(real.T, cache)
@@ -173,8 +180,9 @@ class Pretrained(nn.Module):
 
 
 def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
-    """A language model's body, and what makes logits of its features: of a file that this suite wrote, or a directory
-    that ``save_pretrained`` of the transformers library wrote.  Nothing is downloaded.  Raises ValueError."""
+    """Load the body and the output layer of a language model, from a file of this suite or from a directory that
+    ``save_pretrained`` of the transformers library wrote.  Nothing is downloaded.  Raises ValueError if it cannot be
+    loaded."""
     file = Path(path) / FILE if (Path(path) / FILE).exists() else Path(path)
     if not file.is_dir():
         model = TrainedModel.load(file)
@@ -198,8 +206,8 @@ def language_policy(
     top_p: float = 1.0,
     frozen: int = 0,
 ) -> LanguagePolicy:
-    """A policy that says what a language model would; its ``frozen`` lowest layers, with the embedding below them, are
-    learned no more.  Raises ValueError where it has not so many."""
+    """A policy from a language model.  If ``frozen``, the embedding and that many lowest layers are not trained.
+    Raises ValueError if the model has fewer layers."""
     if frozen > len(body.blocks):
         raise ValueError(f"policy.frozen={frozen}, but the model has {len(body.blocks)} layers")
     space = spaces.Discrete(body.vocabulary)
@@ -214,7 +222,7 @@ def language_policy(
 
 
 def freeze_parameters(module: nn.Module) -> None:
-    """Turn parameters into buffers of the same names: optimizers and Fisher products then know nothing of them, and a
+    """Turn parameters into buffers of the same names.  This excludes them from optimizers and Fisher products, and
     ``copy_sharing_frozen`` shares them."""
     for part in module.modules():
         part.frozen = True  # pyright: ignore[reportArgumentType]
@@ -224,6 +232,6 @@ def freeze_parameters(module: nn.Module) -> None:
 
 
 def copy_sharing_frozen(module: M) -> M:
-    """A copy that learns apart, and shares what is frozen."""
+    """A deep copy that shares the frozen parameters."""
     frozen = (part for part in module.modules() if getattr(part, "frozen", False))
     return copy.deepcopy(module, {id(x): x for part in frozen for x in part.buffers(recurse=False)})

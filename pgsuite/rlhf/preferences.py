@@ -1,4 +1,4 @@
-"""Pairs of responses to the same prompt, and which of the two was preferred."""
+"""Preferences between pairs of responses to the same prompt."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Scorer = Callable[[Sequence[str], Sequence[str]], Tensor]  # of prompts and resp
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses and a choice."""
+    """A prompt with a preferred and a rejected response."""
 
     prompt: str
     chosen: str
     rejected: str
-    probability: float | None = None  # of this choice, where it is known
+    probability: float | None = None  # of this choice, if known
 
 
 def compare(
@@ -35,7 +35,7 @@ def compare(
     noise: float,
     generator: Generator,
 ) -> list[Preference]:
-    """Choices between two responses to each prompt with the probabilities of Bradley and Terry (1952):
+    """Sample preferences between two responses to each prompt by the model of Bradley and Terry (1952):
     P(first) = sigmoid((score(first) - score(second)) / noise)."""
     p = ((scorer(prompts, first) - scorer(prompts, second)) / noise).sigmoid()
     wins = torch.rand(len(p), generator=generator) < p
@@ -46,7 +46,7 @@ def compare(
 def collect(
     model: WordModel, prompts: Sequence[str], scorer: Scorer, noise: float, generator: Generator, batch: int = 1000
 ) -> list[Preference]:
-    """Choices between two samples of the model for each prompt."""
+    """Sample preferences between two responses of the model to each prompt."""
     found: list[Preference] = []
     for start in range(0, len(prompts), batch):
         asked = prompts[start : start + batch]
@@ -56,15 +56,15 @@ def collect(
 
 
 def save(preferences: Sequence[Preference], path: Path) -> None:
-    """One a line, as JSON."""
+    """Write one preference per line, as JSON."""
     path.write_text("".join(json.dumps(asdict(each)) + "\n" for each in preferences))
 
 
 def load(path: Path, vocabulary: Vocabulary | None = None) -> list[Preference]:
-    """What ``save`` wrote, or anybody else: lines of JSON with prompt, chosen and rejected.
+    """Load preferences: lines of JSON with prompt, chosen and rejected.
 
-    Raises UserError for a file that is missing, empty or holds anything else, and for words that are not in the
-    vocabulary given, naming the line.
+    Raises UserError if the file is missing or empty, and, with the number of the line, for an invalid line or for words
+    outside the given vocabulary.
     """
     if not path.is_file():
         raise UserError(f"no preferences at {path}: {command('reward-model')} makes some")

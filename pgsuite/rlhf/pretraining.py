@@ -1,4 +1,4 @@
-"""Pretraining: the likelihood of the corpus, maximized."""
+"""Pretraining of a language model by maximum likelihood on the corpus."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WARMUP = 50  # steps
 
 @dataclass(kw_only=True)
 class Size:
-    """Of a transformer."""
+    """The size of a transformer."""
 
     width: Count = 64  # features of each token (d_model)
     layers: Count = 2  # transformer blocks
@@ -61,31 +61,32 @@ class Pretraining:
 
 
 class HeldOut:
-    """Reviews to measure on, and how probable the grammar finds each."""
+    """Held-out reviews, with their log-probabilities under the grammar."""
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, reviews: list[Review]) -> None:
         self.reviews = reviews
         self.tokens, self.real = encode(vocabulary, reviews)
-        self.is_resumable = torch.tensor([grammar.log_probability(review) for review in reviews])
+        self.log_probability = torch.tensor([grammar.log_probability(review) for review in reviews])
 
     def perplexity(self, logp: Tensor) -> float:
-        """Per token, stops among them, of a log-probability for each review [N]."""
+        """Perplexity per token, including stop tokens, from the log-probabilities of reviews [N]."""
         return math.exp(-float(logp.sum()) / int(self.real[1:].sum()))
 
     @torch.no_grad()
     def measure(self, model: WordModel) -> dict[str, float]:
-        """The perplexity of a model; the KL of it from the grammar, estimated in nats a review, and its error."""
+        """The perplexity of a model, and an estimate of KL(grammar || model) in nats per review with its standard
+        error."""
         logp = model.log_probability(self.tokens, self.real).sum(0)
-        excess = self.is_resumable - logp
+        excess = self.log_probability - logp
         error = float(excess.std()) / math.sqrt(len(excess))
         return {"perplexity": self.perplexity(logp), "kl": float(excess.mean()), "kl_error": error}
 
 
 def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) -> WordModel:
-    """A language model of the corpus; leaves model.pt, TensorBoard events and summary.json in a run directory.
+    """Pretrain a language model; writes model.pt, TensorBoard events and summary.json to a run directory.
 
-    What is measured is the likelihood of held-out reviews beside that which the grammar itself gives them: on average
-    over reviews no model's is greater.  Raises UserError.
+    The likelihood of held-out reviews is compared with that under the grammar, which is the upper bound in expectation.
+    Raises UserError if the settings are inconsistent, or the directory already holds a model.
     """
     path, grammar, began = files.require_empty(folder, FILE), Grammar(), perf_counter()
     torch.set_num_threads(wanted.torch_threads)
@@ -96,7 +97,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         raise UserError(str(error)) from error
     model = WordModel(vocabulary, body, generator)
     held_out = HeldOut(grammar, vocabulary, grammar.sample(wanted.held_out, seeding.number(wanted.seed, "held out")))
-    facts = {"grammar_perplexity": held_out.perplexity(held_out.is_resumable)}
+    facts = {"grammar_perplexity": held_out.perplexity(held_out.log_probability)}
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
     say(
         f"{wanted.reviews:,} reviews of {len(vocabulary.words)} words | the grammar's own perplexity "
@@ -139,7 +140,7 @@ def encode(vocabulary: Vocabulary, reviews: list[Review]) -> tuple[Tensor, Tenso
 
 
 def samples(model: WordModel, reviews: list[Review], seed: int, count: int = 5) -> list[str]:
-    """How the model goes on with some openings."""
+    """Sample responses of the model to some prompts."""
     prompts = [review.prompt for review in reviews[:count]]
     written = model.generate(prompts, seeding.generator(seed, "samples"))
     return [str(Review(*pair)) for pair in zip(prompts, written, strict=True)]
@@ -147,6 +148,6 @@ def samples(model: WordModel, reviews: list[Review], seed: int, count: int = 5) 
 
 def main() -> None:
     """The command line."""
-    from pgsuite.app import cli  # which configures Hydra
+    from pgsuite.app import cli  # configures Hydra
 
     cli.main_with_settings(pretrain, "pretrain")

@@ -1,4 +1,4 @@
-"""Reward models: what people's choices say that a response is worth."""
+"""Reward models, trained on preferences between responses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Combine = Literal["mean", "minimum"]
 
 
 class Judge(nn.Module):
-    """A transformer, and a number read off it at the last real token.
+    """A transformer with a scalar output at the last real token.
 
-    The number's weights are drawn from N(0, 1 / (width + 1)), its bias is zero (Stiennon et al., 2020; the code of
-    Ziegler et al., 2019).
+    The weights of the output layer are drawn from N(0, 1 / (width + 1)), its bias is zero (Stiennon et al., 2020; the
+    code of Ziegler et al., 2019).
     """
 
     shift: Tensor
@@ -37,16 +37,16 @@ class Judge(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
 
     def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """Rewards [N] of tokens [T, N], whose real cells come first in each column."""
+        """Rewards [N] of right-padded tokens [T, N], whose real cells are ``real`` [T, N]."""
         last = (real.sum(0) - 1).view(1, -1, 1).expand(1, -1, self.out.in_features)
         return self.out(self.body(tokens, real).gather(0, last)).view(-1) - self.shift
 
 
 class RewardModel(nn.Module):
-    """What a response to a prompt is worth: the mean, or the minimum, over one or more judges.
+    """The reward of a response to a prompt: the mean or the minimum over an ensemble of judges.
 
-    The minimum over an ensemble is the cautious one: what is over-optimized is what judges disagree on (Coste et al.,
-    2024).  Raises ValueError for another way to combine.
+    The minimum is conservative: it limits over-optimization where judges disagree (Coste et al., 2024).  Raises
+    ValueError for another ``combine``.
     """
 
     def __init__(self, vocabulary: Vocabulary, judges: Sequence[Judge], combine: Combine = "mean") -> None:
@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], responses: Sequence[str], batch: int = 1024) -> Tensor:
-        """Rewards [N].  Raises ValueError for unknown words, and for more responses than prompts, or fewer."""
+        """Rewards [N].  Raises ValueError for unknown words, and unless there are as many responses as prompts."""
         chunks = []
         for start in range(0, len(prompts), batch):
             chosen = slice(start, start + batch)
@@ -70,7 +70,7 @@ class RewardModel(nn.Module):
         return each.mean(0) if self.combine == "mean" else each.amin(0)
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write a file that ``load`` reads, with further facts for people.
+        """Write a file for ``load``, with additional facts.
 
         Raises UserError if it cannot be written.
         """
@@ -79,9 +79,9 @@ class RewardModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, combine: Combine = "mean") -> RewardModel:
-        """The model in a run directory of scripts/reward_model.py, or in a file.
+        """Load the model of a run directory of scripts/reward_model.py, or of a file.
 
-        Raises UserError if there is none, and ValueError for another way to combine.
+        Raises UserError if there is none, and ValueError for another ``combine``.
         """
         require(Combine, combine, "combine")
         vocabulary, config, state, where = files.load(path, FILE, "reward model", command("reward-model"))
@@ -94,9 +94,9 @@ class RewardModel(nn.Module):
 
 @torch.no_grad()
 def best_of(rewards: Tensor, n: int) -> Tensor:
-    """Which of samples [P, M] with these rewards are the best of n: one of each n in turn, as indices [P, M // n].
+    """Best-of-n selection among samples with rewards [P, M]: the indices [P, M // n] of the best of each consecutive n.
 
-    Raises ValueError for more than there are.
+    Raises ValueError if n exceeds M.
     """
     count = rewards.shape[1] // n
     if count == 0:
@@ -106,8 +106,8 @@ def best_of(rewards: Tensor, n: int) -> Tensor:
 
 
 def best_of_kl(n: int) -> float:
-    """The KL of the best of n from the samples that it is chosen of, in nats: log n - (n - 1) / n.
+    """The KL of best-of-n sampling from the base policy, in nats: log n - (n - 1) / n.
 
-    An upper bound, exact where no two samples are the same (Stiennon et al., 2020; Beirami et al., 2024).
+    An upper bound, which is exact if all samples are distinct (Stiennon et al., 2020; Beirami et al., 2024).
     """
     return math.log(n) - (n - 1) / n

@@ -1,4 +1,4 @@
-"""Training a reward model on preferences, and saying how far it can be trusted."""
+"""Training of a reward model on preferences, and its accuracy and calibration on held-out ones."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ REFERENCES = 1_000  # samples over which the mean reward is zero
 class RewardTraining:
     """The settings of a reward model's training."""
 
-    model: str = "runs/language/model"  # a pretrained one, which writes the pairs and whose body judges begin with
-    pairs: str | None = None  # a file of preferences; null has the hidden scorer make some
-    count: Count = 16_000  # of pairs to make
-    noise: Positive = 1.0  # of choices: the score difference that is e times as likely preferred
-    held_out: Count = 1_000  # of the pairs, the last ones
+    model: str = "runs/language/model"  # a pretrained model, which generates the pairs and initializes the judges
+    pairs: str | None = None  # a file of preferences; null generates them by the hidden scorer
+    count: Count = 16_000  # number of pairs to generate
+    noise: Positive = 1.0  # of choices: the score difference at which the odds of a preference are e
+    held_out: Count = 1_000  # number of held-out pairs, the last ones
     members: Count = 1  # judges, each trained with a seed of its own
     seed: Natural = 0  # of pairs, choices, initial weights and order
     epochs: Count = 2  # passes over the training pairs
@@ -55,20 +55,20 @@ class RewardTraining:
 
 @torch.no_grad()
 def margins(reward: RewardModel, pairs: Sequence[Preference]) -> Tensor:
-    """By how much the chosen response of each pair is worth more than the rejected one [N]."""
+    """The reward margins [N], chosen minus rejected response, of preferences."""
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = ([getattr(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
     return reward(prompts, chosen) - reward(prompts, rejected)
 
 
 def accuracy(margin: Tensor) -> float:
-    """How often the chosen response has the greater reward; a tie counts half."""
+    """The fraction of pairs whose chosen response has the greater reward; a tie counts half."""
     return float((margin.sign() + 1).mean() / 2)
 
 
 def reliability(margin: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """Of the predictions whose probability lies in each of some equal intervals from one half to one: the mean
-    probability, how often it came so, and how many there are.  Empty intervals are left out."""
+    """A reliability table: for each of ``bins`` equal intervals of the predicted probability from one half to one, the
+    mean probability, the observed frequency, and the number of predictions.  Empty intervals are omitted."""
     confidence, right = margin.abs().sigmoid(), margin > 0
     place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     inside = [place == i for i in range(bins)]
@@ -76,14 +76,14 @@ def reliability(margin: Tensor, bins: int = BINS) -> list[tuple[float, float, in
 
 
 def calibration_error(table: Sequence[tuple[float, float, int]]) -> float:
-    """The expected calibration error (Guo et al., 2017): the mean distance of probability and frequency."""
+    """The expected calibration error (Guo et al., 2017): the mean absolute difference of probability and frequency."""
     return sum(n * abs(p - frequency) for p, frequency, n in table) / sum(n for *_, n in table)
 
 
 def fit(
     judge: Judge, vocabulary: Vocabulary, pairs: Sequence[Preference], wanted: RewardTraining, generator: Generator
 ) -> list[float]:
-    """Descend the loss of Bradley and Terry, -log sigmoid(r(chosen) - r(rejected)); its mean over each step's pairs."""
+    """Minimize the Bradley-Terry loss -log sigmoid(r(chosen) - r(rejected)).  Returns its mean in each step."""
     losses: list[float] = []
     optimizer = Adam([judge], wanted.lr, max_grad_norm=1.0)
 
@@ -104,11 +104,12 @@ def fit(
 
 
 def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], object]) -> RewardModel:
-    """A reward model; leaves reward.pt, preferences.jsonl where it made them, TensorBoard events and summary.json in a
-    run directory.
+    """Train a reward model; writes reward.pt, preferences.jsonl if it sampled them, TensorBoard events and summary.json
+    to a run directory.
 
-    Rewards are shifted so that each judge's mean over samples of the pretrained model is zero, as in the code of
-    Ziegler et al. (2019); they are not scaled, for that would undo their calibration.  Raises UserError.
+    Rewards are shifted to a mean of zero, for each judge, over samples of the pretrained model, as in the code of
+    Ziegler et al. (2019).  They are not scaled, which would undo their calibration.  Raises UserError if a file is
+    missing or invalid, or too many pairs are held out.
     """
     path, began = files.require_empty(folder, FILE), perf_counter()
     torch.set_num_threads(wanted.torch_threads)
@@ -152,7 +153,8 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
 
 
 def measure(reward: RewardModel, pairs: Sequence[Preference]) -> dict[str, Any]:
-    """How well it predicts choices, and where their probabilities are known, how well anything could."""
+    """Accuracy, loss and calibration on preferences; if their probabilities are known, also the best attainable
+    accuracy and loss."""
     margin = margins(reward, pairs)
     table = reliability(margin)
     found: dict[str, Any] = {"accuracy": accuracy(margin), "calibration_error": calibration_error(table)}
@@ -166,7 +168,7 @@ def measure(reward: RewardModel, pairs: Sequence[Preference]) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> list[str]:
-    """What was measured, for people."""
+    """The measurements as lines of text."""
     lines = [f"held-out accuracy {found['accuracy']:.1%} | expected calibration error {found['calibration_error']:.3f}"]
     if "best_accuracy" in found:
         lines[0] = (
@@ -180,6 +182,6 @@ def report(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    from pgsuite.app import cli  # which configures Hydra
+    from pgsuite.app import cli  # configures Hydra
 
     cli.main_with_settings(train_reward, "reward_model")

@@ -1,7 +1,7 @@
-"""The hidden scorer: what people who compare reviews go by, and what a reward model has to guess from their choices.
+"""The hidden scorer: the true score of a review, by which simulated annotators compare responses.
 
-It stands for the truth of the demonstration.  Nothing that is trained sees it but through noisy choices between pairs,
-so that one can tell what is gained under the reward model from what is gained in truth.
+Models are trained only on noisy preferences that it generates, never on its scores.  Hence improvement under the reward
+model can be compared with improvement in true score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOUNS = {
     "service": "waiter service staff chef",
     "place": "room music terrace view",
 }
-VALUES = {  # of what may be said of anything, then of what suits one kind of topic
+VALUES = {  # of adjectives for any noun, then of those for one kind of topic
     "any": {
         "good": 1.0, "nice": 1.0, "fine": 0.5, "great": 2.0, "wonderful": 2.5, "perfect": 2.5,
         "bad": -1.0, "poor": -1.0, "disappointing": -1.5, "awful": -2.0, "terrible": -2.5, "horrible": -2.5,
@@ -40,19 +40,19 @@ VALUES = {  # of what may be said of anything, then of what suits one kind of to
 DEGREES = {"very": 1.5, "really": 1.5, "extremely": 2.0, "quite": 0.75, "bit": 0.5}
 EMPHATIC = ("very", "really", "extremely")
 INTENTIONS = {"come": 1.0, "recommend": 1.0, "worth": 1.0, "avoid": -1.0, "waste": -1.0}
-NEGATIONS = {"not": -0.5, "never": -0.75}  # "not bad" is half as good as bad is bad; "not bad at all" is as good
-MOST, FULL = 18, 6.0  # words of a response that are not too many, and the sentiment that no praise exceeds
+NEGATIONS = {"not": -0.5, "never": -0.75}  # factors of "not" and "never"; "not ... at all" has the factor -1
+MOST, FULL = 18, 6.0  # words of a response without a penalty of length; bound of the sentiment
 
 KIND = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns.split()}
 VALUE = {word: (kind, value) for kind, words in VALUES.items() for word, value in words.items()}
 
 
 def judge(prompt: str, response: str) -> dict[str, float]:
-    """The parts of a response's score, which are added.
+    """The terms of a response's score, whose sum is the score.
 
     - ``sentiment``: the values of its adjectives, scaled by degree and turned by negation, and of its intentions,
       summed and bent by tanh so that it stays within six
-    - ``topic``: -2 where nothing is said of what the prompt asks about
+    - ``topic``: -2 if there is no opinion on the topic of the prompt
     - ``unfit``: -1 for each adjective that does not suit its noun, as a friendly soup, which counts for nothing else
     - ``repetition``: -1 for each adjective, intention or emphatic word that was there before; no adjective counts twice
     - ``contradiction``: -1 for each noun that is called both good and bad
@@ -97,8 +97,8 @@ def judge(prompt: str, response: str) -> dict[str, float]:
 
 
 def score(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """How good responses are in truth [N], about 0 on average over the corpus.
+    """The true scores [N] of responses, about 0 on average over the corpus.
 
-    Raises ValueError where there are not as many responses as prompts.
+    Raises ValueError unless there are as many responses as prompts.
     """
     return torch.tensor([sum(judge(p, r).values()) for p, r in zip(prompts, responses, strict=True)])

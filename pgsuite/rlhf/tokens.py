@@ -1,4 +1,4 @@
-"""Between texts and the numbers that a language model reads."""
+"""The word-level tokenizer of the generated corpus."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pgsuite.settings import closest
 
-PAD, BEGIN, STOP = 0, 1, 2  # nothing, before the first word, after the last one
+PAD, BEGIN, STOP = 0, 1, 2  # padding, beginning of a text, end of a text
 SPECIAL = 3
 
 
 class Vocabulary:
-    """Words, and the number of each: its place in ``words`` after those of padding, beginning and stop."""
+    """Words and their token numbers, in the order of ``words``, after the three special tokens."""
 
     pad, stop = PAD, STOP
 
@@ -26,7 +26,7 @@ class Vocabulary:
         return SPECIAL + len(self.words)
 
     def numbers_of(self, text: str) -> list[int]:
-        """Raises ValueError for a word that is not in the vocabulary."""
+        """The tokens of a text.  Raises ValueError for a word outside the vocabulary."""
         try:
             return [self.numbers[word] for word in text.split()]
         except KeyError as error:
@@ -34,10 +34,10 @@ class Vocabulary:
             raise ValueError(f"{word!r} is no word of the {len(self.words)}; {closest(word, self.numbers)}") from None
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens [T, N] and which of them are real [T, N]: BEGIN and a prompt each, and with responses the response and
-        STOP as well; what is missing to the longest is PAD at the end.
+        """Right-padded tokens [T, N] and the mask of real ones [T, N].  Each column is BEGIN and a prompt, followed by
+        the response and STOP if responses are given.
 
-        Raises ValueError for unknown words, and where there are not as many responses as prompts.
+        Raises ValueError for unknown words, and unless there are as many responses as prompts.
         """
         rows = [[BEGIN, *self.numbers_of(prompt)] for prompt in prompts]
         if responses is not None:
@@ -54,7 +54,7 @@ class Vocabulary:
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as columns [T, N], filled with PAD at the end, and which cells are real [T, N]."""
+    """Rows of different lengths as right-padded columns [T, N], and the mask of real cells [T, N]."""
     lengths = torch.tensor([len(row) for row in rows])
     columns = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=PAD)
     return columns, torch.arange(len(columns)).unsqueeze(-1) < lengths

@@ -1,4 +1,4 @@
-"""Filling [T, N] rollouts and drawing minibatches from them."""
+"""Collection of [T, N] rollouts, and minibatches of them."""
 
 from pgsuite.rollout.buffer import RolloutBuffer
 from pgsuite.rollout.collect import Collector, EpisodeCollector, StepCollector

@@ -1,4 +1,4 @@
-"""Storage, and nothing else: it computes no advantages and knows no caller."""
+"""Storage of rollouts.  Advantages are computed elsewhere."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from pgsuite.types import Rollout, write_obs
 
 
 class RolloutBuffer:
-    """[T, N, ...] storage, shaped by the first row written and reused by every rollout after."""
+    """[T, N, ...] storage, allocated at the first write and reused by every rollout."""
 
     def __init__(self, horizon: int) -> None:
         self.horizon = horizon
         self.storage: Rollout | None = None
 
     def write(self, t: int, row: Rollout) -> None:
-        """Copy one [N, ...] row into place."""
+        """Copy a row [N, ...] to time t."""
         if self.storage is None:
             self.storage = row.map(lambda x: x.new_zeros((self.horizon, *x.shape)))
         for f in fields(row):
             write_obs(getattr(self.storage, f.name), t, getattr(row, f.name))
 
     def set(self, rollout: Rollout) -> None:
-        """Take a whole rollout that was made at once."""
+        """Store a complete rollout, without copying."""
         self.storage = rollout
 
     def mask_from(self, t: int) -> None:
-        """Mark row t and those after it as nothing that happened."""
+        """Mask row t and all later rows."""
         self.read().mask[t:] = False
 
     def read(self) -> Rollout:
-        """Everything written: views, good until the next rollout."""
+        """The rollout, as views that the next rollout overwrites."""
         if self.storage is None:
             raise RuntimeError("nothing was collected yet")
         return self.storage

@@ -1,4 +1,4 @@
-"""Two ways to fill a [T, N] rollout."""
+"""Collectors, which fill [T, N] rollouts: of a fixed number of steps, or of whole episodes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pgsuite.types import HiddenState, Obs, Rollout, map_obs
 
 
 class Collector(ABC):
-    """Runs a policy for up to T = horizon steps in N environments, sampling from a generator of its own."""
+    """Runs a policy for up to T = horizon steps in N environments.  Actions are sampled from a generator of its own."""
 
     whole_episodes = False
-    supports_overlap = True  # whether another thread may collect while the policy learns
-    is_off_policy = False  # whether an earlier policy than the one that learns may have acted
+    supports_overlap = True  # whether another thread may collect during the update
+    is_off_policy = False  # whether the behavior policy may be older than the policy that is updated
     host_sync_reason: str | None = (
-        None  # what is read back to the host while collecting, and how not to; None where nothing is
+        None  # what is read back to the host during collection, and the setting that avoids it; None if nothing is
     )
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
@@ -35,35 +35,35 @@ class Collector(ABC):
         self.buffer = RolloutBuffer(horizon)
         self.collect = Kernel("collect", self._collect)
         self.act = Kernel("act", self._act)
-        self.begun = False
-        self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, that of launching
+        self.started = False
+        self.seconds = {"environment": 0.0, "acting": 0.0}  # host time; on an accelerator, of launches only
         self.obs: Obs
         self.hidden_state: HiddenState
         self.start: Tensor
 
     @property
     def stepper(self) -> Collector:
-        """What has the environments make their steps."""
+        """The collector that steps the environments."""
         return self
 
     def wait(self) -> None:
-        """Let whatever else this process does for it come to its end."""
+        """Wait for background work of this collector."""
 
     def validate(self, policy: Policy) -> None:
         """Raise ValueError for a policy that cannot act here."""
 
     @abstractmethod
     def _collect(self, policy: Policy) -> Rollout:
-        """A rollout [T, N] of views, good until the next one."""
+        """Collect a rollout [T, N], of views that the next rollout overwrites."""
 
     def reset(self, policy: Policy) -> None:
-        """Restart every environment and forget everything."""
+        """Restart every environment and reset the hidden states."""
         self.obs, self.hidden_state = self.env.reset(), policy.initial_state(self.env.num_envs)
         self.start = torch.ones(self.env.num_envs, dtype=torch.bool, device=self.env.device)
-        self.begun = True
+        self.started = True
 
     def step(self, t: int, policy: Policy, live: Tensor) -> Tensor:
-        """One step in every environment, written to row t; returns done [N]."""
+        """Step every environment once and write the transition to row t; returns done [N]."""
         began = perf_counter()
         choice = self.act(policy)
         acted = perf_counter()
@@ -92,32 +92,35 @@ class Collector(ABC):
         return done
 
     def _act(self, policy: Policy) -> PolicyOutput:
-        """What to do about what is seen."""
+        """Sample an action for the current observation of each environment."""
         return policy.act(self.obs, self.hidden_state, self.start, self.generator)
 
     def reseed(self) -> None:
-        """Draw other actions from here on than would have come."""
+        """Reseed the generator of actions, so that the following actions differ."""
         seed = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
         self.generator.manual_seed(int(seed))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every environment stands, with all that acting depends on but the policy."""
-        state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.begun}
-        return state | ({name: getattr(self, name) for name in ("obs", "hidden_state", "start")} if self.begun else {})
+        """The state of environments, generator and hidden states: everything that acting depends on, except the
+        policy."""
+        state = {"env": self.env.state_dict(), "generator": self.generator.get_state(), "begun": self.started}
+        return state | (
+            {name: getattr(self, name) for name in ("obs", "hidden_state", "start")} if self.started else {}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"])
-        self.begun = state["begun"]
-        for name in ("obs", "hidden_state", "start") if self.begun else ():
+        self.started = state["begun"]
+        for name in ("obs", "hidden_state", "start") if self.started else ():
             setattr(self, name, map_obs(lambda x: x.to(self.env.device), state[name]))
 
 
 class StepCollector(Collector):
-    """T steps from wherever each environment stands; episodes cross iteration borders."""
+    """T steps in each environment; episodes continue from one rollout to the next."""
 
     def _collect(self, policy: Policy) -> Rollout:
-        if not self.begun:
+        if not self.started:
             self.reset(policy)
         live = torch.ones_like(self.start)
         for t in range(self.horizon):
@@ -126,11 +129,10 @@ class StepCollector(Collector):
 
 
 class EpisodeCollector(Collector):
-    """One whole episode per environment, masked once it ends.
+    """One complete episode per environment, masked after its end.
 
-    Counting a fixed number of episodes, rather than those that happen to finish in time, is what keeps Monte Carlo
-    returns unbiased: waiting for the finished ones favours short ones.  Every ``poll`` steps the host asks whether any
-    episode still runs, and stops if none does; that one bit is all it reads.
+    A fixed number of episodes keeps Monte Carlo returns unbiased; taking those that finish within the horizon would
+    favour short episodes.  Every ``poll`` steps one bit is read back to the host: whether any episode still runs.
     """
 
     whole_episodes = True

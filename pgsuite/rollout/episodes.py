@@ -1,4 +1,4 @@
-"""Returns and lengths of finished episodes, followed across rollouts."""
+"""Returns and lengths of finished episodes, accumulated across rollouts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pgsuite.types import Rollout
 
 
 class EpisodeTracker:
-    """Adds up the undiscounted reward of each environment's current episode."""
+    """Accumulates the undiscounted return and the length of each environment's current episode."""
 
     def __init__(self, num_envs: int, device: torch.device) -> None:
         self.reward = torch.zeros(num_envs, device=device, dtype=torch.float64)
         self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
 
     def finished_episodes(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Returns and lengths in real steps, each [K], of the K episodes that finished in this rollout."""
+        """Returns and lengths, each [K], of the K episodes that finished in this rollout; masked steps do not count."""
         returns, lengths = self.update(rollout)
         return returns[lengths > 0], lengths[lengths > 0]
 
     def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The same where an episode finished, each [T, N], with a length of zero elsewhere; nothing is read back to the
-        host."""
+        """Returns and lengths, each [T, N], in the cells where an episode finished; the length is zero in all others.
+        Nothing is read back to the host."""
         reward, going = rollout.reward.double(), (~rollout.start).double()
         returns, lengths = torch.empty_like(reward), torch.empty_like(reward)
         for t in range(reward.shape[0]):

@@ -22,7 +22,8 @@ def check_split(horizon: int, num_envs: int, count: int, *, columns: bool) -> No
 
 
 def minibatches(batch: Batch, count: int, *, columns: bool, generator: Generator | None = None) -> Iterator[Batch]:
-    """[T, N] shuffled anew into count equal parts: loose [B] cells, or [T, n] columns kept in time order."""
+    """Split a [T, N] batch at random into count equal minibatches: of [B] independent cells, or of [T, n] columns in
+    time order, which recurrent networks need."""
     check_split(batch.logp.shape[0], batch.logp.shape[1], count, columns=columns)
     if not columns:
         batch = batch.map(lambda x: x.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Collecting the next rollout while the present one is learned from."""
+"""Overlapped collection: a thread collects the next rollout during the update on the current one."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from pgsuite.types import Rollout
 
 
 class OverlappedCollector(Collector):
-    """Has a thread fill the next rollout, by a copy of the policy as it was when the present one was asked for.
+    """Collects each rollout in a thread, with a copy of the policy from before the current update.
 
-    So from the second rollout on the policy that acted is one update behind the one that learns.  Every rollout has the
-    ``logp`` of the one that learns, and as ``extra["weight"]`` its chance of each action over that of the one that
-    acted.  The two threads meet once a rollout and share nothing in between: a seed still decides everything.
+    From the second rollout on, the behavior policy is therefore one update older than the policy that is updated.
+    ``logp`` of a rollout is that of the current policy, and ``extra["weight"]`` is the importance ratio of each action,
+    current over behavior policy.  The threads synchronize once per rollout and share no state in between, so a run is
+    still determined by its seed.
 
-    Its state is where the rollout that is under way began, so nothing waits for that one to be saved; put back, it is
-    collected again.
+    ``state_dict`` is the state at the start of the rollout in progress, so saving does not wait for it; after
+    ``load_state_dict`` that rollout is collected again.
     """
 
     is_off_policy = True
 
     def __init__(self, inner: Collector, policy: Policy) -> None:
-        """Raises ValueError for generated texts, and where there are several processes."""
+        """Raises ValueError for environments of language models, and with several processes."""
         if not inner.supports_overlap:
             raise ValueError("overlap=true is for environments that are stepped, and env=rlhf's are not: leave it out")
         if distributed.size() > 1:
             raise ValueError("overlap=true is for one process: leave torchrun, or leave it out")
         self.inner, self.env, self.horizon = inner, inner.env, inner.horizon
         self.whole_episodes, self.host_sync_reason = inner.whole_episodes, inner.host_sync_reason
-        self.policy = copy.deepcopy(policy).requires_grad_(False)  # which acts
+        self.policy = copy.deepcopy(policy).requires_grad_(False)  # the behavior policy
         self.generator = inner.generator
         self.buffer, self.back_buffer = RolloutBuffer(inner.horizon), RolloutBuffer(inner.horizon)
-        self.collect = Kernel("collect", self._collect)  # acting is a kernel of the inner one
+        self.collect = Kernel("collect", self._collect)  # acting is a kernel of the inner collector
         self.thread = ThreadPoolExecutor(1, "collecting")
         self.ahead: Future[Rollout] | None = None
-        self.begun = False
-        self.seconds = {"waiting": 0.0}  # for rollouts; what else the thread does costs no time
+        self.started = False
+        self.seconds = {"waiting": 0.0}  # seconds of waiting for a rollout; the rest of collection is hidden
 
     @property
     def stepper(self) -> Collector:
@@ -58,18 +59,18 @@ class OverlappedCollector(Collector):
             wait([self.ahead])
 
     def _collect(self, policy: Policy) -> Rollout:
-        """Raises whatever was raised in the thread."""
+        """As in the base class; exceptions of the thread are raised here."""
         began, first = perf_counter(), self.ahead is None
         if self.ahead is None:
-            if not self.begun:
-                self.inner.begun, self.begun = False, True
+            if not self.started:
+                self.inner.started, self.started = False, True
                 self.policy.load_state_dict(policy.state_dict())
             self.submit()
         assert self.ahead is not None
         rollout = self.ahead.result()
         self.policy.load_state_dict(policy.state_dict())
         self.submit()
-        if first:  # after which everything is compiled; only one thread may run while something is
+        if first:  # the first rollout may compile, and no other thread may run meanwhile
             self.wait()
         rollout = as_seen_by(policy, rollout)
         self.buffer.set(rollout)
@@ -82,11 +83,11 @@ class OverlappedCollector(Collector):
         self.ahead = self.thread.submit(self.fill, torch.get_num_threads())
 
     def fill(self, torch_threads: int) -> Rollout:
-        torch.set_num_threads(torch_threads)  # which a thread that has computed before does not follow
+        torch.set_num_threads(torch_threads)  # torch applies it per thread
         return self.inner._collect(self.policy)
 
     def cancel(self) -> None:
-        """Go back to where the rollout under way began."""
+        """Discard the rollout in progress and restore the state at its start."""
         if self.ahead is not None:
             self.wait()
             self.ahead = None
@@ -98,18 +99,18 @@ class OverlappedCollector(Collector):
 
     def state_dict(self) -> dict[str, Any]:
         inner = self.inner.state_dict() if self.ahead is None else self.before
-        return {"inner": inner, "policy": self.policy.state_dict(), "begun": self.begun}
+        return {"inner": inner, "policy": self.policy.state_dict(), "begun": self.started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cancel()
         self.inner.load_state_dict(state["inner"])
         self.policy.load_state_dict(state["policy"])
-        self.begun = state["begun"]
+        self.started = state["begun"]
 
 
 @torch.no_grad()
 def as_seen_by(policy: Policy, rollout: Rollout) -> Rollout:
-    """A rollout [T, N] of another policy, with what this one thinks of its actions."""
+    """A rollout [T, N] of a behavior policy, with log-probabilities and importance ratios of ``policy``."""
     logp = policy.dist(rollout).log_prob(rollout.action)
     weight = objectives.log_ratio(logp, rollout.logp).exp().where(rollout.mask, 1.0)
     return replace(rollout, logp=logp, extra=rollout.extra | {"weight": weight})

@@ -1,4 +1,4 @@
-"""What happens around training: progress, logs, evaluations, checkpoints."""
+"""The built-in callbacks: progress, logs, evaluations, checkpoints, summary."""
 
 from __future__ import annotations
 
@@ -27,25 +27,31 @@ from pgsuite.training.trainer import Callback, Report, Trainer, slots
 
 @dataclass(kw_only=True)
 class Checkpoint(Checked):
-    """When the state of a run is saved, and for how long."""
+    """When checkpoints are saved, and how many are kept."""
 
     every: Count | None = 250_000  # environment steps between checkpoints; null saves at the end only
     minutes: Positive | None = None  # or minutes between them, whichever comes first
-    keep: Count = 3  # newest checkpoints that are kept, beside the best
+    keep: Count = 3  # number of newest checkpoints that are kept, in addition to the best
 
 
 @dataclass(kw_only=True)
 class Evaluation(Checked):
-    """Whole episodes in environments of their own while training, which they do not touch."""
+    """Evaluation by whole episodes, in separate environments, without effect on training."""
 
     every: Count | None = None  # environment steps between evaluations; null makes none
-    episodes: Count = 10  # of each evaluation, one in each of as many environments
-    video_every: Count | None = None  # environment steps between films of a first episode; null films none
-    video: Literal["tensorboard", "mp4", "gif"] = "tensorboard"  # where films go; files lie in the run's videos/
+    episodes: Count = 10  # episodes of each evaluation, one in each of as many environments
+    video_every: Count | None = None  # environment steps between videos of a first episode; null records none
+    video: Literal["tensorboard", "mp4", "gif"] = (
+        "tensorboard"  # format of videos; files are written to the run's videos/
+    )
+
+
+# (policy, environment steps that it was trained for, whether to record a video) -> metrics of whole episodes
+Evaluator = Callable[[Policy, int, bool], dict[str, float]]
 
 
 class MetricAverager:
-    """Reports gathered between two log lines."""
+    """Accumulates the reports of the iterations between two log entries."""
 
     def __init__(self) -> None:
         self.returns: list[float] = []
@@ -59,7 +65,7 @@ class MetricAverager:
             self.metrics.setdefault(name, []).append(value)
 
     def scalars(self) -> dict[str, float]:
-        """Means, by the names that the logs carry."""
+        """The means, under their names in the logs."""
         scalars = {f"algorithm/{name}": statistics.fmean(values) for name, values in self.metrics.items()}
         if self.returns:
             scalars["episode/return"] = statistics.fmean(self.returns)
@@ -70,19 +76,19 @@ class MetricAverager:
 
 
 class MetricLogger(Callback):
-    """Writes means of everything to the loggers, about ``points`` times in a run."""
+    """Writes the means of all metrics to the loggers, about ``points`` times in a run."""
 
     def __init__(self, loggers: Sequence[Logger], points: int = 500) -> None:
-        self.loggers, self.points, self.window = loggers, points, MetricAverager()
+        self.loggers, self.points, self.averager = loggers, points, MetricAverager()
 
     def on_start(self, trainer: Trainer) -> None:
         self.logged, self.before = trainer.steps, self.clocks(trainer)
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        self.window.add(report)
+        self.averager.add(report)
         if not report.passes(trainer.total_steps / self.points) and report.steps < trainer.total_steps:
             return
-        scalars, now = self.window.scalars(), self.clocks(trainer)
+        scalars, now = self.averager.scalars(), self.clocks(trainer)
         spent = {name: now[name] - self.before[name] for name in now}
         total = max(spent.pop("total"), 1e-9)
         scalars |= {f"time/{name}": seconds / total for name, seconds in spent.items()}
@@ -90,7 +96,7 @@ class MetricLogger(Callback):
         scalars["time/seconds"] = trainer.seconds["total"]
         for logger in self.loggers:
             logger.write(report.steps, scalars)
-        self.window, self.logged, self.before = MetricAverager(), report.steps, now
+        self.averager, self.logged, self.before = MetricAverager(), report.steps, now
 
     def on_end(self, trainer: Trainer) -> None:
         results = {}
@@ -103,10 +109,10 @@ class MetricLogger(Callback):
             logger.close(results)
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self.window)
+        return vars(self.averager)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self.window).update(state)
+        vars(self.averager).update(state)
 
     @staticmethod
     def clocks(trainer: Trainer) -> dict[str, float]:
@@ -114,8 +120,8 @@ class MetricLogger(Callback):
 
 
 class ProgressBar(Callback):
-    """Steps, speed, mean return of the last hundred episodes and time left: a bar in a terminal or a notebook,
-    else plain lines."""
+    """Shows steps, speed, mean return of the last hundred episodes and remaining time: as a bar in a terminal or a
+    notebook, otherwise as lines of text."""
 
     def __init__(self, console: Console, lines: int = 20) -> None:
         self.console, self.lines = console, lines
@@ -124,7 +130,7 @@ class ProgressBar(Callback):
         self.returns: list[float] = []
         self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
         self.bar: Progress | None = None
-        # In a notebook rich draws a bar by ipywidgets.
+        # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
             columns = (
                 TextColumn("{task.description}"),
@@ -155,9 +161,8 @@ class ProgressBar(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the run every so many steps or minutes, and at the end, however it comes about; keeps the last few.
-
-    The first process writes, for all.
+    """Saves a checkpoint at regular intervals of steps or minutes and at the end of the run, also after an interruption
+    or an exception; keeps the last ``keep``.  The first process writes the state of all processes.
     """
 
     def __init__(self, run: Path, facts: Mapping[str, Any], wanted: Checkpoint) -> None:
@@ -174,14 +179,17 @@ class Checkpoints(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         failed = trainer.steps < trainer.total_steps and not trainer.stop
-        alone = failed and distributed.size() > 1  # for what failed here need not have failed elsewhere
+        alone = (
+            failed and distributed.size() > 1
+        )  # another process may not have failed and would not join the gathering
         if trainer.steps > self.saved and not alone:
             self.save(trainer)
         elif distributed.rank() == 0 and self.saved:
-            checkpoint.prune(self.run, self.wanted.keep)  # which a run that was killed may not have come to
+            checkpoint.prune(self.run, self.wanted.keep)  # a killed run may not have pruned
 
     def save(self, trainer: Trainer) -> Path | None:
-        """Write what every process holds, and the callbacks, and the facts; the path, for the first process."""
+        """Write the states of all processes and of the callbacks, and the facts.  Returns the path, in the first
+        process only."""
         self.saved, self.at = trainer.steps, perf_counter()
         states = distributed.gather(trainer.state_dict())
         if states is None:
@@ -195,23 +203,23 @@ class Checkpoints(Callback):
 
 
 class Evaluate(Callback):
-    """Has copies of the policy play whole episodes every so many steps, in environments and with random streams that
-    are made anew, logs what came of it, and gives the best one's checkpoint a name.
+    """Evaluates copies of the policy over whole episodes at regular intervals, logs the results, and marks the
+    checkpoint of the best evaluation.
 
-    So the training run is the same bit for bit, and every evaluation begins in the same states.  The first process
-    plays, for all.
+    Each evaluation makes new environments and random streams.  Hence training is the same bit for bit with and without
+    evaluations, and every evaluation starts from the same initial states.  Only the first process evaluates.
     """
 
     def __init__(
         self,
-        match: Callable[[Policy, int, bool], dict[str, float]],
+        evaluator: Evaluator,
         table: Logger | None,
         loggers: Sequence[Logger],
         checkpoints: Checkpoints,
         wanted: Evaluation,
     ) -> None:
-        """``match`` plays, given a policy, the steps that it learned for, and whether to film."""
-        self.match, self.table, self.loggers = match, table, loggers
+        """``evaluator`` is called with a policy, the steps that it was trained for, and whether to record a video."""
+        self.evaluator, self.table, self.loggers = evaluator, table, loggers
         self.checkpoints, self.wanted = checkpoints, wanted
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -219,7 +227,7 @@ class Evaluate(Callback):
     def on_start(self, trainer: Trainer) -> None:
         best = checkpoint.path_of(self.checkpoints.run, int(self.best.get("steps", 0)))
         if distributed.rank() == 0 and best.exists():
-            checkpoint.mark_best(best)  # which a run that was killed may not have come to
+            checkpoint.mark_best(best)  # a killed run may not have marked it
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         wanted, due = self.wanted, report.steps >= trainer.total_steps
@@ -228,7 +236,7 @@ class Evaluate(Callback):
         found: dict[str, float] = {}
         if distributed.rank() == 0:
             film = wanted.video_every is not None and (due or report.passes(wanted.video_every))
-            found = self.match(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
+            found = self.evaluator(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
             scalars = {f"evaluation/{name}": x for name, x in found.items()}
             if self.table is not None:
                 self.table.write(report.steps, {"time/seconds": trainer.seconds["total"]} | scalars)
@@ -254,7 +262,7 @@ class Evaluate(Callback):
 
 
 class Summary(Callback):
-    """Keeps summary.json, from the start to the end."""
+    """Writes summary.json at the start, at least every ``patience`` seconds, and at the end."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], patience: float = 10.0) -> None:
         self.path, self.facts, self.patience, self.status = path, dict(facts), patience, "running"
@@ -294,5 +302,5 @@ class Summary(Callback):
 
 
 def console() -> Console:
-    """Where a run talks to people."""
+    """The console that a run prints to."""
     return Console(file=sys.stdout, soft_wrap=True)

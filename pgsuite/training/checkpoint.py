@@ -1,6 +1,6 @@
-"""Checkpoints: tensors, numbers and words only, written whole or not at all, loaded without running any code.
+"""Checkpoints, which hold only tensors, numbers and strings, are written atomically and loaded without executing code.
 
-A file is a zip archive as torch.save makes it, with a checksum of itself as the archive's comment, so
+A file is a zip archive of ``torch.save`` whose comment is a checksum of the archive, so
 ``torch.load(path, weights_only=True)`` reads it as well.
 """
 
@@ -25,7 +25,7 @@ SEAL = 64  # bytes of a SHA-256 in hexadecimal
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write state to path; whatever stood there stays until the new file is whole and on disk.
+    """Write state to path atomically: a previous file is replaced only once the new one is complete and on disk.
 
     Raises UserError if it cannot be written.
     """
@@ -74,14 +74,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def seal(file: BinaryIO) -> None:
-    """Give an archive its own checksum as its comment."""
+    """Write the checksum of an archive as its comment."""
     digest = checksum(file, file.seek(0, os.SEEK_END))
     file.write(SEAL.to_bytes(2, "little") + digest)
 
 
 def checksum(file: BinaryIO, size: int) -> bytes:
-    """SHA-256 of an archive of ``size`` bytes as it is without a comment; the file is left where the length of one
-    would stand, in the archive's last two bytes."""
+    """SHA-256 of an archive of ``size`` bytes, computed as if it had no comment.  Leaves the file position at the
+    length of the comment, the last two bytes of the archive."""
     digest, left = hashlib.sha256(), size - 2
     file.seek(0)
     while left and (chunk := file.read(min(left, 1 << 20))):
@@ -93,7 +93,7 @@ def checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Have the disk remember the names in a folder too."""
+    """Flush the directory entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,7 +106,7 @@ def path_of(run: Path, steps: int) -> Path:
 
 
 def numbered(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, oldest first, without the best one's second name.
+    """The checkpoints of a run directory, oldest first, without ``best.pt``.
 
     Raises UserError if there is none.
     """
@@ -120,7 +120,7 @@ def _numbered(run: Path) -> list[Path]:
 
 
 def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run directory that is whole, or the one given; what is passed over is said.
+    """The newest intact checkpoint of a run directory, or the given one; reports each damaged one that it skips.
 
     Raises UserError if there is none.
     """
@@ -140,7 +140,7 @@ def newest(given: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, A
 
 
 def load_run_checkpoint(path: Path) -> dict[str, Any]:
-    """What a run saved.  Raises UserError if it is anything else."""
+    """Load the checkpoint of a run.  Raises UserError for any other file."""
     state = load(path)
     if missing := {"config", "choices", "versions", "steps", "algorithm", "spaces"} - state.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of a run")
@@ -148,29 +148,29 @@ def load_run_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def run_of(path: Path) -> Path:
-    """The run directory that a checkpoint lies in."""
+    """The run directory of a checkpoint."""
     return path.parent.parent if path.parent.name == FOLDER else path.parent
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the last ``keep``; the best one keeps its own name."""
+    """Remove all checkpoints but the last ``keep``; ``best.pt`` stays."""
     for path in _numbered(run)[:-keep]:
         path.unlink(missing_ok=True)
 
 
 def mark_best(path: Path) -> None:
-    """Have the best checkpoint be this one, by a second name for the same file."""
+    """Make ``best.pt`` a hard link to this checkpoint."""
     temporary = path.with_name("best.writing")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
-    except OSError:  # not every file system knows second names
+    except OSError:  # not every file system supports hard links
         shutil.copyfile(path, temporary)
     temporary.replace(path.with_name(BEST))
 
 
 def retire_newer(run: Path, steps: int) -> None:
-    """Rename the checkpoints of a run that were made after so many steps, for it goes on from there."""
+    """Rename the checkpoints of a run that are newer than ``steps``, from which it is resumed."""
     for path in _numbered(run):
         if int(path.stem) > steps:
             path.replace(path.with_suffix(".aside"))

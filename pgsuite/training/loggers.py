@@ -1,4 +1,4 @@
-"""Where scalars go: TensorBoard, a CSV file, Weights & Biases."""
+"""Loggers of scalars, texts and videos: TensorBoard, CSV files, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pgsuite.training.video import Gif, log_gif
 if TYPE_CHECKING:
     from pgsuite.training.run_dir import RunDir
 
-# What the Custom Scalars tab shows side by side, by regular expressions, since each method has diagnostics of its own.
+# Charts of the Custom Scalars tab.  The tags are regular expressions, since diagnostics differ among methods.
 EVALUATION = "evaluation return"
 CHARTS = {
     "return": "episode/return",
@@ -56,34 +56,34 @@ class Wandb(Checked):
 
 @dataclass(kw_only=True)
 class Logger(Checked):
-    """Where scalars go.  The fields of a subclass that is a dataclass are its settings under ``loggers.<name>``.
+    """Base class of loggers.  If a subclass is a dataclass, its fields are its settings under ``loggers.<name>``.
 
     Only the first process has loggers.
     """
 
     def setup(self, run: RunDir) -> None:
-        """Called once, before training: open what is written to.  Raises UserError where it cannot be."""
+        """Called once, before training: open files or connections.  Raises UserError if that fails."""
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
-        """Record named scalars at a number of environment steps."""
+        """Log named scalars at a number of environment steps."""
         raise NotImplementedError
 
     def log_text(self, name: str, text: str, steps: int) -> None:
-        """Record Markdown; by default it is dropped."""
+        """Log Markdown; ignored by default."""
 
     def log_video(self, film: Gif, steps: int) -> None:
-        """Record a moving picture; by default it is dropped."""
+        """Log a video; ignored by default."""
 
     def close(self, results: Mapping[str, float]) -> None:
-        """Record the results of the run, empty unless it came to its end, and close files."""
+        """Log the results of the run, which are empty unless it finished, and close files."""
 
 
 class TensorBoard(Logger):
-    """Event files, with the run's hyperparameters and its results in the HParams tab, and with returns beside
-    diagnostics in the Custom Scalars tab."""
+    """TensorBoard event files, with hyperparameters and results in the HParams tab, and returns next to diagnostics in
+    the Custom Scalars tab."""
 
     def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], after: int | None = None) -> None:
-        """``after`` so many steps the run goes on, and what another process logged later is no longer shown."""
+        """``after`` is the number of steps from which the run is resumed; later entries are no longer shown."""
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -91,14 +91,14 @@ class TensorBoard(Logger):
         self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
         shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
         shown = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in shown.items()}
-        # Without the summary of the experiment, for TensorBoard takes the columns of all runs from the first it finds.
+        # The summary of the experiment is omitted: TensorBoard would take the columns of all runs from the first one.
         _, session, self.end = hparams(shown, {})
         if after is None or after < 0:
             self.writer._get_file_writer().add_summary(session)
             evaluated = hyperparameters.get("evaluation.every") is not None
             drawn = {title: tag for title, tag in CHARTS.items() if evaluated or title != EVALUATION}
             charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in drawn.items()}
-            charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # drawn last wherever it stands
+            charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # TensorBoard draws it last
             layout = {"Returns beside diagnostics": charts}
             if hyperparameters.get("policy.model") is not None:
                 held_out = {title: ["Multiline", [f"^{tag}$"]] for title, tag in ALIGNMENT.items()}
@@ -124,8 +124,8 @@ class TensorBoard(Logger):
 
     def close(self, results: Mapping[str, float]) -> None:
         for name, value in results.items():
-            if math.isfinite(value):  # with a capital, for HParams shows metrics in the order of ASCII, and but a few;
-                # a step too late, so that it is dropped where the run goes on
+            if math.isfinite(value):  # with a capital, since HParams shows the first few metrics in ASCII order;
+                # one step later, so that it is dropped when the run is resumed
                 self.writer.add_scalar(f"Result/{name}", value, self.steps + 1)
         if results:
             self.writer._get_file_writer().add_summary(self.end)
@@ -133,12 +133,12 @@ class TensorBoard(Logger):
 
 
 class Csv(Logger):
-    """One row a time, on disk at once.  Where a column first appears late, the file is replaced by one that has it."""
+    """A CSV file, flushed after each row.  A new column makes the whole file be rewritten."""
 
     def __init__(self, path: Path, after: int | None = None) -> None:
-        """``after`` so many steps the run goes on, and what another process wrote later is dropped.
+        """``after`` is the number of steps from which the run is resumed; later rows are dropped.
 
-        Raises UserError where what was written is no table with a column of steps.
+        Raises UserError if an existing file is no table with a column of steps.
         """
         self.path = path
         self.columns: list[str] = ["steps"]
@@ -183,10 +183,10 @@ class Csv(Logger):
 
 
 class WandB(Logger):
-    """A run on Weights & Biases, in the run's directory with WANDB_MODE=offline; resumed runs go on with their own."""
+    """A run on Weights & Biases; WANDB_MODE=offline keeps it in the run directory.  A resumed run continues its own."""
 
     def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], wanted: Wandb) -> None:
-        """Raises UserError without the package, and where wandb will not begin."""
+        """Raises UserError without the package, and if wandb cannot start a run."""
         try:
             import wandb
         except ImportError as error:
@@ -208,7 +208,7 @@ class WandB(Logger):
             )
         except wandb.errors.Error as error:  # pyright: ignore[reportAttributeAccessIssue]
             raise UserError(f"wandb does not begin: {error}. WANDB_MODE=offline logs without a network") from error
-        self.run.define_metric("*", step_metric="steps")  # its own count would not go back where a run is resumed
+        self.run.define_metric("*", step_metric="steps")  # wandb's own step count cannot decrease when a run is resumed
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
         self.run.log({"steps": steps} | dict(scalars))

@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes."""
+"""Profiling: the time of each phase and kernel of an iteration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pgsuite.kernel import Kernel, surrounded
 from pgsuite.training.trainer import Callback, Report, Trainer
 
 TRACE = "trace.json"
-WARM_UP, TIMED, TRACED = 8, 10, 2  # iterations; by then is captured what can be, into which nobody looks
+WARM_UP, TIMED, TRACED = 8, 10, 2  # iterations; graphs are captured during the warm-up
 OPERATIONS = 8  # lines of the table
-ROWS = {  # kernels and phases in the order of an iteration, and how deep each is inside those before it
+ROWS = {  # kernels and phases in the order of an iteration, with their nesting depth
     "collect": 0,
     "act": 1,
     "generate": 1,
@@ -41,11 +41,11 @@ ROWS = {  # kernels and phases in the order of an iteration, and how deep each i
 
 
 class Profile(Callback):
-    """Times the phases of ten iterations, has torch trace two more, and says what came of it; the run is the same
-    otherwise.
+    """Times the phases of ten iterations, traces two more with torch's profiler, and prints the results.  Training is
+    not affected.
 
-    The phases are timed without the tracer, which slows down small operations.  On an accelerator each waits for
-    what it launched.  trace.json can be opened in chrome://tracing or ui.perfetto.dev.
+    Phases are timed without the tracer, which slows down small operations.  On an accelerator each phase is
+    synchronized.  trace.json can be opened in chrome://tracing or ui.perfetto.dev.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -53,7 +53,7 @@ class Profile(Callback):
         self.iterations = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls = Counter[str]()
-        self.looking = ExitStack()  # what ends when it is closed
+        self.looking = ExitStack()  # contexts of the timing or tracing in progress
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         self.iterations += 1
@@ -93,7 +93,7 @@ class Profile(Callback):
             self.calls[name] += 1
 
     def table(self, took: float, steps: int) -> list[str]:
-        """Milliseconds and share of each phase; parts of a phase stand indented below it."""
+        """A table with milliseconds and share of each phase; nested phases are indented."""
         lines = [f"{'an iteration':<22}{'ms':>10}{'share':>8}{'calls':>8}"]
 
         def row(name: str, seconds: float, calls: float | None = None) -> None:
@@ -109,7 +109,7 @@ class Profile(Callback):
         return lines
 
     def operations(self) -> Iterator[str]:
-        """Those that cost the most by themselves."""
+        """A table of the operations with the largest self time."""
         on = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         found = [x for x in self.tracer.key_averages() if x.key not in ROWS]
         total = sum(getattr(x, on) for x in found) or 1
@@ -118,9 +118,9 @@ class Profile(Callback):
             yield f"{x.key[:40]:<42}{getattr(x, on) / total:>8.1%}{x.count / TRACED:>8,.0f}"
 
     def keep(self, path: Path) -> str:
-        """Write the trace; what came of it, since a run goes on without one."""
+        """Write the trace and return a message; a failure does not stop the run."""
         with suppress(OSError):
-            self.tracer.export_chrome_trace(str(path))  # which says nothing where it could not
+            self.tracer.export_chrome_trace(str(path))  # it may also fail silently
         written = path.is_file() and path.stat().st_size
         return f"traced in {path.parent.name}/{TRACE}" if written else f"no trace: cannot write {path}"
 
@@ -130,7 +130,7 @@ def timed(trainer: Trainer) -> dict[str, Kernel[..., Any]]:
 
 
 def memory(device: torch.device) -> str:
-    """The most that was held so far."""
+    """Peak memory use so far."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB at most on {device}"
     unit = 1 if sys.platform == "darwin" else 2**10

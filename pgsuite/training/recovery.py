@@ -1,4 +1,4 @@
-"""What a run does when something in it is no longer finite: back to the last good state, more slowly, and on."""
+"""Recovery from non-finite numbers: restore the last finite state and continue at a lower learning rate."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BUNDLE = "crash.pt"
 
 
 class Recovery:
-    """Keeps the state between iterations, and goes back to it when one was not sound: at half the learning rate, and
-    with other actions, ``attempts`` times in a run.
+    """Keeps the training state after each finite iteration, and restores it after a non-finite one, with half the
+    learning rate and a new stream of actions, up to ``attempts`` times in a run.
 
-    Then it stops the run, which is left in the last good state, with that state, the rollout and the reason in
-    crash.pt.
+    After that it stops the run with UserError.  The trainer is left in the last finite state, and crash.pt holds that
+    state, the rollout and the reason.
     """
 
     def __init__(self, run: Path, facts: Mapping[str, Any], attempts: int, say: Callable[[str], None]) -> None:
@@ -67,7 +67,7 @@ class Recovery:
 
 
 def clone(state: Any) -> Any:
-    """A state whose tensors, on the CPU or not, are nobody else's."""
+    """A deep copy of a state, with each tensor on its device."""
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, dict):
@@ -76,7 +76,7 @@ def clone(state: Any) -> Any:
 
 
 def diagnose(trainer: Trainer, report: Report) -> str:
-    """What was not finite, and where."""
+    """A message that names what was not finite, and where."""
     if found := next(filter(None, distributed.gather(find_nonfinite(trainer.collector.buffer.read())) or ()), None):
         where = f"in the rollout that ended at {report.steps:,} steps"
         return f"{trainer.collector.env.name} broke: {found}, {where}"
@@ -86,7 +86,7 @@ def diagnose(trainer: Trainer, report: Report) -> str:
 
 
 def nonfinite_parameters(algorithm: Algorithm) -> list[str]:
-    """The parameters and statistics that are not finite."""
+    """The names of the parameters and running statistics that are not finite."""
     return [
         f"{name}.{key}"
         for name, part in algorithm.parts.items()
@@ -96,7 +96,8 @@ def nonfinite_parameters(algorithm: Algorithm) -> list[str]:
 
 
 def find_nonfinite(rollout: Rollout) -> str | None:
-    """Which environment answered an action with what is no number, and when, if any did."""
+    """The first non-finite reward or observation that followed a finite action, with environment and step; None if
+    there is none."""
     asked = finite_cells(rollout.action, rollout.mask) & rollout.mask
 
     def look(name: str, x: Obs) -> str | None:

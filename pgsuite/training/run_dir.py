@@ -1,4 +1,4 @@
-"""What callbacks and loggers of the configuration are given of a run."""
+"""The run directory, which callbacks and loggers are set up with."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pgsuite.training.loggers import Csv, Logger
 
 @dataclass
 class RunDir:
-    """The directory of a run, and what is written there and to the console."""
+    """The directory of a run, with its facts, console and loggers."""
 
     folder: Path
-    facts: Mapping[str, Any]  # config, choices, versions, device and spaces, as a checkpoint holds them
+    facts: Mapping[str, Any]  # config, choices, versions, device and spaces, as in a checkpoint
     console: Console
     seed: int
     hyperparameters: Mapping[str, Any]  # the settings by dotted names
-    resumed_at: int | None = None  # steps of the checkpoint that the run goes on from; None for a new run
-    loggers: list[Logger] = field(default_factory=list)  # empty in all processes but the first
+    resumed_at: int | None = None  # steps of the checkpoint that the run is resumed from; None for a new run
+    loggers: list[Logger] = field(default_factory=list)  # empty except in the first process
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files and logs: the first one does, for all."""
+        """Whether this process writes files and logs; only the first one does."""
         return distributed.rank() == 0
 
     def table(self, name: str) -> Csv:
-        """A CSV file in the directory, without the rows that are later than the checkpoint."""
+        """A CSV file in the directory, without rows later than the checkpoint that the run is resumed from."""
         return Csv(self.folder / name, self.resumed_at)

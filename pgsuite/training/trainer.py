@@ -1,4 +1,4 @@
-"""The loop around an algorithm: budget, bookkeeping and callbacks."""
+"""The training loop: step budget, episode statistics, callbacks, training state."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ Level = Literal["exact", "episode", "weights"]
 
 @dataclass
 class Report:
-    """What one iteration did, on the host."""
+    """The results of one iteration, on the host."""
 
-    before: int  # steps of the environments before it
-    steps: int  # and after
+    before: int  # environment steps before the iteration
+    steps: int  # environment steps after it
     metrics: dict[str, float]
-    returns: list[float]  # of the episodes that finished in all processes; the first one knows, and the others none
+    returns: list[float]  # of the episodes that finished in all processes; empty except in the first process
     lengths: list[float]  # in steps
-    is_finite: bool  # whether all that it saw and made is finite
+    is_finite: bool  # whether rollout, metrics, parameters and statistics are finite
 
     def passes(self, every: float) -> bool:
-        """Whether it took the count of steps over a multiple of this number."""
+        """Whether the number of steps passed a multiple of ``every`` in this iteration."""
         return self.steps // every > self.before // every
 
 
 @dataclass(kw_only=True, eq=False)
 class Callback(Checked):
-    """Called in the course of training; a subclass overrides the methods that it needs.
+    """Base class of callbacks; a subclass overrides the methods that it needs.
 
-    The fields of a subclass that is a dataclass are its settings under ``callbacks.<name>``.
+    If a subclass is a dataclass, its fields are its settings under ``callbacks.<name>``.
     """
 
-    slot = ""  # of its state in a checkpoint; empty stands for the name of its class
+    slot = ""  # key of its state in a checkpoint; empty takes the name of its class
 
     def setup(self, run: RunDir) -> None:
-        """Called once in every process, before ``on_start``.  ``run.writes`` is true in the one that writes."""
+        """Called once in every process, before ``on_start``.  ``run.writes`` is true in the one that writes files."""
 
     def on_start(self, trainer: Trainer) -> None: ...
 
@@ -64,7 +64,7 @@ class Callback(Checked):
         """Training is over, finished or not."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it must know to go on in a resumed run as if nothing had been."""
+        """The state that the callback needs in a resumed run."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -84,23 +84,23 @@ def slots(callbacks: Sequence[Callback]) -> dict[str, Callback]:
 
 
 class FailureHandler(Protocol):
-    """Asked after each iteration, before anybody is told of it."""
+    """Called after each iteration, before the callbacks."""
 
     def on_start(self, trainer: Trainer) -> None: ...
 
     def on_finite(self, trainer: Trainer) -> None: ...
 
     def on_nonfinite(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
-        """Put the trainer right, or raise: something in this iteration was not finite."""
+        """Handle an iteration with non-finite numbers: restore the trainer, or raise."""
         ...
 
 
 @dataclass
 class Trainer:
-    """Runs an algorithm until its environments have made ``total_steps`` steps, or until ``stop`` is set.
+    """Trains an algorithm for ``total_steps`` environment steps, or until ``stop`` is set.
 
-    Only steps that something real happened in are counted, over all processes.  ``state_dict`` holds everything that
-    the rest of the run depends on.
+    Steps are counted over all processes, without masked ones.  ``state_dict`` holds everything that the rest of the
+    run depends on.
     """
 
     algorithm: Algorithm
@@ -109,21 +109,21 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     failure_handler: FailureHandler | None = None
     steps: int = 0
-    execution: str = "eager"  # how its parts run; for people
-    recoveries: int = 0  # how often the failure handler has restored it
+    execution: str = "eager"  # mode of execution, for display
+    recoveries: int = 0  # number of restorations by the failure handler
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
-    asked: int = 0  # the number of the signal that asked this process to stop
-    stop: int = 0  # or any of them, as all of them know at the end of an iteration
+    asked: int = 0  # number of the signal by which this process was asked to stop
+    stop: int = 0  # the same over all processes, agreed upon at the end of each iteration
 
     def __post_init__(self) -> None:
-        for percent in reversed(range(101)):  # settings may change in the course of the run
+        for percent in reversed(range(101)):  # scheduled settings must be valid throughout the run
             self.algorithm.update_schedules(percent / 100)
             self.collector.validate(self.algorithm.policy)
             self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)
-        self.pack_host_data = Kernel("digest", self._digest)
-        self.finished: list[tuple[int, float]] = []  # episodes: steps by then, and return
+        self.pack_host_data = Kernel("pack host data", self._pack_host_data)
+        self.finished: list[tuple[int, float]] = []  # of episodes: steps at their end, and return
 
     def fit(self) -> None:
         for part in (*self.callbacks, *([self.failure_handler] if self.failure_handler else [])):
@@ -136,7 +136,7 @@ class Trainer:
                 callback.on_end(self)
 
     def step(self) -> None:
-        """One iteration; callbacks are told of it if all its numbers were finite."""
+        """Run one iteration, and call the callbacks if all its numbers are finite."""
         try:
             report = self.iterate()
         except NotFiniteError as error:
@@ -159,8 +159,8 @@ class Trainer:
         began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
         self.algorithm.update_schedules(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
-        digest = self.pack_host_data(metrics).cpu()  # all that an iteration reads back to the host, at once
-        values, episodes = digest[: len(metrics) + 2], digest[len(metrics) + 2 :].view(2, -1)
+        packed = self.pack_host_data(metrics).cpu()  # the only transfer to the host in an iteration
+        values, episodes = packed[: len(metrics) + 2], packed[len(metrics) + 2 :].view(2, -1)
         values = distributed.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
         *read, steps, nonfinite, asked = values.tolist()
         read = [x / distributed.size() for x in read]
@@ -175,10 +175,10 @@ class Trainer:
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
         return report
 
-    def _digest(self, metrics: Metrics) -> Tensor:
-        """What the host is to know of an iteration, in one vector of float64 on the device: the metrics, the steps that
-        were made, whether anything is not finite, and of each cell [T, N] the return and then the length of the episode
-        that finished there, zero where none did."""
+    def _pack_host_data(self, metrics: Metrics) -> Tensor:
+        """Pack everything that the host needs of an iteration into one float64 vector on the device: the metrics, the
+        number of environment steps, whether anything is not finite, and, for each cell [T, N], the returns and then the
+        lengths of the episodes that finished there; the length is zero where none did."""
         rollout = self.collector.buffer.read()
         nonfinite = ~(rollout.finite() & self.algorithm.finite())
         values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), nonfinite)]
@@ -186,7 +186,7 @@ class Trainer:
 
     @property
     def kernels(self) -> dict[str, Kernel[..., Any]]:
-        """Every kernel of this trainer and of what it trains with, by owner and attribute."""
+        """The kernels of the trainer, the algorithm, the collector and the environments, by owner and attribute."""
         env = self.collector.env
         task = getattr(env, "task", None)
         owners = {name: x for name, x in vars(self.algorithm).items() if isinstance(x, nn.Module | Optimizer)}
@@ -197,7 +197,7 @@ class Trainer:
 
     @property
     def recent(self) -> list[float]:
-        """Undiscounted returns of the training episodes that finished in the last tenth of the steps."""
+        """Undiscounted returns of the training episodes that finished in the last tenth of ``total_steps``."""
         return [x for steps, x in self.finished if steps > 0.9 * self.total_steps]
 
     @property
@@ -210,11 +210,11 @@ class Trainer:
 
     @property
     def level(self) -> Level:
-        """How much of a run of these environments can be saved."""
+        """How exactly a run in these environments can be resumed."""
         return "exact" if self.collector.env.is_resumable else "episode"
 
     def training_state(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on."""
+        """The state that the next iteration depends on."""
         return {
             "steps": self.steps,
             "recoveries": self.recoveries,
@@ -224,8 +224,8 @@ class Trainer:
         }
 
     def load_training_state(self, state: dict[str, Any], level: Level) -> None:
-        """Put it in a state: ``exact``ly; at ``episode`` borders, where the environments begin new ones; or with the
-        ``weights`` alone, where the random streams are new too."""
+        """Restore a training state: ``exact``; at ``episode`` borders, with environments that start new episodes; or
+        the ``weights`` only, with new random streams as well."""
         self.steps, self.recoveries = state["steps"], state["recoveries"]
         self.algorithm.load_state_dict(state["algorithm"], weights_only=level == "weights")
         if level != "weights":
@@ -233,7 +233,7 @@ class Trainer:
         if level == "exact":
             self.tracker.load_state_dict(state["tracker"])
         else:
-            self.collector.begun = False
+            self.collector.started = False
         if level == "weights":
             self.collector.reseed()
 

@@ -1,4 +1,4 @@
-"""Moving pictures of a policy, as a file or in TensorBoard."""
+"""Videos of a policy, as a file or in TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 TENSORBOARD = "tensorboard"
-MP4_FPS, GIF_FPS, GIF_SIZE = 60, 25, 320  # at most: a GIF of more is too large to look at
+MP4_FPS, GIF_FPS, GIF_SIZE = 60, 25, 320  # maxima; a larger GIF would be unwieldy
 
 
 def open_camera(env: VectorEnv, to: str) -> Camera:
-    """What the first environment is seen through.  Raises UserError where a video of this name cannot be."""
+    """A camera on the first environment.  Raises UserError if it cannot be rendered, and for an invalid file name."""
     path = Path(to)
     if to != TENSORBOARD:
         if path.suffix not in (".mp4", ".gif"):
@@ -49,11 +49,10 @@ def open_camera(env: VectorEnv, to: str) -> Camera:
 
 @contextmanager
 def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterator[Callable[[], None]]:
-    """Something to call whenever the first environment is to be seen.
+    """A context whose value records a frame of the first environment at each call.
 
-    What it saw is written when all is well at the end: to the file ``to``, mp4 or GIF by its suffix, which is whole or
-    not there at all; or, if ``to`` is tensorboard, it is given to ``show``.  Raises UserError, before anything is
-    filmed, where that cannot be.
+    On success the video is written at exit: to the file ``to``, mp4 or GIF by its suffix, atomically; or, if ``to`` is
+    tensorboard, it is passed to ``show``.  Raises UserError, before any frame is recorded, if that is impossible.
     """
     path, through = Path(to), open_camera(env, to)
     unfinished = path.with_name(f".{path.stem}.writing{path.suffix}")
@@ -61,7 +60,7 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
     film = Mp4(unfinished, through.fps / every) if path.suffix == ".mp4" else Gif(through.fps / every)
     if to != TENSORBOARD:
         try:
-            unfinished.write_bytes(b"")  # now, rather than after minutes of playing
+            unfinished.write_bytes(b"")  # fail now rather than after the episodes
         except OSError as error:
             raise unwritable(to, error) from error
     seen = itertools.count()
@@ -69,7 +68,7 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
     def watch() -> None:
         if next(seen) % every == 0:
             try:
-                film.add(through.shoot())
+                film.add(through.render())
             except ValueError as error:
                 raise UserError(f"video={to}: {error}") from error
             except OSError as error:
@@ -99,7 +98,7 @@ def unwritable(to: str, error: OSError) -> UserError:
 
 
 class Mp4:
-    """H.264, written as it comes; even sides, as it wants them.  Raises OSError, with ffmpeg's words."""
+    """An H.264 encoder that streams frames to ffmpeg, cropped to even sides.  Raises OSError with ffmpeg's message."""
 
     def __init__(self, path: Path, fps: float) -> None:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -118,7 +117,7 @@ class Mp4:
         try:
             self.ffmpeg.stdin.write(np.ascontiguousarray(frame[:height, :width]))
         except BrokenPipeError:
-            self.finish()  # which says why
+            self.finish()  # raises with ffmpeg's message
 
     def finish(self) -> None:
         if self.ffmpeg is not None:
@@ -134,7 +133,7 @@ class Mp4:
 
 
 class Gif:
-    """Small frames, each in a palette of its own."""
+    """A GIF of small frames, each with its own palette."""
 
     def __init__(self, fps: float) -> None:
         from PIL import Image
@@ -147,7 +146,7 @@ class Gif:
         self.frames.append(image.quantize(128))
 
     def bytes(self) -> bytes:
-        # It knows hundredths of a second: frames that last one more or less keep the whole at its speed.
+        # Durations are multiples of 10 ms; rounding each frame's end, not its duration, keeps the overall speed.
         ends = [10 * round(100 * i / self.fps) for i in range(len(self.frames) + 1)]
         durations = [end - start for start, end in itertools.pairwise(ends)]
         file = io.BytesIO()
@@ -160,7 +159,7 @@ class Gif:
 
 
 def log_gif(writer: SummaryWriter, film: Gif, steps: int) -> None:
-    """TensorBoard shows an image as it is given, and a GIF moves."""
+    """Log a GIF as an image, which TensorBoard shows animated."""
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
     width, height = film.frames[0].size

@@ -1,1 +1,1 @@
-"""Rigid-body back ends behind one protocol."""
+"""Simulators of rigid bodies behind one protocol."""

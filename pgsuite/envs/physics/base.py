@@ -1,4 +1,4 @@
-"""What a MuJoCo task asks of a simulator."""
+"""The protocol of simulators for MuJoCo tasks."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from torch import Tensor
 class Physics(Protocol):
     """N worlds of one model, stepped together.
 
-    ``qpos`` [N, nq], ``qvel`` [N, nv] and ``ctrl`` [N, nu] are live views: written in place, current after each call.
+    ``qpos`` [N, nq], ``qvel`` [N, nv] and ``ctrl`` [N, nu] are views of the simulator's state: may be written in place,
+    and are current after each call.
     """
 
     name: str  # of the back end
     description: str  # back end, precision, threads
-    closeness: str  # what it does to gymnasium's physics: equals, or approximates
+    closeness: str  # relation to gymnasium's physics: equals, rounds or approximates
     model: mujoco.MjModel
     num_envs: int
     device: torch.device
     dtype: torch.dtype
-    on_host: bool  # whether a look at the tensors costs nothing
+    on_host: bool  # whether the tensors are on the host, so that reading them needs no synchronization
     qpos: Tensor
     qvel: Tensor
     ctrl: Tensor
-    outputs: dict[str, Tensor]  # derived fields [N, ...] by MjData's name, as of the last call; those asked for
+    outputs: dict[str, Tensor]  # requested derived fields [N, ...] by MjData's name, as of the last call
 
     def step(self, substeps: int) -> None:
         """Advance every world by substeps of the model's time step under ``ctrl``."""
         ...
 
     def set_state(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        """Put the worlds where mask [N] is true at qpos, qvel, at rest in time, with the solver's memory cleared."""
+        """Set qpos and qvel of the worlds where mask [N] is true, with time and solver warm start at zero."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-"""MuJoCo's own C batch stepper: many worlds on a pool of threads, float64, bit for bit a loop over single worlds."""
+"""MuJoCo's batch stepper in C: many worlds on a thread pool, in float64, bit for bit equal to a loop over worlds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pgsuite import distributed
 
 
 def usable_cores() -> int:
-    """How many cores are this process' own, where several share a machine."""
+    """The number of cores for this process, if several processes share the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // distributed.local_size())
 
 
 class BatchPhysics:
-    """N worlds of one model on ``threads`` CPU threads; 0 takes every core that is this process' own.
+    """N worlds of one model on ``threads`` CPU threads; 0 takes every core of this process.
 
-    ``outputs`` are derived fields of MjData, kept as the last call left them: after a step one substep behind qpos, as
-    in gymnasium.  cfrc_ext, the contact force on each body, is not part of a step; as in gymnasium it is computed
-    after one and zero after a reset.
+    ``outputs`` are derived fields of MjData.  After a step they are one substep older than qpos, as in gymnasium.
+    cfrc_ext, the contact force on each body, is not part of MuJoCo's step; as in gymnasium it is computed after each
+    step, and is zero after a reset.
     """
 
     name = "mujoco"

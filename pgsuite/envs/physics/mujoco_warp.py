@@ -1,4 +1,4 @@
-"""MuJoCo Warp: every world on the GPU, in single precision, in memory that torch shares."""
+"""MuJoCo Warp: all worlds on the GPU, in float32, in memory shared with torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ STATE = ("qpos", "qvel", "ctrl", "warmstart", "time")
 
 
 class WarpPhysics:
-    """N worlds of one model on a CUDA device; on a CPU too, slowly, for tests.
+    """N worlds of one model on a CUDA device; also on a CPU, slowly, for tests.
 
-    A step and a reset are captured graphs, launched on torch's current stream: the host neither waits nor copies.
-    ``room`` is what each world has for contacts and for constraints, None for enough for gymnasium's models.  A world
-    that blows up is put at rest in the model's own pose, as MuJoCo does.  Of both, ``state_dict`` tells.  A solver that
-    Warp has not is replaced by Newton's.  Raises ValueError where mujoco-warp is not installed, or it cannot simulate
-    the model, or the driver is too old for it.
+    Steps and resets are CUDA graphs, launched on torch's current stream without synchronization or copies.  ``room`` is
+    the capacity of each world for contacts and for constraints; None suffices for gymnasium's models.  A world that
+    diverges is reset to rest in the model's initial pose, as in MuJoCo.  ``state_dict`` warns of exceeded capacities
+    and of diverged worlds.  A solver that Warp lacks is replaced by Newton's.  Raises ValueError if mujoco-warp is not
+    installed or cannot simulate the model, or if the driver is too old.
 
-    ``outputs`` are as ``BatchPhysics`` has them.
+    ``outputs`` are as in ``BatchPhysics``.
     """
 
     name = "warp"
@@ -54,7 +54,7 @@ class WarpPhysics:
         self.warp, self.mujoco_warp, self.device, self.dtype = warp, mujoco_warp, device, torch.float32
         self.model, self.num_envs = model, num_envs
         self.description = f"warp float32 on {device}, mujoco-warp {mujoco_warp.__version__}"
-        # A capsule that meets a plane steeply gets another contact frame than in MuJoCo; planar robots cannot tell.
+        # The contact frame of a capsule that meets a plane steeply differs from MuJoCo's; planar robots are unaffected.
         rolls = bool((model.jnt_type == mujoco.mjtJoint.mjJNT_FREE).any())
         self.closeness = "approximates" if rolls else "rounds"
         simulated = model
@@ -72,34 +72,34 @@ class WarpPhysics:
                 )
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"mujoco-warp cannot simulate this model: {error}") from error
-        self.settle()
-        self.worlds.opt.warn_overflow = 0  # kernels would print a line for each world and step
+        self.synchronize()
+        self.worlds.opt.warn_overflow = 0  # otherwise kernels print a line per world and step
         shared = warp.to_torch
         self.qpos, self.qvel, self.ctrl = (shared(getattr(self.data, name)) for name in ("qpos", "qvel", "ctrl"))
         self.warmstart, self.time = shared(self.data.qacc_warmstart), shared(self.data.time)
-        self.overflow = shared(self.data.overflow)  # [N] bits that stay once they are set
-        self.broken = torch.zeros(num_envs, dtype=torch.bool, device=device)  # that ever blew up
+        self.overflow = shared(self.data.overflow)  # [N] sticky bits
+        self.broken = torch.zeros(num_envs, dtype=torch.bool, device=device)  # worlds that have ever diverged
         self.trouble = torch.zeros(2, dtype=torch.long, pin_memory=device.type == "cuda")
         self.told = False
         self.pose = self.qpos[:1].clone()
         self.derived = {name: shared(getattr(self.data, name)) for name in outputs}
         self.outputs = {name: x.clone() for name, x in self.derived.items()}
-        self.rest = {name: x[:1].clone() for name, x in self.derived.items()}  # in that pose
+        self.rest = {name: x[:1].clone() for name, x in self.derived.items()}  # outputs in the initial pose
         self.graphs: dict[int, Any] = {}
         self.launch = Kernel("launch", self._launch)
         self.refresh = self.capture(lambda: mujoco_warp.forward(self.worlds, self.data)) if outputs else None
 
     @property
     def place(self) -> Any:
-        """The device, as Warp calls it."""
+        """Warp's device object."""
         return self.warp.device_from_torch(self.device)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """A graph of work, which runs once before, so that every kernel is there; the worlds stay where they are."""
+        """Capture work as a graph, after running it once to load its kernels.  The state of the worlds is restored."""
         before = self.state_dict()
-        self.settle()
+        self.synchronize()
         collecting = gc.isenabled()
-        gc.disable()  # what Warp frees during a capture would become part of it
+        gc.disable()  # memory freed during a capture would become part of it
         try:
             with self.warp.ScopedDevice(self.place):
                 work()
@@ -108,12 +108,12 @@ class WarpPhysics:
         finally:
             if collecting:
                 gc.enable()
-        self.settle()
+        self.synchronize()
         self.load_state_dict(before)
         return capture.graph
 
-    def settle(self) -> None:
-        """Wait until Warp's stream and torch's have both done what they were given."""
+    def synchronize(self) -> None:
+        """Wait for the streams of Warp and of torch."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -156,8 +156,8 @@ class WarpPhysics:
         self.time.masked_fill_(mask, 0)
 
     def tell(self) -> None:
-        """Warn, once, of worlds that were not simulated as they are; of what the device has not come to yet, the next
-        time, for the host does not wait."""
+        """Warn once of worlds with exceeded capacities, and of diverged ones.  The counts are copied without waiting,
+        so recent events are reported by a later call."""
         kinds = self.mujoco_warp.OverflowType
         full = (self.overflow & ~int(kinds.ITERATIONS | kinds.LS_ITERATIONS)) != 0
         self.trouble.copy_(torch.stack([full, self.broken]).sum(-1), non_blocking=True)
@@ -176,7 +176,7 @@ class WarpPhysics:
         self.told = bool(crowded or broken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tells, too."""
+        """The state of the worlds.  Also warns of worlds that were not simulated correctly."""
         if not self.told:
             self.tell()
         state = {name: getattr(self, name).clone() for name in STATE}

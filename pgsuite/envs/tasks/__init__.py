@@ -1,4 +1,4 @@
-"""Tasks written once, in torch: observation, reward, termination, reset."""
+"""Tasks in torch: observation, reward, termination, reset."""
 
 from pgsuite.envs.tasks.base import Task
 from pgsuite.envs.tasks.classic import Acrobot, CartPole, MountainCar, MountainCarContinuous, Pendulum

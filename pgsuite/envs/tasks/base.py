@@ -1,4 +1,4 @@
-"""What a task owes ``TaskEnv``, which adds the clock, restarts and precision of the outside."""
+"""The base class of tasks.  ``TaskEnv`` adds time limit, restarts and the precision of the interface."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from pgsuite.settings import Count
 
 @dataclass(kw_only=True, eq=False)
 class Task(ABC):
-    """N copies of one world, in tensors.  Options are the dataclass fields; ``place`` gives it a device.
+    """N copies of one world, as tensors.  Options are the dataclass fields; ``place`` allocates the worlds on a device.
 
-    A subclass says what is observed (``observe``), paid and terminated (``advance``), how worlds start (``reset``), and
-    which two spaces it has; one whose worlds are tensors makes them in ``place``.  Everything else has a default.
+    A subclass defines the observation (``observe``), reward and termination (``advance``), the initial states
+    (``reset``) and the two spaces; a task whose state is tensors allocates them in ``place``.  Everything else has a
+    default.
 
-    Code of a task neither reads tensors back to the host nor makes shapes that depend on data, unless its back end
-    lives on the host, so that it can be captured and compiled.
+    So that a task can be compiled and captured, its code must not read tensors back to the host and must not make
+    shapes that depend on data, unless its back end is on the host.
     """
 
-    gymnasium_id: ClassVar[str] = ""  # the environment that it is equal to, if there is one
+    gymnasium_id: ClassVar[str] = ""  # the equivalent environment of gymnasium, if there is one
     backends: ClassVar[tuple[str, ...]] = ("torch",)
 
     max_episode_steps: Count = 1000  # time limit: episodes are truncated there
@@ -38,31 +39,33 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         settings.check(self)
-        settings.require(Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps")  # as redeclared too
+        settings.require(
+            Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps"
+        )  # also if a subclass redeclares it
 
     @property
     def name(self) -> str:
         return self.gymnasium_id or type(self).__name__
 
     def preferred(self, device: torch.device) -> str:
-        """The back end that auto stands for on a device."""
+        """The back end that ``auto`` chooses on a device."""
         return self.backends[0]
 
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
-        """Set up N worlds with a back end, and the attributes above that depend on it.  By default, float32."""
+        """Allocate N worlds with a back end, and set the attributes above that depend on it.  By default, float32."""
         self.num_envs, self.device, self.dtype = num_envs, device, torch.float32
 
     @abstractmethod
     def reset(self, mask: Tensor, generator: Generator) -> None:
-        """Start afresh the worlds where mask [N] is true."""
+        """Set the worlds where mask [N] is true to initial states."""
 
     @property
     def on_host(self) -> bool:
-        """Whether a look at its tensors costs nothing."""
+        """Whether the tensors are on the host, so that reading them needs no synchronization."""
         return False
 
     def simulate(self, action: Tensor) -> None:
-        """What of a step with action [N, *A] is no tensor arithmetic."""
+        """The part of a step with action [N, *A] that is not tensor arithmetic, such as physics."""
 
     @abstractmethod
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,17 +73,17 @@ class Task(ABC):
 
     @abstractmethod
     def observe(self) -> Tensor:
-        """The observation [N, *O] of where the worlds stand, in memory of its own."""
+        """The observation [N, *O] of the current states, in new memory."""
 
     def describe(self) -> tuple[str, str]:
-        """Back end with precision, and closeness to gymnasium; empty for a world of one's own."""
+        """Back end with precision, and closeness to gymnasium, which is empty without a counterpart there."""
         return f"torch {str(self.dtype).removeprefix('torch.')}", ""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the future depends on, copied.  By default, every tensor that is an attribute."""
+        """A copy of the complete state.  By default, every attribute that is a tensor."""
         return {name: x.clone() for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, written into the tensors that are there."""
+        """Restore a state, writing to the existing tensors in place."""
         for name, x in state.items():
             getattr(self, name).copy_(x)

@@ -1,4 +1,4 @@
-"""gymnasium's classic control in pure torch, on any device, with fixed shapes and nothing read back to the host."""
+"""gymnasium's classic control tasks in torch, on any device, with fixed shapes and without reads back to the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgsuite.settings import Count
 
 @dataclass(kw_only=True, eq=False)
 class ClassicTask(Task):
-    """A state [N, S] of few numbers: float64 on a CPU, where it equals gymnasium's, and float32 elsewhere."""
+    """A task with a state vector [N, S]: float64 on a CPU, where it equals gymnasium's, and float32 elsewhere."""
 
     backends = ("torch",)
     state_size: ClassVar[int]
@@ -34,7 +34,7 @@ class ClassicTask(Task):
 
     @abstractmethod
     def initial_state(self, generator: Generator) -> Tensor:
-        """Fresh states [N, S]."""
+        """Random initial states [N, S]."""
 
     def describe(self) -> tuple[str, str]:
         verb = "equals" if self.dtype == torch.float64 else "rounds"
@@ -52,7 +52,7 @@ class CartPole(ClassicTask):
     gymnasium_id = "CartPole-v1"
     state_size = 4
     max_episode_steps: Count = 500
-    sutton_barto_reward: bool = False  # -1 for falling and 0 else, instead of 1 each step
+    sutton_barto_reward: bool = False  # reward -1 for falling and 0 otherwise, instead of 1 each step
 
     GRAVITY: ClassVar = 9.8
     POLE_MASS: ClassVar = 0.1
@@ -155,7 +155,7 @@ class Acrobot(ClassicTask):
         return torch.empty_like(self.state).uniform_(-0.1, 0.1, generator=generator)
 
     def slope(self, state: Tensor, torque: Tensor) -> Tensor:
-        """The time derivative of states [N, 4], by the book rather than the paper."""
+        """The time derivative of states [N, 4], by the equations of the book (Sutton and Barto), not of the paper."""
         angle, bend, spin, bend_spin = state.unbind(-1)
         c, g, cos, sin = self.CENTRE, self.GRAVITY, bend.cos(), bend.sin()
         d1 = c**2 + (1 + c**2 + 2 * c * cos) + 2
@@ -222,7 +222,7 @@ class MountainCar(ClassicTask):
         return state
 
     def push(self, action: Tensor) -> Tensor:
-        """What the engine adds to the velocity [N]."""
+        """The acceleration by the engine per step [N]."""
         return (action.to(self.dtype) - 1) * self.FORCE
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:

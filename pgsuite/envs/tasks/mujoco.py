@@ -33,8 +33,8 @@ ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """MuJoCo's deprecation notices about gymnasium's models, which nobody here can act on, are dropped, rather than
-    printed and appended to MUJOCO_LOG.TXT in the working directory."""
+    """Suppress MuJoCo's deprecation notices about gymnasium's models, which it would print and append to MUJOCO_LOG.TXT
+    in the working directory."""
     mujoco.set_mju_user_warning(lambda message: None)
     try:
         yield
@@ -43,9 +43,9 @@ def unwarned() -> Iterator[None]:
 
 
 def load_model(xml: str) -> mujoco.MjModel:
-    """One of gymnasium's models by its file name, or one of the user's by its path.
+    """Load a MuJoCo model: one of gymnasium's by its file name, or another by its path.
 
-    Raises ValueError for a file that is missing or unreadable.
+    Raises ValueError if the file is missing or unreadable.
     """
     path = ASSETS / xml if (ASSETS / xml).is_file() else Path(xml).expanduser()
     if not path.is_file():
@@ -60,10 +60,10 @@ def load_model(xml: str) -> mujoco.MjModel:
 
 @dataclass(kw_only=True, eq=False)
 class MujocoTask(Task):
-    """How the worlds move; where they start, what is seen and what is rewarded is the subclass's."""
+    """Simulation of a task by MuJoCo; a subclass defines initial states, observation and reward."""
 
     backends = ("mujoco", "warp")
-    outputs: ClassVar[tuple[str, ...]] = ()  # derived fields of MjData that the task looks at
+    outputs: ClassVar[tuple[str, ...]] = ()  # derived fields of MjData that the task uses
 
     xml_file: str  # MuJoCo model: one of gymnasium's, or a path
     frame_skip: Count = 5  # physics steps in each environment step
@@ -87,7 +87,7 @@ class MujocoTask(Task):
             self.bind(BatchPhysics(model, num_envs, threads, self.outputs))
 
     def bind(self, physics: Physics) -> None:
-        """Live in these worlds."""
+        """Attach the worlds of a simulator, and set the attributes that depend on them."""
         self.physics, self.model = physics, physics.model
         self.num_envs, self.device, self.dtype = physics.num_envs, physics.device, physics.dtype
         self.dt = self.model.opt.timestep * self.frame_skip  # seconds per step
@@ -101,11 +101,11 @@ class MujocoTask(Task):
 
     @abstractmethod
     def initial_qpos(self, generator: Generator) -> Tensor:
-        """Fresh positions [N, nq]."""
+        """Random initial positions [N, nq]."""
 
     @abstractmethod
     def initial_qvel(self, generator: Generator) -> Tensor:
-        """Fresh velocities [N, nv]."""
+        """Random initial velocities [N, nv]."""
 
     def uniform(self, like: Tensor, bound: float, generator: Generator) -> Tensor:
         return torch.empty_like(like).uniform_(-bound, bound, generator=generator)
@@ -119,11 +119,11 @@ class MujocoTask(Task):
         self.physics.step(self.frame_skip)
 
     def never(self) -> Tensor:
-        """Nothing [N] terminates."""
+        """False [N]: no world terminates."""
         return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
 
     def body(self, name: str) -> Tensor:
-        """Where a body [N, 3] was one substep ago, which is what gymnasium looks at too."""
+        """The position of a body [N, 3] one substep ago, which gymnasium uses too."""
         return self.physics.outputs["xpos"][:, self.model.body(name).id]
 
     def describe(self) -> tuple[str, str]:
@@ -139,7 +139,7 @@ class MujocoTask(Task):
 
 @dataclass(kw_only=True, eq=False)
 class NoisyStart(MujocoTask):
-    """Starts near the model's own pose."""
+    """Initial states near the model's initial pose."""
 
     normal_qvel: ClassVar[bool] = False  # noise on velocities is normal rather than uniform
 
@@ -156,7 +156,7 @@ class NoisyStart(MujocoTask):
 
 @dataclass(kw_only=True, eq=False)
 class Robot(NoisyStart):
-    """Sees its positions, but for where along the track it is, and its velocities."""
+    """Observes joint positions, except the position along the track, and velocities."""
 
     skipped: ClassVar[int] = 1  # leading positions that an observation leaves out
     qvel_limit: ClassVar[float] = math.inf  # of what is observed
@@ -169,13 +169,13 @@ class Robot(NoisyStart):
         return torch.cat([self.physics.qpos[:, first:], qvel, *(x.flatten(1) for x in self.more())], -1)
 
     def more(self) -> list[Tensor]:
-        """What else [N, ...] is observed."""
+        """Further observations [N, ...]."""
         return []
 
 
 @dataclass(kw_only=True, eq=False)
 class Locomotion(Robot):
-    """Go forward; effort costs."""
+    """Rewards forward velocity, minus a cost of control."""
 
     forward_reward_weight: float = 1.0  # weight of the forward velocity
     ctrl_cost_weight: float = 0.1  # weight of the squared action, a cost
@@ -189,7 +189,7 @@ class Locomotion(Robot):
         super().simulate(action)
 
     def x(self) -> Tensor:
-        """How far [N] along the track, in m."""
+        """The position [N] along the track, in m."""
         return self.physics.qpos[:, 0]
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class Swimmer(Locomotion):
 
 @dataclass(kw_only=True, eq=False)
 class Legged(Locomotion):
-    """Locomotion that ends with a fall."""
+    """Locomotion that terminates with a fall."""
 
     healthy_reward: float = 1.0  # reward of each step that has not fallen
     terminate_when_unhealthy: bool = True  # end the episode with a fall
@@ -233,7 +233,7 @@ class Legged(Locomotion):
 
 
 def between(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Strictly, so that NaN is not."""
+    """Whether x lies strictly between the bounds; false for NaN."""
     return (bounds[0] < x) & (x < bounds[1])
 
 
@@ -291,7 +291,7 @@ class Ant(Legged):
         super().bind(physics)
 
     def contact_forces(self) -> Tensor:
-        """On each body [N, nbody, 6]: torque and force, in N m and N, clipped."""
+        """Clipped contact torque and force on each body [N, nbody, 6], in N m and N."""
         return self.physics.outputs["cfrc_ext"].clamp(*self.contact_force_range)
 
     def more(self) -> list[Tensor]:
@@ -312,7 +312,7 @@ class Ant(Legged):
 
 @dataclass(kw_only=True, eq=False)
 class HumanBody(Robot):
-    """What a humanoid sees of itself."""
+    """The observation of humanoid robots."""
 
     outputs = ("xipos", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
     skipped = 2
@@ -324,7 +324,12 @@ class HumanBody(Robot):
     include_cfrc_ext_in_observation: bool = True  # observe contact forces
 
     def more(self) -> list[Tensor]:
-        skipped = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}  # what is the world's or the root's
+        skipped = {
+            "cinert": 1,
+            "cvel": 1,
+            "qfrc_actuator": 6,
+            "cfrc_ext": 1,
+        }  # leading entries of the world or the root
         return [
             self.physics.outputs[name][:, first:]
             for name, first in skipped.items()
@@ -332,7 +337,7 @@ class HumanBody(Robot):
         ]
 
     def contact_cost(self, weight: float, bounds: tuple[float, float]) -> Tensor:
-        """For squared torques and forces [N] on all bodies."""
+        """The weighted sum of squared contact torques and forces [N] over all bodies, clipped."""
         return (weight * self.physics.outputs["cfrc_ext"].square().sum((-1, -2))).clamp(*bounds)
 
 
@@ -365,7 +370,7 @@ class Humanoid(HumanBody, Legged):
 
 @dataclass(kw_only=True, eq=False)
 class HumanoidStandup(HumanBody):
-    """Get up from lying.  gymnasium also takes uph_cost_weight, and makes no use of it."""
+    """Stand up from lying.  gymnasium also accepts uph_cost_weight, without using it."""
 
     gymnasium_id = "HumanoidStandup-v5"
 
@@ -451,7 +456,7 @@ class Reacher(MujocoTask):
         return qvel
 
     def gap(self) -> Tensor:
-        """From target to fingertip [N, 3], in m."""
+        """The vector from target to fingertip [N, 3], in m."""
         return self.body("fingertip") - self.body("target")
 
     def observe(self) -> Tensor:
