@@ -10,7 +10,7 @@ from pgsuite.settings import closest
 COMMANDS = {
     "train": ("pgsuite.app.train", "Train: algo=ppo env=HalfCheetah seed=1"),
     "evaluate": ("pgsuite.app.evaluate", "Evaluate a trained policy: run=runs/ppo-HalfCheetah/... episodes=20"),
-    "export": ("pgsuite.app.export", "Export a policy: run=runs/ppo-HalfCheetah/... format=onnx"),
+    "export": ("pgsuite.export.command", "Export a policy: run=runs/ppo-HalfCheetah/... format=onnx"),
     "report": ("pgsuite.app.report", "Compare runs: runs/ppo-CartPole runs/trpo-CartPole"),
     "replay": ("pgsuite.app.replay", "Repeat the update that a run failed at: crash=runs/.../crash.pt"),
     "envs": ("pgsuite.app.envs", "List the environments"),

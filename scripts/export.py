@@ -1,6 +1,6 @@
 """Take a policy elsewhere: python scripts/export.py run=runs/ppo-HalfCheetah/... format=onnx"""
 
-from pgsuite.app.export import main
+from pgsuite.export.command import main
 
 if __name__ == "__main__":
     main()

@@ -20,11 +20,12 @@ import torch
 from gymnasium import spaces
 
 from pgsuite.app.build import build_policy
-from pgsuite.app.export import SUFFIXES, TOLERANCE, Portable, compare, quiet, runner, write
-from pgsuite.app.export import Run as File
 from pgsuite.app.policy_io import Restored, restore
 from pgsuite.app.schema import Run
 from pgsuite.envs.spaces import tensor_space, to_data
+from pgsuite.export.command import SUFFIXES, TOLERANCE, compare, quiet, runner, write
+from pgsuite.export.command import Run as File
+from pgsuite.export.portable import Portable
 from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig
 from pgsuite.training import checkpoint
 

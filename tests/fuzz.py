@@ -37,11 +37,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, PPOPenalty, Reinforce
 from pgsuite.app.evaluate import EvaluateConfig
-from pgsuite.app.export import Export
 from pgsuite.app.replay import Replaying
 from pgsuite.app.schema import Run
 from pgsuite.envs import Gym
 from pgsuite.envs.tasks import CartPole, HalfCheetah, Pendulum
+from pgsuite.export.command import Export
 from pgsuite.rlhf.env import Language
 from pgsuite.rlhf.pretraining import Pretraining
 from pgsuite.rlhf.reward_training import RewardTraining

@@ -22,10 +22,10 @@ from toys import PointMass, build, collector
 from pgsuite.algorithms import PPO
 from pgsuite.app import cli
 from pgsuite.app.evaluate import evaluate
-from pgsuite.app.export import export
 from pgsuite.app.replay import replay
 from pgsuite.app.train import train
 from pgsuite.errors import UserError
+from pgsuite.export.command import export
 from pgsuite.training import checkpoint
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.trainer import Trainer

@@ -18,11 +18,12 @@ from test_cli import Cli, trained_in
 from test_cli import command as command
 
 import pgsuite
-from pgsuite.app.export import METADATA, Portable, compare, runner
-from pgsuite.app.export import Run as File
 from pgsuite.app.policy_io import restore
 from pgsuite.envs.spaces import of_data, to_data
 from pgsuite.errors import UserError
+from pgsuite.export.command import METADATA, compare, runner
+from pgsuite.export.command import Run as File
+from pgsuite.export.portable import Portable
 from pgsuite.nn.network import Features
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def test_a_file_that_differs_is_not_left(command: Cli, trained: Path) -> None:
         file = runner(path, form)
         return lambda inputs: {name: x + 2e-4 for name, x in file(inputs).items()}
 
-    command.monkeypatch.setattr("pgsuite.app.export.runner", off)
+    command.monkeypatch.setattr("pgsuite.export.command.runner", off)
     code, _, err = command("export", f"run={trained}", "format=torch", "to=policy.pt2")
     assert code == 1 and "more than tolerance=1e-05: largest difference 2.0e-04" in err
     assert not any(command.folder.iterdir())

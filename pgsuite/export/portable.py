@@ -1,0 +1,137 @@
+"""Policies as modules of named tensors, which other runtimes can execute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+from torch import Tensor, nn
+
+from pgsuite.app.build import versions
+from pgsuite.app.policy_io import Restored
+from pgsuite.envs.spaces import is_image, leaves, to_data
+from pgsuite.errors import UserError
+from pgsuite.nn.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Gaussian,
+    MultiCategorical,
+    Reparameterized,
+    Squashed,
+)
+
+Named = dict[str, Tensor]
+
+
+class Portable(nn.Module):
+    """A policy as a function of named tensors, of what an environment gives and takes.
+
+    In: ``obs`` [N, *O], or each part of a dictionary by its path; ``memory`` [N, H] of policies that remember, zero
+    at the start of an episode; ``noise`` [N, K] that follows ``law``.  Out: ``action`` [N, *A], the likeliest;
+    ``sample`` [N, *A], what the noise stands for; the distribution's parameters; ``next_memory`` [N, H].
+
+    Beta distributions and heads from elsewhere may have no such function of noise: they come without it and ``sample``.
+    """
+
+    def __init__(self, restored: Restored) -> None:
+        super().__init__()
+        self.policy, self.interface = restored.policy, restored.interface
+        self.parts = {path or "obs": space for path, space, _ in leaves(self.interface.observation_space)}
+        self.remembers = self.policy.sequential
+        taken = {"action", "sample", "noise", "memory", "next_memory"} & self.parts.keys()
+        if taken:
+            raise UserError(f"an observation's part is named {taken.pop()!r}, as is what the file takes or gives")
+        dist = self.look(self.example(2))[0]
+        self.law = dist.noise_distribution if isinstance(dist, Reparameterized) else None
+        self.noises = dist.noise().shape[1:] if isinstance(dist, Reparameterized) else None
+
+    def forward(self, inputs: Named) -> Named:
+        dist, hidden_state = self.look(inputs)
+        outputs = {"action": self.interface.action(dist.mode())}
+        if isinstance(dist, Reparameterized):
+            outputs["sample"] = self.interface.action(dist.from_noise(inputs["noise"]))
+        outputs |= parameters(dist)
+        return outputs | ({"next_memory": hidden_state} if hidden_state is not None else {})
+
+    def look(self, inputs: Named) -> tuple[Distribution, Tensor | None]:
+        """The distribution over actions, and what is remembered."""
+        obs = self.interface.read(nested(self.interface.observation_space, inputs))
+        hidden_state, start = {}, torch.zeros(1, dtype=torch.bool)
+        if self.remembers:
+            hidden_state = {self.policy.body.name: inputs["memory"]}
+        features, after = self.policy.body.step(obs, hidden_state, start)
+        return self.policy.distribution(features, obs), after.get(self.policy.body.name)
+
+    def example(self, count: int, seed: int = 0) -> Named:
+        """Random observations of ``count`` environments and blank memories, by name."""
+        space = batch_space(self.interface.observation_space, count)
+        space.seed(seed)
+        given = {
+            path or "obs": as_input(part, torch.as_tensor(x))
+            for path, part, x in leaves(self.interface.observation_space, space.sample())
+        }
+        if self.remembers:
+            given |= {"memory": self.policy.initial_state(count)[self.policy.body.name]}
+        return given
+
+    def metadata(self, restored: Restored) -> dict[str, Any]:
+        """What a user of the file needs to know, as JSON has it."""
+        env = restored.config["env"]
+        return {
+            "environment": env.get("id") or env.get("entry") or env["_target_"].rpartition(".")[2],
+            "steps": restored.steps,
+            "observation_space": to_data(self.interface.observation_space),
+            "action_space": to_data(self.interface.action_space),
+            "normalizer": "inside" if restored.config["standardize_obs"] else "none",
+            "noise": self.law,
+            "memory": list(self.policy.initial_state(1)[self.policy.body.name].shape[1:]) if self.remembers else None,
+            "checkpoint": restored.path.name,
+            "versions": versions(),
+        }
+
+
+def parameters(dist: Distribution) -> Named:
+    """Those of a distribution, by the names of the field."""
+    match dist:
+        case Squashed():
+            return parameters(dist.base)  # before tanh
+        case Gaussian():
+            return {"mean": dist.mean, "sigma": dist.log_sigma.exp().expand_as(dist.mean)}
+        case Beta():
+            return {"alpha": dist.alpha, "beta": dist.beta}
+        case Categorical() | Bernoulli():
+            return {"logits": dist.logits}
+        case MultiCategorical():
+            return {"logits": torch.cat(dist.logits, -1)}
+    return {}
+
+
+def nested(space: spaces.Space[Any], inputs: Named, path: tuple[str, ...] = ()) -> Any:
+    """Named parts as the observation of a space."""
+    if isinstance(space, spaces.Dict):
+        return {key: nested(part, inputs, (*path, str(key))) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(nested(part, inputs, (*path, str(i))) for i, part in enumerate(space))
+    return inputs["/".join(path) or "obs"]
+
+
+def as_input(space: spaces.Space[Any], x: Tensor) -> Tensor:
+    """In the type that the file takes: images as bytes, masks as they are, everything else that counts as int64, and
+    the rest as float32."""
+    if is_image(space) or isinstance(space, spaces.MultiBinary):
+        return x
+    return x.long() if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else x.float()
+
+
+def with_noise(portable: Portable, inputs: Named, generator: torch.Generator | None = None) -> Named:
+    """The inputs, with noise from a generator."""
+    if portable.law is None:
+        return inputs
+    with torch.no_grad():
+        dist = portable.look(inputs)[0]
+    assert isinstance(dist, Reparameterized)
+    return inputs | {"noise": dist.noise(generator)}
