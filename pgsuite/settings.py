@@ -48,7 +48,7 @@ WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes 
 
 
 # Settings of a run that do not change what it learns: runs that differ in nothing else are one experiment.
-INCIDENTAL = ("resume", "checkpoint", "recover", "evaluation", "logging", "profile", "env_threads")
+INCIDENTAL = ("resume", "checkpoint", "recover", "evaluation", "logging", "loggers", "profile", "env_threads")
 
 
 # Settings and metrics that were renamed: the former name, and the present one.

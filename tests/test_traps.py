@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from test_cli import Cli, command  # noqa: F401
 
+from pgsuite import errors
 from pgsuite.algorithms import PPO
 from pgsuite.app.schema import locate, schema
 from pgsuite.errors import UserError
@@ -98,3 +99,15 @@ def test_a_sweep_without_its_launcher_says_what_to_install() -> None:
 
     error: Any = MissingConfigException("no", "hydra/launcher/joblib", ["basic"])
     assert explain(error) == "hydra/launcher=joblib needs hydra-joblib-launcher: pip install -e '.[sweep]'"
+
+
+def test_what_is_missing_is_installed_from_where_this_package_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert errors.install("gpu") == "pip install -e '.[gpu]'"  # this is a checkout
+    monkeypatch.setattr(errors, "__file__", "/site-packages/pgsuite/errors.py")
+    assert errors.install("gpu") == "pip install 'pgsuite[gpu]'"
+
+
+def test_a_resumed_run_tells_of_its_own_recipe(command: Cli) -> None:  # noqa: F811
+    assert command("train", "algo=a2c", "env=CartPole", "num_envs=8", "total_steps=1000", "hydra.run.dir=run")[0] == 0
+    code, out, _ = command("train", "resume=run", "total_steps=2000")
+    assert code == 0 and "recipe a2c-CartPole" in out

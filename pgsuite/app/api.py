@@ -31,7 +31,7 @@ from pgsuite.app.evaluate import EvaluateConfig, evaluate_policy
 from pgsuite.app.policy_io import Actor, restore
 from pgsuite.app.train import run as run_training
 from pgsuite.app.train import summary_of
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, install
 from pgsuite.settings import closest
 from pgsuite.training.trainer import Callback
 
@@ -106,7 +106,7 @@ class Run:
         try:
             from pgsuite.app.plot import curve
         except ImportError as error:
-            raise UserError("run.plot() needs matplotlib: pip install 'pgsuite[report]'") from error
+            raise UserError(f"run.plot() needs matplotlib: {install('report')}") from error
         metrics = self.metrics
         if metric not in metrics:
             raise UserError(f"no metric {metric!r}; {closest(metric, metrics)}")

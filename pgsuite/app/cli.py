@@ -24,7 +24,7 @@ from pgsuite.app import schema, sweeps  # noqa: F401  (its resolvers, in every p
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.distributed import LostProcessError
 from pgsuite.envs.base import BrokenEnvError
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, install
 from pgsuite.settings import closest
 from pgsuite.training.callbacks import console
 
@@ -192,7 +192,7 @@ def _missing(error: MissingConfigException) -> str:
         extra = {"submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray", "optuna": "optuna"}.get(
             name, "sweep"
         )
-        return f"{group}={name} needs hydra-{name.split('_')[0]}-{group[6:]}: pip install -e '.[{extra}]'"
+        return f"{group}={name} needs hydra-{name.split('_')[0]}-{group[6:]}: {install(extra)}"
     return f"no {group} {name!r}; {closest(name, error.options or [])}"
 
 

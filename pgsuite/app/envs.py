@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgsuite.envs import make, tasks
-from pgsuite.errors import command
+from pgsuite.errors import command, install
 
 
 def actions(space: spaces.Space[Any]) -> str:
@@ -33,7 +33,7 @@ def main() -> None:
     Console(width=110).print(table)
     print(f"\nenv=gym env.id=<id>: any of the {len(gymnasium.registry)} that gymnasium knows here")
     print("env=gym env.import=<package> env.id=<id>: any that a package of yours registers")
-    print("env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: pip install -e '.[atari]'")
-    print("env=envpool env.id=<id>: any that envpool lists: pip install -e '.[envpool]'")
+    print(f"env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: {install('atari')}")
+    print(f"env=envpool env.id=<id>: any that envpool lists: {install('envpool')}")
     print("env=torch env.entry=<package>:<callable>: any that steps torch tensors itself")
     print(f"Options of one: {command('train')} env=<name> --help")

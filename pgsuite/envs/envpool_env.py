@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from pgsuite import seeding, settings
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.gym_env import GymEnv
+from pgsuite.errors import install
 from pgsuite.settings import Count, WorldThreads, closest
 from pgsuite.types import write_obs
 
@@ -40,7 +41,7 @@ class EnvPool(VectorEnvConfig):
         try:
             import envpool  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(f"env=envpool needs envpool: pip install -e '.[envpool]' ({error})") from error
+            raise ValueError(f"env=envpool needs envpool: {install('envpool')} ({error})") from error
         if self.id not in (known := envpool.list_all_envs()):
             raise ValueError(f"envpool has no environment {self.id!r}; {closest(self.id, known)}")
         limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}

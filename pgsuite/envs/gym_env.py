@@ -18,6 +18,7 @@ from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig
 from pgsuite.envs.spaces import native_action, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
+from pgsuite.errors import install
 from pgsuite.settings import Count, Natural, closest, imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
@@ -52,7 +53,7 @@ class Gym(VectorEnvConfig):
             try:
                 imported(self.import_)
             except ImportError as error:
-                remedy = ": pip install -e '.[atari]'" if self.import_ == "ale_py" else ""
+                remedy = f": {install('atari')}" if self.import_ == "ale_py" else ""
                 raise ValueError(f"env.import={self.import_} cannot be imported: {error}{remedy}") from error
         known = gymnasium.registry.keys()
         if ":" not in self.id and self.id not in known:

@@ -26,8 +26,9 @@ from pgsuite.envs.gym_env import GymEnv
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.classic import ClassicTask
 from pgsuite.envs.tasks.mujoco import MujocoTask
+from pgsuite.errors import install
 
-REMEDY = "pip install -e '.[video]'"
+REMEDY = install("video")
 SIDE = 480  # pixels of a robot's picture, as in gymnasium
 TRIAL = """
 import mujoco

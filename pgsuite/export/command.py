@@ -21,7 +21,7 @@ from pgsuite import seeding, settings
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.app.policy_io import Restored, restore
 from pgsuite.envs.spaces import native_action
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, install
 from pgsuite.export.portable import Named, Portable, nested, parameters, with_noise
 from pgsuite.settings import Natural, Positive
 from pgsuite.training import checkpoint
@@ -55,7 +55,7 @@ def export(cfg: DictConfig) -> None:
     wanted: Export = instantiate(to_dict(cfg), "the export")
     needed = ("onnx", "onnxscript", "onnxruntime") if wanted.format == "onnx" else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"format=onnx needs {', '.join(missing)}: pip install -e '.[onnx]', or take format=torch")
+        raise UserError(f"format=onnx needs {', '.join(missing)}: {install('onnx')}, or take format=torch")
     restored = restore(wanted.run)
     folder = checkpoint.run_of(restored.path)
     path = Path(wanted.to) if wanted.to is not None else folder / f"policy{SUFFIXES[wanted.format]}"

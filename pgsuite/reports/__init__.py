@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, install
 
-REMEDY = "pip install -e '.[report]'"
+REMEDY = install("report")
 
 
 def report(paths: Sequence[str], out: Path, command: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What is said of several seeds: interquartile means, intervals, probabilities of improvement.
 
 After Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice".  Needs scipy:
-``pip install -e '.[report]'``.
+the extra ``report``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import find, make
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, install
 from pgsuite.rollout import Collector
 from pgsuite.settings import Count, NonNegative
 from pgsuite.types import Step
@@ -135,7 +135,7 @@ class PretrainedTokens:
         try:
             from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(f"env.tokens={path} is of transformers: pip install -e '.[rlhf]'") from error
+            raise ValueError(f"env.tokens={path} is of transformers: {install('rlhf')}") from error
         self.inner: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         if self.inner.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no stop token (eos_token)")

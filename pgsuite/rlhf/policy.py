@@ -11,6 +11,7 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
+from pgsuite.errors import install
 from pgsuite.nn.configs import PolicyConfig
 from pgsuite.nn.distributions import Categorical, Distribution
 from pgsuite.nn.heads import FORBIDDEN, CategoricalHead, permitted
@@ -190,7 +191,7 @@ def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
     try:
         from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"{path} is a model of transformers: pip install -e '.[rlhf]'") from error
+        raise ValueError(f"{path} is a model of transformers: {install('rlhf')}") from error
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError) as error:

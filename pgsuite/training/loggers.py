@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, install
 from pgsuite.settings import INCIDENTAL, Checked
 from pgsuite.training.video import Gif, log_gif
 
@@ -190,7 +190,7 @@ class WandB(Logger):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("logging.wandb needs wandb: pip install -e '.[wandb]'") from error
+            raise UserError(f"logging.wandb needs wandb: {install('wandb')}") from error
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(uuid4().hex[:12])

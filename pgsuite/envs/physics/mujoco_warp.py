@@ -13,10 +13,11 @@ import mujoco
 import torch
 from torch import Tensor
 
+from pgsuite.errors import install
 from pgsuite.kernel import Kernel
 from pgsuite.types import choose
 
-REMEDY = "pip install -e '.[gpu]'"
+REMEDY = install("gpu")
 STATE = ("qpos", "qvel", "ctrl", "warmstart", "time")
 
 
