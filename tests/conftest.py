@@ -1,10 +1,15 @@
+import gc
 import os
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or a pool of processes imports torch to compile little
 
 import torch
+from hydra._internal.hydra import Hydra
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
@@ -22,6 +27,32 @@ settings.load_profile("same every time")
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def composed_once() -> Iterator[None]:
+    """Hydra composes a configuration twice, first to read nothing but hydra.mode, which only sweeps (-m, sweep=...) and
+    overrides of its own ever set here.  Processes that tests start do it as users do."""
+    read = Hydra.get_mode
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        sets_mode = any(re.match(r"[+~]*(sweep|hydra)\b", override) for override in overrides)
+        return read(self, config_name, overrides) if sets_mode else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", get_mode)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collecting garbage would go through all that is imported over and over, and find nothing."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -507,8 +507,8 @@ def test_value_flows_back_one_step_at_the_discount(estimator: Any) -> None:
         A2C, env, estimator=estimator, gamma=0.5, lr={"linear": [0.02, 0]}, optim="adam", standardize=False, scale=False
     )
     rollouts = StepCollector(env, 8)
-    for i in range(300):
-        algorithm.update_schedules(i / 300)
+    for i in range(150):
+        algorithm.update_schedules(i / 150)
         algorithm.iterate(rollouts)
     values = value(algorithm.critic, torch.tensor([[0.0], [1.0]]))
     assert torch.allclose(values, torch.tensor([0.5, 1.0]), atol=0.03)
@@ -544,11 +544,11 @@ def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
         **options,
     )
     rollouts, gains = StepCollector(env, 10), []
-    for i in range(150):
-        algorithm.update_schedules(i / 150)
+    for i in range(100):
+        algorithm.update_schedules(i / 100)
         algorithm.iterate(rollouts)
         gains.append(-float(policy.out.weight.detach()))
-    assert sum(gains[75:]) / 75 == pytest.approx(0.58840335, abs=0.06)
+    assert sum(gains[50:]) / 50 == pytest.approx(0.58840335, abs=0.06)
 
 
 @pytest.mark.parametrize("gain", [0.4, 0.58840335, 0.75])
@@ -587,8 +587,8 @@ def test_the_frozen_lake_is_crossed_nearly_as_well_as_can_be() -> None:
     assert env.best() == pytest.approx(0.74419029, abs=1e-8)
     algorithm = build(PPO, env, hidden=(), standardize=False, lr={"linear": [0.03, 0]}, epochs=4, entropy_coef=0.003)
     rollouts, ended = StepCollector(env, 32), []
-    for i in range(150):
-        algorithm.update_schedules(i / 150)
+    for i in range(100):
+        algorithm.update_schedules(i / 100)
         algorithm.iterate(rollouts)
         rollout = rollouts.buffer.read()
         ended.append((rollout.reward[rollout.done].sum(), rollout.done.sum()))

@@ -114,7 +114,7 @@ ALGORITHM_SCALARS = {
 def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> None:
     size = [] if algo == "reinforce" else ["horizon=16"]
     task = ["env=Pendulum", "env.max_episode_steps=20", "num_envs=4", *size]
-    code, out, err = command("train", f"algo={algo}", *task, "total_steps=2000", "seed=3")
+    code, out, err = command("train", f"algo={algo}", *task, "total_steps=1000", "seed=3")
     assert code == 0, err
     (run,) = (command.folder / "runs" / f"{algo}-Pendulum").iterdir()
     assert run.name.endswith("-s3")
@@ -129,7 +129,7 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
     assert " ".join(summary) == facts + "steps_per_second return_mean return_std episodes evaluation recoveries"
     assert summary["status"] == "finished" and summary["resume"] == "exact"
     assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
-    assert summary["steps"] >= 2000 and summary["episodes"] > 0
+    assert summary["steps"] >= 1000 and summary["episodes"] > 0
     assert f"max_episode_steps: 20\n" in (run / "config.yaml").read_text()  # noqa: F541
     assert "${" not in (run / "config.yaml").read_text()
 

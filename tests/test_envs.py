@@ -42,7 +42,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("Reacher", {"reward_dist_weight": 2.0, "reward_control_weight": 0.5}),
     ("Pusher", {"reward_near_weight": 2.0, "reward_dist_weight": 0.5, "frame_skip": 2}),
 ]
-STEPS, ENVS = 500, 3
+STEPS, ENVS = 300, 3
 
 
 def reference(name: str, options: dict[str, Any]) -> Any:
@@ -66,7 +66,7 @@ def test_mujoco_tasks_equal_gymnasium_step_by_step(name: str, options: dict[str,
     for i, other in enumerate(others):
         assert np.abs(put(other, physics.qpos[i], physics.qvel[i]) - obs[i].numpy()).max() <= 1e-12
     bound = env.action_space.high[0]  # pyright: ignore[reportAttributeAccessIssue]
-    steps = 300 if options else STEPS
+    steps = 180 if options else STEPS
     for _ in range(steps):
         action = rng.uniform(-1.3 * bound, 1.3 * bound, (ENVS, physics.model.nu)).astype(np.float32)
         step = env.step(torch.from_numpy(action))

@@ -23,7 +23,7 @@ TINY = ["env=CartPole", "num_envs=2", "horizon=16"]
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command in a directory of its own; the message that it exits with, or 0."""
 
-    def command(*arguments: str, steps: int = 200) -> str | int:
+    def command(*arguments: str, steps: int = 100) -> str | int:
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY, f"total_steps={steps}"])
         GlobalHydra.instance().clear()
@@ -111,12 +111,12 @@ def test_a_search_that_was_cut_off_goes_on_with_the_trial_that_it_was_in(sweep: 
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     # An episode has to end in the last tenth of the steps, or a trial has no value and fails: a short limit sees to it.
-    search = ("sweep=optuna", "algo=ppo", "algo.epochs=1", "hydra.sweeper.n_jobs=1", "env.max_episode_steps=16")
-    assert sweep(*search, "hydra.sweeper.n_trials=1", steps=2000) == 0
+    search = ("sweep=optuna", "algo=ppo", "algo.epochs=1", "env.max_episode_steps=10", "hydra.sweeper.n_jobs=1")
+    assert sweep(*search, "hydra.sweeper.n_trials=1", steps=400) == 0
     study = optuna.load_study(study_name="ppo-CartPole", storage="sqlite:///runs/optuna.db")
     cut = study.ask()
     cut._suggest("algo.lr", study.trials[0].distributions["algo.lr"])
-    assert sweep(*search, "hydra.sweeper.n_trials=2", steps=2000) == 0
+    assert sweep(*search, "hydra.sweeper.n_trials=2", steps=400) == 0
     finished = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
     assert len(finished) == len(runs()) == 2
     assert finished[1].params == cut.params
