@@ -1,19 +1,27 @@
 """Every example of docs/extending.md, executed as it stands."""
 
+import copy
 import importlib
 import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from gymnasium import spaces
 from hydra.core.global_hydra import GlobalHydra
 
 from pgsuite import algorithms
 from pgsuite.app import cli
 from pgsuite.app.train import train
+from pgsuite.components import Component
+from pgsuite.nn.configs import MLPPolicyConfig
+from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.optim import make_optimizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)
@@ -83,32 +91,94 @@ def test_the_methods_to_override_are_there() -> None:
         assert code.__code__.co_varnames[1 : code.__code__.co_argcount] == tuple(parameters.split(", ")), name
 
 
-WRONG = [
-    (["policy.body=my_networks.Furier"], "is no subclass of pgsuite.nn.network.Body"),
-    (["policy.body=my_netwroks.Fourier"], "policy.body=my_netwroks.Fourier cannot be imported: No module named"),
-    (["policy.body={_target_: my_networks.Fourier, frequences: 3}"], "policy.body; did you mean frequencies"),
-    (["policy.body={_target_: my_networks.Fourier, frequencies: 0}"], "policy.body.frequencies must be a whole number"),
-    (["policy.body={frequencies: 3}"], "no policy.body ''; a class by its dotted path"),
-    (["policy.body=3"], "body must be a word or settings by name or null, got 3"),
-    (["policy.body=my_networks.Fourier", "policy.hidden=[8]"], "policy.hidden would have no effect with policy.body"),
-    (["policy.recurrent=gruu"], "no policy.recurrent 'gruu'; did you mean gru, or a class by its dotted path"),
-    (["policy.recurrent=my_networks.Fourier"], "is no subclass of pgsuite.nn.recurrent.Recurrence"),
-    (["policy.recurrent={_target_: gru, gates: 3}"], "no setting 'gates' in policy.recurrent"),
-    (["policy.distribution=my_networks.Fourier"], "is no subclass of pgsuite.nn.heads.Head"),
-    (["algo.optim=torch.optim.LBFGS"], "LBFGS computes the loss again by a closure"),
-    (["algo.optim=torch.optim.Adamw"], "is no subclass of"),
-    (["algo.optim={_target_: torch.optim.AdamW, weight_decoy: 1}"], "did you mean weight_decay"),
-    (["algo.optim={_target_: adam, beta1: 2}"], "algo.optim.beta1 must be a number from 0 to 1, got 2"),
-    (["algo.optim={_target_: my_optimizers.Lion, beta1: x}"], "algo.optim.beta1 must be a number from 0 to 1, got 'x'"),
-    (["algo.optim={_target_: torch.optim.AdamW, lr: 1}"], "no setting 'lr' in algo.optim"),
-    (["algo.optim=torch.optim.AdamW", "execution=cuda_graph"], "cuda_graph"),
+def policy(**settings: Any) -> None:
+    obs_norm = Standardize(spaces.Box(-1.0, 1.0, (4,)))
+    MLPPolicyConfig(**settings).build(obs_norm, spaces.Discrete(2), torch.Generator())
+
+
+def optimizer(optim: Component) -> None:
+    make_optimizer([torch.nn.Linear(1, 1)], 1e-3, optim)
+
+
+WRONG: list[tuple[Callable[..., None], dict[str, Any], str]] = [
+    (policy, {"body": "my_networks.Furier"}, "is no subclass of pgsuite.nn.network.Body"),
+    (policy, {"body": "my_netwroks.Fourier"}, "policy.body=my_netwroks.Fourier cannot be imported: No module named"),
+    (policy, {"body": {"_target_": "my_networks.Fourier", "frequences": 3}}, "policy.body; did you mean frequencies"),
+    (
+        policy,
+        {"body": {"_target_": "my_networks.Fourier", "frequencies": 0}},
+        "policy.body.frequencies must be a whole",
+    ),
+    (policy, {"body": {"frequencies": 3}}, "no policy.body ''; a class by its dotted path"),
+    (policy, {"body": 3}, "body must be a word or settings by name or null, got 3"),
+    (policy, {"recurrent": "gruu"}, "no policy.recurrent 'gruu'; did you mean gru, or a class by its dotted path"),
+    (policy, {"recurrent": "my_networks.Fourier"}, "is no subclass of pgsuite.nn.recurrent.Recurrence"),
+    (policy, {"recurrent": {"_target_": "gru", "gates": 3}}, "no setting 'gates' in policy.recurrent"),
+    (policy, {"distribution": "my_networks.Fourier"}, "is no subclass of pgsuite.nn.heads.Head"),
+    (optimizer, {"optim": "torch.optim.LBFGS"}, "LBFGS computes the loss again by a closure"),
+    (optimizer, {"optim": "torch.optim.Adamw"}, "is no subclass of"),
+    (optimizer, {"optim": {"_target_": "torch.optim.AdamW", "weight_decoy": 1}}, "did you mean weight_decay"),
+    (optimizer, {"optim": {"_target_": "adam", "beta1": 2}}, "algo.optim.beta1 must be a number from 0 to 1, got 2"),
+    (optimizer, {"optim": {"_target_": "torch.optim.AdamW", "lr": 1}}, "no setting 'lr' in algo.optim"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda x: x[0] if isinstance(x, list) else "")
+@pytest.mark.parametrize(("make", "settings", "message"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
 def test_mistakes_with_components_get_one_message(
+    package: Path, make: Callable[..., None], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**settings)
+
+
+def test_a_body_whose_features_are_of_another_size_is_refused(package: Path) -> None:
+    (package / "my_wide.py").write_text(FILES["my_networks.py"].replace("size=2 * frequencies", "size=frequencies"))
+    with pytest.raises(ValueError, match=r"have the shape \(1, 128\), and by size=64 they must have \(1, 64\)"):
+        policy(body="my_wide.Fourier")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algo.optim={_target_: my_optimizers.Lion, beta1: x}"], "algo.optim.beta1 must be a number from 0 to 1"),
+        (["policy.body=my_networks.Fourier", "policy.hidden=[8]"], "policy.hidden would have no effect with policy"),
+        (["algo.optim=torch.optim.AdamW", "execution=cuda_graph"], "cuda_graph"),
+    ],
+)
+def test_so_they_do_on_the_command_line(
     package: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit, match=re.escape(message)):
         run(monkeypatch, ["env=CartPole", "num_envs=8", "total_steps=256", "hydra.run.dir=run", *arguments])
     assert not (package / "run").exists()
+
+
+def test_an_optimizer_of_torch_is_restored_and_skips_what_it_is_told_to() -> None:
+    layers = [torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    choice: Component = {"_target_": "torch.optim.AdamW", "weight_decay": 0.1}
+    one, two = (make_optimizer([layer], 0.1, choice) for layer in layers)
+
+    def loss(layer: torch.nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return layer(x).square().mean(), {}
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for _ in range(3):
+        one.step(loss, layers[0], x)
+    two.flat.copy_(one.flat)
+    two.load_state_dict(one.state_dict())
+    reference = copy.deepcopy(layers[0])
+    torchs = torch.optim.AdamW(reference.parameters(), 0.05, weight_decay=0.1)
+    state = {i: {k: v.clone() for k, v in one.inner.state[p].items()} for i, p in enumerate(one.params)}  # pyright: ignore
+    torchs.load_state_dict({"state": state, "param_groups": torchs.state_dict()["param_groups"]})
+    for optimizer, layer in ((one, layers[0]), (two, layers[1])):
+        optimizer.lr_scale.fill_(0.5)
+        optimizer.step(loss, layer, x)
+    loss(reference, x)[0].backward()
+    torchs.step()
+    assert torch.equal(one.flat, two.flat)
+    assert torch.allclose(reference.weight, layers[0].weight, atol=1e-12)
+    before = one.flat.clone()
+    one.skip_mask = torch.tensor(True)
+    one.step(loss, layers[0], x)
+    assert torch.equal(before, one.flat)
