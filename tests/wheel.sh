@@ -17,6 +17,13 @@ BIN=$WORK/installed/bin
 "$BIN/pgsuite" export run=run format=torch
 "$BIN/pgsuite" report run
 "$BIN/pgsuite" envs > /dev/null
+! "$BIN/pgsuite" train env=CartPole '~tuned' algo.lr=1e38 recover.attempts=0 total_steps=4096 hydra.run.dir=crash 2> said
+grep "pgsuite replay crash=" said
+"$BIN/pgsuite" replay crash=crash
+"$BIN/pgsuite" pretrain reviews=256 batch=32 held_out=32 size.width=16 size.layers=1 hydra.run.dir=model
+"$BIN/pgsuite" reward-model model=model count=128 held_out=64 batch=32 hydra.run.dir=reward
+"$BIN/pgsuite" train algo=ppo env=rlhf policy.model=model env.rewards=[reward] num_envs=8 algo.minibatches=2 algo.epochs=1 \
+    total_steps=400 hydra.run.dir=aligned
 "$BIN/pgsuite" train --help > /dev/null
 ! "$BIN/pgsuite" trian 2> said && grep "did you mean train" said
 echo "the wheel works"
