@@ -8,7 +8,7 @@ import torch
 
 from pgsuite.rlhf import corpus
 from pgsuite.rlhf.grammar import Grammar, Review
-from pgsuite.rlhf.scorer import KIND, VALUE, judge, score
+from pgsuite.rlhf.scorer import KIND, VALUE, score, score_terms
 from pgsuite.rlhf.tokens import BEGIN, PAD, STOP, Vocabulary
 
 
@@ -116,5 +116,7 @@ def test_the_scorer_prefers_sense(better: str, worse: str) -> None:
 def test_the_scorer_answers_to_any_text_and_praise_saturates() -> None:
     for response in ("", ".", ", ,", "not", "at all", "word salad with no sense", "good " * 100):
         assert torch.isfinite(score(["nothing"], [response])).all()
-    praise = judge("the soup was", "wonderful , perfect , divine , delicious , great , tasty , fresh , nice , good .")
+    praise = score_terms(
+        "the soup was", "wonderful , perfect , divine , delicious , great , tasty , fresh , nice , good ."
+    )
     assert 5.5 < praise["sentiment"] < 6

@@ -254,7 +254,7 @@ class LanguageEnv:
         prompts = [self.texts[i] for i in self.chosen.tolist()]
         responses = tokens[-len(written) :]
         said = self.tokens.decode(responses.cpu())
-        found = torch.stack([self.judge("reward", reward, prompts, said) for reward in self.rewards])
+        found = torch.stack([self.call_reward("reward", reward, prompts, said) for reward in self.rewards])
         found = found.mean(0) if self.ensemble == "mean" else found.amin(0)
         last = written & ~torch.cat([written[1:], torch.zeros_like(written[:1])])
         if found.ndim == 2:
@@ -264,11 +264,11 @@ class LanguageEnv:
             reward = last.to(self.dtype) * found
         return (reward - self.truncation_penalty * (last & (responses != self.stop))).where(written, 0.0)
 
-    def judge(self, name: str, judge: Reward, prompts: list[str], responses: list[str]) -> Tensor:
+    def call_reward(self, name: str, reward: Reward, prompts: list[str], responses: list[str]) -> Tensor:
         """Call a reward function: rewards of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError for
         an exception or a result of another shape."""
         try:
-            found = torch.as_tensor(judge(prompts, responses), device=self.device, dtype=self.dtype)
+            found = torch.as_tensor(reward(prompts, responses), device=self.device, dtype=self.dtype)
         except Exception as error:
             said = " ".join(str(error).split())
             raise BrokenEnvError(f"{self.name}: env.{name} raised {type(error).__name__}: {said}") from error
@@ -283,7 +283,7 @@ class LanguageEnv:
         """The true scores [N] of responses to all prompts in order; None without a scorer."""
         if self.scorer is None:
             return None
-        found = self.judge("scorer", self.scorer, self.texts, responses).cpu()
+        found = self.call_reward("scorer", self.scorer, self.texts, responses).cpu()
         return found.sum(0) if found.ndim == 2 else found
 
     def reset(self) -> Tensor:

@@ -61,10 +61,10 @@ class RewardModel(nn.Module):
         chunks = []
         for start in range(0, len(prompts), batch):
             chosen = slice(start, start + batch)
-            chunks.append(self.judge(*self.vocabulary.encode(prompts[chosen], responses[chosen])))
+            chunks.append(self.score(*self.vocabulary.encode(prompts[chosen], responses[chosen])))
         return torch.cat(chunks)
 
-    def judge(self, tokens: Tensor, real: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, real: Tensor) -> Tensor:
         """Rewards [N] of prompts and responses as tokens [T, N]."""
         each = torch.stack([judge(tokens, real) for judge in self.judges])
         return each.mean(0) if self.combine == "mean" else each.amin(0)

@@ -47,7 +47,7 @@ KIND = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns.split()}
 VALUE = {word: (kind, value) for kind, words in VALUES.items() for word, value in words.items()}
 
 
-def judge(prompt: str, response: str) -> dict[str, float]:
+def score_terms(prompt: str, response: str) -> dict[str, float]:
     """The terms of a response's score, whose sum is the score.
 
     - ``sentiment``: the values of its adjectives, scaled by degree and turned by negation, and of its intentions,
@@ -101,4 +101,4 @@ def score(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
 
     Raises ValueError unless there are as many responses as prompts.
     """
-    return torch.tensor([sum(judge(p, r).values()) for p, r in zip(prompts, responses, strict=True)])
+    return torch.tensor([sum(score_terms(p, r).values()) for p, r in zip(prompts, responses, strict=True)])
