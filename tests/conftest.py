@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: threads that wait take CPU time
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or a pool of processes imports torch to compile little
 
 import torch

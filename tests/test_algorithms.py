@@ -485,7 +485,7 @@ def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -
     env = Probe(32, pays, blank=blank)
     algorithm = build(cls, env, standardize=False, scale=False, **FAST[cls])
     rollouts = collector(algorithm, env, 8)
-    for _ in range(45):
+    for _ in range(45 if cls is A2C else 30):
         algorithm.iterate(rollouts)
     rollout = rollouts.collect(algorithm.policy)
     value = algorithm.critic(rollout)[0].detach()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor
-from toys import ALL, PointMass, Probe, Toy, build, collector
+from toys import ALL, BRIEF, PointMass, Probe, Toy, build, collector
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTrace
@@ -332,14 +332,14 @@ def reads_nothing(algorithm: Any, env: Any) -> None:
 @pytest.mark.parametrize(("cls", "options"), SWITCHES, ids=lambda x: getattr(x, "__name__", None))
 def test_no_switch_reads_anything_back(cls: type[Algorithm], options: dict[str, Any], scale: bool) -> None:
     env = PointMass(8, max_episode_steps=10)
-    reads_nothing(build(cls, env, scale=scale, **options), env)
+    reads_nothing(build(cls, env, scale=scale, **BRIEF[cls] | options), env)
 
 
 @pytest.mark.parametrize(("world", "look"), LOOKS, ids=LOOK_IDS)
 @pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, PPOPenalty, NPG])
 def test_no_distribution_reads_anything_back(cls: Any, world: type[PointMass], look: dict[str, Any]) -> None:
     env = world(8, max_episode_steps=10)
-    reads_nothing(build(cls, env, look=look), env)
+    reads_nothing(build(cls, env, look=look, **BRIEF[cls]), env)
 
 
 @pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, PPOPenalty, NPG])

@@ -11,7 +11,6 @@ from typing import Any
 import kills
 import pytest
 import torch
-import torch._inductor as inductor
 from gymnasium import spaces
 from torch import Tensor
 
@@ -265,6 +264,8 @@ class FrozenLake(Toy):
 def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Have graphs made by another of torch's compilers than the one that takes its time; what is traced by ourselves is
     listed."""
+    import torch._inductor as inductor  # a second, which workers that import a test's environment need not wait for
+
     made: list[Any] = []
     build_graph = inductor.compile if backend == "inductor" else lambda graph, inputs: graph
     monkeypatch.setattr(inductor, "compile", lambda *given: made.append(given) or build_graph(*given))
