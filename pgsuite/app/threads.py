@@ -24,8 +24,8 @@ def counts(cores: int) -> list[int]:
 
 
 def measured(run: Run, say: Callable[[str], None]) -> Run:
-    """The settings, with ``torch_threads=measure`` replaced by the number of threads with the shortest median iteration.
-    With env_threads=0 on MuJoCo, every number for torch is combined with every number for the physics.
+    """The settings, with ``torch_threads=measure`` replaced by the number with the shortest median iteration.  With
+    env_threads=0 on MuJoCo, every number for torch is combined with every number for the physics.
 
     Iterations are those of copies of the run, which are discarded.  The combinations alternate, so that other load of
     the machine affects all of them alike.
