@@ -1,4 +1,4 @@
-"""The methods: each differs from its base class only where its paper does."""
+"""Policy gradient methods.  Each overrides only the parts of its base class in which its paper differs."""
 
 from pgsuite.algorithms.a2c import A2C
 from pgsuite.algorithms.base import ActorCritic, Algorithm

@@ -16,15 +16,15 @@ from pgsuite.types import Batch, Metrics, masked_means
 
 @dataclass(kw_only=True, eq=False)
 class A2C(ActorCritic):
-    """One gradient step per rollout, on actor and critic together (Mnih et al., 2016)."""
+    """Advantage actor-critic: one gradient step per rollout, on policy and critic together (Mnih et al., 2016)."""
 
     optim: Component = "rmsprop"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
     lr: Positive = 7e-4  # learning rate
     value_coef: NonNegative = 0.5  # weight of the value loss
-    value_clip: Positive | None = None  # clip range of the change of values from those of the rollout; null clips none
-    huber_delta: Positive | None = None  # error from which the value loss is linear (Huber); null: squared throughout
+    value_clip: Positive | None = None  # clip range of values around those of the rollout; null does not clip
+    huber_delta: Positive | None = None  # error beyond which the value loss is linear (Huber); null: squared everywhere
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
-    max_grad_norm: Positive | None = 0.5  # gradients with a greater norm are scaled down to it; null clips none
+    max_grad_norm: Positive | None = 0.5  # gradients of a greater norm are scaled down to it; null does not clip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,14 +32,13 @@ class A2C(ActorCritic):
 
     def update(self, batch: Batch) -> Metrics:
         metrics = self.optimizer.step(self.loss, batch)
-        metrics.pop(
-            "policy_loss", None
-        )  # before the only step the ratio is one: that is the mean advantage, and no news
+        # At a ratio of one this loss is minus the mean advantage, and so uninformative.
+        metrics.pop("policy_loss", None)
         return metrics | self.step_metrics(batch)
 
     @torch.no_grad()
     def step_metrics(self, batch: Batch) -> Metrics:
-        """What the step has done to the policy: the surrogate's improvement, and the KL from the acting policy."""
+        """Improvement of the surrogate objective by the step, and KL(behavior policy || new policy)."""
         logp = self.policy.dist(batch).log_prob(batch.action)
         log_ratio = objectives.log_ratio(logp, batch.logp)
         after = self.surrogate(self.ratio_of(log_ratio, batch.mask), batch.advantage)
@@ -50,7 +49,8 @@ class A2C(ActorCritic):
         return {name: distributed.mean(x) for name, x in means.items()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Policy loss + value_coef value loss - entropy_coef entropy, means over real cells, and metrics."""
+        """The loss [], policy loss + value_coef * value loss - entropy_coef * entropy, each a mean over real cells; and
+        metrics."""
         dist = self.policy.dist(batch)
         logp = dist.log_prob(batch.action)
         log_ratio = objectives.log_ratio(logp, batch.logp)
@@ -67,11 +67,12 @@ class A2C(ActorCritic):
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
-        """What the critic descends [...], cell by cell."""
+        """Value loss per cell [...]."""
         if self.value_clip is None:
             return objectives.squared_error(value, batch.target, self.huber_delta)
         return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber_delta)
 
     def ratio_metrics(self, log_ratio: Tensor, ratio: Tensor, batch: Batch) -> Metrics:
-        """Metrics of how far the policy has moved [...], cell by cell; none where the loss is taken before it moves."""
+        """Metrics per cell [...] of the policy's change since the rollout.  A2C has none: it evaluates the loss only
+        before its step."""
         return {}

@@ -1,4 +1,4 @@
-"""Collect, estimate, update: the skeleton that every policy gradient method fills in."""
+"""Base classes of all methods: the steps of an iteration, and an actor-critic with an advantage estimator."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, 
 
 @dataclass(kw_only=True, eq=False)
 class Algorithm(Scheduled, ABC):
-    """A rule for turning rollouts into a better policy.
+    """A policy gradient method: it collects rollouts with a policy and updates the policy on them.
 
-    Hyperparameters are the dataclass fields: a subclass adds its own, and the configuration schema follows.  Each
-    number among them may be given as a schedule.  The fields ``policy``, ``reference``, ``reward_scale`` and
-    ``generator`` are parts that the runtime supplies.
+    Hyperparameters are dataclass fields.  A subclass adds its own, and the configuration schema is derived from them.
+    Each number among them may be given as a schedule.  The fields ``policy``, ``reference``, ``reward_scale`` and
+    ``generator`` are objects that the runtime supplies.
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
-    unused_settings: ClassVar[tuple[str, ...]] = ()  # fields of base classes that have no effect, and are no settings
-    supports_off_policy: ClassVar[bool] = False  # whether it can learn from what an earlier policy than its own did
+    unused_settings: ClassVar[tuple[str, ...]] = ()  # fields of base classes without effect, left out of the schema
+    supports_off_policy: ClassVar[bool] = False  # whether it corrects rollouts of an earlier policy (overlap=true)
 
     policy: Policy
     reference: Reference | None = None
     reward_scale: RewardScale | None = None
-    generator: Generator | None = None  # draws minibatches
+    generator: Generator | None = None  # random stream of minibatches
 
     gamma: Fraction = 0.99  # discount factor of rewards, per step
 
@@ -53,12 +53,15 @@ class Algorithm(Scheduled, ABC):
         self.training_step = Kernel("learn", self.train_on)
 
     def iterate(self, collector: Collector) -> Metrics:
-        """One turn: collect, assign credit, learn."""
+        """One iteration: collect a rollout and train on it."""
         return self.training_step(collector.collect(self.policy))
 
     def train_on(self, rollout: Rollout) -> Metrics:
-        """Learn from what this policy did.  Statistics and memories move last, so that the policy that learns is the
-        policy that acted."""
+        """Update the policy, and the critics if there are any, on a rollout.
+
+        Running statistics and the critics' hidden states move last, so the importance ratio is exactly 1 when the
+        update begins.
+        """
         prepared = self.preprocess(rollout)
         metrics = self.learn(prepared)
         metrics |= self.adapt(prepared)
@@ -67,8 +70,8 @@ class Algorithm(Scheduled, ABC):
 
     @is_phase("preprocess")
     def preprocess(self, rollout: Rollout) -> Rollout:
-        """The rollout compared with the reference, with its rewards brought to unit scale, where that is asked for, and
-        with what the critic remembers."""
+        """The rollout with the reference's log-probabilities and KL penalty, with scaled rewards, if these are
+        configured, and with the critics' hidden states."""
         if self.reference is not None:
             rollout = self.reference.compare(rollout)
         if self.reward_scale is not None:
@@ -78,7 +81,7 @@ class Algorithm(Scheduled, ABC):
         return rollout
 
     def learn(self, rollout: Rollout) -> Metrics:
-        """Assign credit and improve."""
+        """Compute advantages and update on them."""
         batch = self.compute_advantages(rollout)
         with phase("update"):
             metrics = self.update(batch)
@@ -91,27 +94,29 @@ class Algorithm(Scheduled, ABC):
 
     @abstractmethod
     def _compute_advantages(self, rollout: Rollout) -> Batch:
-        """Assign credit to every step [T, N]; called without gradient."""
+        """Compute advantages and value targets, each [T, N]; called without gradient."""
 
     def policy_objective(self, gain: Tensor, logp: Tensor, batch: Batch) -> Tensor:
-        """What to ascend [...], cell by cell: the method's gain, less what log-probabilities far from the reference's
-        cost in the loss, weighed where an earlier policy acted."""
+        """Policy objective per cell [...], to maximize: the surrogate objective ``gain``, minus the KL penalty of the
+        reference if that belongs to the loss, importance-weighted for rollouts of an earlier policy."""
         return self.importance_weighted(
             gain if self.reference is None else gain - self.reference.kl_penalty(logp, batch), batch
         )
 
     @staticmethod
     def importance_weighted(x: Tensor, seen: Rollout | Batch) -> Tensor:
-        """x [...], whose means are then those over what the policy that learns would have done, whoever acted."""
+        """x [...] times the importance weights of rollouts of an earlier policy, so that its means estimate those under
+        the policy at the start of the update; x itself if the rollout is on-policy."""
         return seen.extra["weight"] * x if "weight" in seen.extra else x
 
     @abstractmethod
     def update(self, batch: Batch) -> Metrics:
-        """Improve the policy."""
+        """Update the policy on a batch, and return metrics."""
 
     @is_phase("adapt")
     def adapt(self, rollout: Rollout) -> Metrics:
-        """Let what follows the KL follow that of this update, and say where every schedule stands."""
+        """Adapt coefficients and adaptive schedules to the KL of this update; the metrics are that KL and the present
+        value of every schedule."""
         metrics: Metrics = {} if self.reference is None else self.reference.adapt(rollout)
         if adaptive := [schedule for part in self.scheduled.values() for schedule in part.adaptive]:
             metrics["kl"] = kl = self.kl_from_behavior(rollout)
@@ -123,7 +128,8 @@ class Algorithm(Scheduled, ABC):
 
     @is_phase("update_statistics")
     def update_statistics(self, rollout: Rollout) -> None:
-        """Take in what was seen, between one update and the next rollout."""
+        """Update running statistics and the critics' hidden states; called after the update, before the next
+        rollout."""
         self.policy.update_statistics(rollout)
         for critic in self.critics:
             critic.update_statistics(rollout)
@@ -132,7 +138,8 @@ class Algorithm(Scheduled, ABC):
 
     @is_phase("metrics")
     def metrics(self, batch: Batch) -> Metrics:
-        """What a practitioner watches whatever the method."""
+        """Metrics common to all methods: learning rates, explained variance, effective sample size as a fraction, and
+        those of the policy."""
         metrics = {
             f"{name.removesuffix('optimizer')}learning_rate": part.lr * part.lr_scale
             for name, part in self.held.items()
@@ -146,8 +153,8 @@ class Algorithm(Scheduled, ABC):
 
     @torch.no_grad()
     def kl_from_behavior(self, seen: Rollout | Batch) -> Tensor:
-        """How far the policy has moved from the one that began to learn: their mean KL over real cells, estimated from
-        the actions."""
+        """Mean KL(behavior policy || policy) [] over real cells, in nats, estimated from the actions.  For rollouts of
+        an earlier policy, the behavior policy is that at the start of the update."""
         log_ratio = objectives.log_ratio(self.policy.dist(seen).log_prob(seen.action), seen.logp)
         return distributed.mean(
             masked_mean(self.importance_weighted(objectives.sampled_kl(log_ratio), seen), seen.mask)
@@ -155,12 +162,12 @@ class Algorithm(Scheduled, ABC):
 
     @property
     def host_sync_reason(self) -> str | None:
-        """What learning reads back to the host, and what to set so that it does not; None where it reads nothing."""
+        """Why an update reads from the device, and the setting that avoids it; None if it does not."""
         return next(filter(None, (optimizer.host_sync_reason for optimizer in self.optimizers)), None)
 
     @property
     def scheduled(self) -> dict[str, Scheduled]:
-        """The method and those of its parts whose numbers may be schedules, by the prefix of their metrics."""
+        """The method and its parts with schedules, by the prefix of their metrics."""
         return {"": self} | {f"{name}_": part for name, part in self.held.items() if isinstance(part, Scheduled)}
 
     @property
@@ -172,15 +179,15 @@ class Algorithm(Scheduled, ABC):
 
     @property
     def sequential(self) -> bool:
-        """Whether minibatches must be whole columns in time order."""
+        """Whether minibatches must be whole columns in time order, as for recurrent networks."""
         return any(network.sequential for network in (self.policy, *self.critics))
 
     def split(self, batch: Batch, count: int) -> Iterator[Batch]:
-        """A batch in random minibatches, of the kind that the networks can learn from."""
+        """Random minibatches of a batch: whole columns if ``sequential``, single cells otherwise."""
         return minibatches(batch, count, columns=self.sequential, generator=self.generator)
 
     def validate(self, collector: Collector) -> None:
-        """Raise ValueError if rollouts of this collector cannot be learned from."""
+        """Raise ValueError if this method cannot train on rollouts of the collector."""
         for name, part in self.held.items():
             if isinstance(part, torch.optim.Optimizer):
                 path = f"{type(part).__module__}.{type(part).__qualname__}"
@@ -195,25 +202,25 @@ class Algorithm(Scheduled, ABC):
             )
 
     def update_schedules(self, fraction: float) -> None:
-        """Told before each iteration what fraction of the run is behind."""
+        """Set every schedule to its value at a fraction of the run; called before each iteration."""
         for part in self.scheduled.values():
             part.set_progress(fraction)
 
     def slow_down(self) -> None:
-        """Halve the learning rate from here on, whatever schedule it has."""
+        """Halve all learning rates for the rest of the run, whatever their schedules."""
         for optimizer in self.optimizers:
             optimizer.lr_scale.mul_(0.5)
 
     def finite(self) -> Tensor:
-        """Whether all parameters and statistics [] are."""
+        """Whether all parameters and statistics are finite []."""
         tensors = [x for part in self.parts.values() for x in part.state_dict().values()]
-        tensors = [x for x in tensors if x.numel() and x.is_floating_point()]  # which alone can fail to be
+        tensors = [x for x in tensors if x.numel() and x.is_floating_point()]  # others are always finite
         return nn.utils.get_total_norm(tensors, torch.inf).isfinite()
 
     @property
     def held(self) -> dict[str, Any]:
-        """Everything that this method holds as an attribute, in order and once: "critic", and with the place within
-        lists, tuples and dictionaries "twins.0" and "heads.left"."""
+        """Every object that this method holds as an attribute, in order and once, by name: "critic"; within lists,
+        tuples and dictionaries with its index or key: "twins.0", "heads.left"."""
         found: dict[int, tuple[str, Any]] = {}
 
         def walk(name: str, x: Any) -> None:
@@ -225,7 +232,7 @@ class Algorithm(Scheduled, ABC):
                 walk(f"{name}.{key}", value)
 
         for name, x in vars(self).items():
-            if name != "schedules":  # which Scheduled saves and moves
+            if name != "schedules":  # Scheduled saves them and moves them between devices
                 walk(name, x)
         return dict(found.values())
 
@@ -239,13 +246,14 @@ class Algorithm(Scheduled, ABC):
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """The parts that have a state to be saved."""
+        """The parts whose state is saved: those with a ``state_dict``, and random generators."""
         return {
             name: part for name, part in self.held.items() if isinstance(part, Generator) or hasattr(part, "state_dict")
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part that has any; a subclass adds parts by holding them."""
+        """The state of every part in ``stateful``, and of the schedules; parts that a subclass assigns as attributes
+        are included."""
         state = {
             name: part.get_state() if isinstance(part, Generator) else part.state_dict()
             for name, part in self.stateful.items()
@@ -253,7 +261,8 @@ class Algorithm(Scheduled, ABC):
         return state | {"schedules": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
-        """Take up a state; of ``weights_only``, what was learned, and nothing of random streams and environments."""
+        """Load a state.  With ``weights_only``, random streams and tensors of other shapes, which belong to the
+        environments, are left out."""
         super().load_state_dict(state["schedules"])
         parts = self.stateful
         for name in state.keys() - {"schedules"}:
@@ -271,18 +280,19 @@ class Algorithm(Scheduled, ABC):
 
 @dataclass(kw_only=True, eq=False)
 class ActorCritic(Algorithm):
-    """Advantages from a learned critic, ascended through the importance-weighted surrogate.
+    """Advantages from a critic, and a surrogate objective of importance ratios to maximize.
 
-    Where an earlier policy acted, ratios are still to the one that begins to learn, around which methods hold theirs;
-    the gain of every cell is weighed by the ratio between the two (for PPO, Hilton et al., 2022).
+    For rollouts of an earlier policy (overlap=true), importance ratios are relative to the policy at the start of the
+    update, around which clip ranges and trust regions lie; the objective of each cell is weighted by the ratio of
+    that policy to the behavior policy (for PPO, Hilton et al., 2022).
     """
 
     supports_off_policy = True
 
     critic: Critic
     estimator: Estimator = field(default_factory=GAE)
-    normalize_advantage: Literal["none", "batch"] = "batch"  # advantages of zero mean and unit variance
-    ratio: Literal["token", "sequence"] = "token"  # probability ratio of each action, or of whole episodes
+    normalize_advantage: Literal["none", "batch"] = "batch"  # standardize advantages to zero mean and unit variance
+    ratio: Literal["token", "sequence"] = "token"  # importance ratio of each action, or of whole episodes
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
@@ -311,20 +321,20 @@ class ActorCritic(Algorithm):
         return Batch.of(rollout, value=value, advantage=advantage, target=target)
 
     def ratio_of(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """By what [...] the advantage of each cell is weighed."""
+        """Importance ratio per cell [...]: of each action, or of its whole episode."""
         return (objectives.sequence_log_ratio(log_ratio, mask) if self.ratio == "sequence" else log_ratio).exp()
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        """The objective [...] to ascend, cell by cell."""
+        """Surrogate objective per cell [...], to maximize."""
         return objectives.surrogate(ratio, advantage)
 
 
 @dataclass(kw_only=True, eq=False)
 class CriticRegressionMixin(Algorithm):
-    """A critic with an optimizer of its own, regressed on a batch's targets over several epochs."""
+    """Fits critics by regression on the value targets of a batch, over several epochs, with a separate optimizer."""
 
     critic_optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
-    critic_lr: Positive = 1e-3  # learning rate of the critic's own optimizer
+    critic_lr: Positive = 1e-3  # learning rate of the critic's optimizer
     critic_epochs: Count = 10  # passes of the critic over each batch
     critic_minibatches: Count = 4  # gradient steps of the critic in each pass
 
@@ -347,6 +357,6 @@ class CriticRegressionMixin(Algorithm):
         return metrics | {"critic_grad_norm": metrics.pop("grad_norm")}
 
     def critic_loss(self, critic: Critic, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The critic's mean squared error over real cells, to descend and to watch."""
+        """The critic's mean squared error over real cells, as the loss [] and as a metric."""
         error = masked_mean(objectives.squared_error(critic(batch), batch.target), batch.mask)
         return error, {"value_loss": error.detach()}

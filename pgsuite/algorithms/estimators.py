@@ -1,4 +1,4 @@
-"""Advantage estimators as a configuration choice: each a small dataclass around a pure function."""
+"""Advantage estimators as configurations: each is a dataclass that calls a function of ``functional.estimators``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pgsuite.types import Rollout
 class Estimator(Scheduled, ABC):
     """Computes advantages from a rollout and the critic's values."""
 
-    off_policy: ClassVar[bool] = False  # whether it wants the ratio wherever there is one, also between PPO's epochs
-    supports_off_policy: ClassVar[bool] = False  # whether it is right where an earlier policy acted (overlap=true)
-    rho_clip: float = field(default=math.inf, init=False)  # most that an advantage is weighted by its action's ratio
+    off_policy: ClassVar[bool] = False  # whether it needs the importance ratio also between the epochs of PPO
+    supports_off_policy: ClassVar[bool] = False  # whether it corrects rollouts of an earlier policy (overlap=true)
+    rho_clip: float = field(default=math.inf, init=False)  # upper bound of the importance weight of an advantage
 
     @abstractmethod
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        """Advantages and the critic's targets, each [T, N], from the values of the steps and of their true successors.
+        """Advantages and value targets, each [T, N], from the values of each step and of its true successor state.
 
-        ratio [T, N]: the probability of each action under the learning policy over that under the acting one; None
-        where they are one policy.  Advantages are corrected for what follows their action; whoever ascends them
-        weights them by the ratio of that action itself, up to ``rho_clip``.
+        ratio [T, N]: importance ratio, the probability of each action under the policy to update over that under the
+        behavior policy; None if the rollout is on-policy.  Advantages are corrected for the actions after their own;
+        the caller weights each by the ratio of its own action, truncated at ``rho_clip``.
         """
 
 
@@ -47,8 +47,8 @@ def trace(
 
 @dataclass(kw_only=True, eq=False)
 class Lambda(Estimator, ABC):
-    """Advantages whose n-step parts fade with lam; where an earlier policy acted, faster by what it was likelier to do
-    (Munos et al., 2016), which keeps the sums of unlikely actions from growing."""
+    """Exponentially weighted n-step advantages with decay ``lam``.  For rollouts of an earlier policy, traces are
+    truncated at an importance ratio of one (Retrace, Munos et al., 2016), which bounds their variance."""
 
     supports_off_policy = True
 
@@ -63,12 +63,12 @@ class Lambda(Estimator, ABC):
 
     @abstractmethod
     def on_policy(self, rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-        """The same where the learning policy acted."""
+        """Advantages and value targets, each [T, N], of an on-policy rollout."""
 
 
 @dataclass(kw_only=True, eq=False)
 class GAE(Lambda):
-    """Generalized advantages (Schulman et al., 2016); the target is advantage plus value."""
+    """Generalized advantage estimation (Schulman et al., 2016); the value target is advantage plus value."""
 
     def on_policy(self, rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         r = rollout
@@ -78,7 +78,8 @@ class GAE(Lambda):
 
 @dataclass(kw_only=True, eq=False)
 class TDLambda(Lambda):
-    """Lambda returns (Sutton and Barto, 2018); where values are consistent, the same as GAE by another road."""
+    """Lambda returns (Sutton and Barto, 2018, section 12.1); equal to GAE if the value of a successor is that of the
+    next step."""
 
     def on_policy(self, rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         r = rollout
@@ -88,9 +89,9 @@ class TDLambda(Lambda):
 
 @dataclass(kw_only=True, eq=False)
 class NStep(Estimator):
-    """n rewards, then the critic (Mnih et al., 2016)."""
+    """n-step returns: n rewards, then the critic's value (Mnih et al., 2016)."""
 
-    n_steps: Count = 5  # rewards before the critic's value is taken
+    n_steps: Count = 5  # rewards before bootstrapping from the critic
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
@@ -102,7 +103,7 @@ class NStep(Estimator):
 
 @dataclass(kw_only=True, eq=False)
 class MonteCarlo(Estimator):
-    """Every reward to the end of the episode; the critic only where clock or rollout cut it short."""
+    """Monte Carlo returns; bootstraps from the critic only at time limits and at the end of the rollout."""
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
@@ -131,11 +132,14 @@ class VTrace(Estimator):
 
 @dataclass(kw_only=True, eq=False)
 class RLOO(Estimator):
-    """What a response got in all, less what the others to the same prompt did on average (Ahmadian et al., 2024): the
-    same for each of its tokens, undiscounted, and the critic has no part in it.  ``group`` adjacent columns answer one
-    prompt."""
+    """REINFORCE leave-one-out: total reward of a response minus the mean total reward of the other responses to its
+    prompt (Ahmadian et al., 2024).
 
-    group: Count = 4  # responses to each prompt, as env.samples says
+    Undiscounted, equal for all tokens of a response, and independent of the critic.  ``group`` adjacent columns are
+    responses to one prompt.
+    """
+
+    group: Count = 4  # responses to each prompt, equal to env.samples
 
     def __call__(
         self, rollout: Rollout, value: Tensor, next_value: Tensor, ratio: Tensor | None, *, gamma: float
@@ -145,14 +149,18 @@ class RLOO(Estimator):
         return advantage.expand_as(r.reward), estimators.reward_to_go(r.reward, r.done, gamma=gamma)
 
     def compare(self, score: Tensor) -> Tensor:
-        """Advantages [K, G] of K groups' scores."""
+        """Advantages [K, G] from total rewards [K, G] of K groups of G responses."""
         return estimators.leave_one_out_baseline(score)
 
 
 @dataclass(kw_only=True, eq=False)
 class GRPO(RLOO):
-    """What a response got in all, less the mean of its group, over its deviation (Shao et al., 2024); without the
-    ``deviation``, which favours prompts whose answers are alike, it is Dr. GRPO's (Liu et al., 2025)."""
+    """Total reward of a response minus the mean of its group, divided by the group's standard deviation (Shao et al.,
+    2024).
+
+    Without ``deviation``, which weights prompts with similar responses more, it is the advantage of Dr. GRPO (Liu et
+    al., 2025).
+    """
 
     deviation: bool = True  # divide by the standard deviation of the group; false is Dr. GRPO
 

@@ -15,30 +15,29 @@ from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_mean
 
-# Fractions [] or [K] of the step -> improvement and KL(old || new) there, of the same shape; the policy stays put.
+# Fractions [] or [K] of the step -> improvement and KL(old || new), of the same shape; the policy is unchanged.
 StepEvaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LocalModel(NamedTuple):
-    """What a batch says of the policy where it is, and around it."""
+    """The objective and the KL on a batch around the policy's present parameters."""
 
     gradient: Tensor  # [P] of the objective
     entropy: Tensor  # []
-    product: trust_region.Product  # with the Fisher matrix
-    evaluate_step: (
-        StepEvaluator  # parameters [P] or [K, P] -> improvement and KL(old || new) of them, this process's share
-    )
+    product: trust_region.Product  # Fisher-vector product
+    # Parameters [P] or [K, P] -> improvement and KL(old || new), [] or [K], not yet averaged over processes.
+    evaluate_step: StepEvaluator
 
 
 @dataclass(kw_only=True, eq=False)
 class NPG(ActorCritic, CriticRegressionMixin):
-    """One step along the natural gradient, as long as the KL budget allows (Kakade, 2001).
+    """One natural gradient step, scaled to the boundary of the trust region (Kakade, 2001).
 
-    The step is sqrt(2 max_kl / d'Fd) d, with F d = gradient solved by conjugate gradient: the quadratic model of
+    The step is sqrt(2 max_kl / d'Fd) d, with F d = gradient solved by conjugate gradient; the quadratic model of
     KL(old || new) equals max_kl at its end.
 
-    The Fisher matrix F is multiplied by double backward through the network, or as Gauss-Newton's, which differentiates
-    the network forward and back, and its backward never; both are exact.
+    Fisher-vector products are computed by differentiating the gradient of the KL (double backward), or in Gauss-Newton
+    form, by a forward-mode and a reverse-mode derivative of the network; both are exact.
     """
 
     max_kl: Positive = 0.01  # trust region: mean KL(old || new) of a step, in nats
@@ -57,12 +56,14 @@ class NPG(ActorCritic, CriticRegressionMixin):
         return self.update_networks(batch)
 
     def _update_networks(self, batch: Batch) -> Metrics:
-        """Both read the batch, and neither what the other writes, unless they share a body."""
+        """Update policy and critic.  Neither reads what the other writes unless they share a body, so they may run in
+        parallel."""
         return self.update_policy(batch) | self.fit_critic(self.critic, self.critic_optimizer, batch)
 
     @is_phase("policy")
     def update_policy(self, batch: Batch) -> Metrics:
-        """Move the policy, or leave it bit for bit where it was if the step is refused or not finite."""
+        """Take a natural gradient step.  If the line search rejects it, or if it is not finite, the parameters stay
+        bitwise unchanged."""
         params = list(self.policy.parameters())
         start = trust_region.flatten(params).detach()
         gradient, entropy, product, evaluate_step = self.linearize(start, batch)
@@ -75,7 +76,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
         direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
         fisher_direction = product(direction)
         length = (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
-        step = direction * (length * self.critic_optimizer.lr_scale)  # a run that had to be slowed down is so in both
+        step = direction * (length * self.critic_optimizer.lr_scale)  # halved with the learning rate
 
         with phase("line search"):
             fraction, metrics = self.line_search(evaluate_fraction, start.new_ones(()))
@@ -96,7 +97,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
         }
 
     def _linearize(self, start: Tensor, batch: Batch) -> LocalModel:
-        """The objective around the policy's parameters ``start`` [P]."""
+        """The local model of the objective at the policy's parameters ``start`` [P]."""
         dist_at = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))
         with torch.no_grad():
             old = dist_at(start)
@@ -123,5 +124,5 @@ class NPG(ActorCritic, CriticRegressionMixin):
         return LocalModel(gradient, masked_mean(old.entropy(), batch.mask), product, evaluate_step)
 
     def line_search(self, evaluate_fraction: StepEvaluator, full_step: Tensor) -> tuple[Tensor, Metrics]:
-        """The fraction of the step to take, where ``full_step`` is 1 on the device, and metrics of the search."""
+        """The fraction [] of the step to take, and metrics.  ``full_step`` [] is the fraction 1, which NPG returns."""
         return full_step, {}

@@ -19,18 +19,19 @@ from pgsuite.types import Batch, Metrics, Rollout, average, standardize
 
 @dataclass(kw_only=True, eq=False)
 class PPO(A2C):
-    """Many small steps per rollout, on a surrogate that pays nothing for straying (Schulman et al., 2017)."""
+    """Proximal policy optimization: several epochs of minibatch steps on the clipped surrogate objective (Schulman et
+    al., 2017, equation 7)."""
 
     optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
     lr: Positive = 3e-4
-    clip: Positive = 0.2  # clip range of the probability ratio: 1 - clip to 1 + clip
-    clip_high: Positive | None = None  # upper clip range: 1 - clip to 1 + clip_high; null stands for clip
+    clip: Positive = 0.2  # clip range of the importance ratio: 1 - clip to 1 + clip
+    clip_high: Positive | None = None  # upper clip range: 1 - clip to 1 + clip_high; null takes clip
     dual_clip: Annotated[float, Range(1, open=True)] | None = None  # bound of the ratio at negative advantages
     epochs: Count = 10  # passes over each batch
     minibatches: Count = 4  # gradient steps in each pass
-    recompute_advantage: bool = False  # before every epoch but the first, with the current critic
-    target_kl: Positive | None = None  # no further epoch once the mean KL of one exceeds this; null makes all
-    early_stop: Literal["read", "masked"] = "read"  # how target_kl stops: read one bit an epoch, or mask the others
+    recompute_advantage: bool = False  # recompute before every epoch but the first, with the current critic
+    target_kl: Positive | None = None  # stop after an epoch whose mean KL exceeds this, in nats; null never stops
+    early_stop: Literal["read", "masked"] = "read"  # target_kl reads one bit per epoch, or masks the later epochs
     normalize_advantage: Literal["none", "batch", "minibatch"] = "minibatch"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
@@ -48,7 +49,7 @@ class PPO(A2C):
 
     @property
     def clips(self) -> tuple[float, float]:
-        """How far below and above one the ratio may go."""
+        """Lower and upper clip range: the importance ratio is clipped to [1 - low, 1 + high]."""
         return self.clip, self.clip if self.clip_high is None else self.clip_high
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class PPO(A2C):
         return objective if self.dual_clip is None else objectives.dual_clipped(objective, advantage, self.dual_clip)
 
     def learn(self, rollout: Rollout) -> Metrics:
-        """Epoch after epoch, until the last or one that strays too far."""
+        """Compute advantages and run the epochs, until the last one or until the mean KL exceeds ``target_kl``."""
         batch, epochs = self.compute_advantages(rollout), []
         stopped = torch.zeros_like(batch.mask[0, 0])
         while len(epochs) < self.epochs:
@@ -72,7 +73,7 @@ class PPO(A2C):
         return average(epochs, live) | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.metrics(batch)
 
     def update(self, batch: Batch) -> Metrics:
-        """One epoch: a step on each of the minibatches."""
+        """One epoch: a gradient step on each minibatch."""
         return average([self.optimizer.step(self.loss, part) for part in self.split(batch, self.minibatches)])
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -16,11 +16,11 @@ def doubling() -> Any:
 
 @dataclass(kw_only=True, eq=False)
 class PPOPenalty(PPO):
-    """PPO that pays for straying, instead of gaining nothing from it (Schulman et al., 2017, equation 8).
+    """PPO with an adaptive KL penalty in place of clipping (Schulman et al., 2017, equation 8).
 
-    The price of a nat, ``beta``, is by default the paper's: it doubles after an update whose KL is more than 1.5 times
-    its target, and halves after one whose KL is less than two thirds of it.  ``clip`` only marks what is counted as
-    outside.
+    By default the coefficient ``beta`` is the paper's (section 4): it doubles after an update whose KL exceeds 1.5
+    times the target, and halves after one whose KL is below the target divided by 1.5.  ``clip`` only defines the
+    metric ``clip_fraction``.
     """
 
     unused_settings = ("dual_clip",)

@@ -1,4 +1,4 @@
-"""What keeps a policy close to another, whatever the method."""
+"""KL penalty with respect to a frozen reference policy, for all methods."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Penalty = Literal["reward", "loss"]
 
 
 class Reference(nn.Module):
-    """A frozen twin of a policy as it now is, and the price ``coef`` of a nat of KL(policy || twin).
+    """A frozen copy of a policy as it is at construction, and a penalty of ``coef`` times KL(policy || reference).
 
-    In the ``reward``, each action pays coef (log pi - log ref), k1, and the critic sees it; in the ``loss``, what is
-    ascended is less coef times k3.  With a ``target``, in nats per episode, the price follows what an episode strays:
-    coef *= 1 + clip(KL / target - 1, -0.2, 0.2) episodes / ``horizon`` after each rollout (Ziegler et al., 2019,
-    section 2.2).
+    With penalty ``reward``, coef (log pi - log ref), Schulman's k1, is subtracted from the reward of each action, and
+    so is part of the critic's targets.  With ``loss``, coef times k3 is subtracted from the policy objective.  With a
+    ``target``, in nats per episode, the coefficient is adaptive: coef *= 1 + clip(KL / target - 1, -0.2, 0.2) episodes
+    / ``horizon`` after each rollout (Ziegler et al., 2019, section 2.2).
 
-    The twin is judged by all that it might say: a nucleus is the policy's alone.
+    Nucleus sampling restricts the policy's distribution and not that of the reference.
     """
 
     coef: Tensor
@@ -45,8 +45,8 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def compare(self, rollout: Rollout) -> Rollout:
-        """The rollout with what the twin thinks of its actions, and with their price taken off the rewards, if there it
-        is paid."""
+        """The rollout with the reference's log-probabilities [T, N] in ``extra["reference"]`` and, with penalty
+        ``reward``, with the KL penalty subtracted from its rewards."""
         logp = self.policy.dist(rollout).log_prob(rollout.action).where(rollout.mask, 0.0)
         rollout = replace(rollout, extra=rollout.extra | {"reference": logp})
         if self.penalty == "loss":
@@ -55,18 +55,20 @@ class Reference(nn.Module):
 
     @staticmethod
     def log_ratio_to_reference(rollout: Rollout) -> Tensor:
-        """log pi - log ref of each real action [T, N], and zero elsewhere."""
+        """log pi - log ref [T, N] of the actions in real cells; zero in masked ones."""
         return (rollout.logp - rollout.extra["reference"]).where(rollout.mask, 0.0)
 
     def kl_penalty(self, logp: Tensor, batch: Batch) -> Tensor | float:
-        """What the loss pays for log-probabilities [...]."""
+        """KL penalty per cell [...] of the loss, for the policy's log-probabilities [...]; zero with penalty
+        ``reward``."""
         if self.penalty == "reward":
             return 0.0
         return self.coef * objectives.reverse_kl(objectives.log_ratio(logp, batch.extra["reference"]))
 
     @torch.no_grad()
     def adapt(self, rollout: Rollout) -> Metrics:
-        """Let the price follow what was strayed in a rollout that was compared, and say how much that was."""
+        """Adapt the coefficient to the KL per episode of a rollout returned by ``compare``.  The metrics are that KL
+        and the coefficient before the change."""
         episodes = distributed.total((rollout.done & rollout.mask).sum().to(rollout.reward))
         kl = distributed.total(self.log_ratio_to_reference(rollout).sum()) / episodes.clamp(min=1.0)
         metrics = {"reference_kl": kl, "reference_coef": self.coef.clone()}

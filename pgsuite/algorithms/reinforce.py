@@ -19,23 +19,23 @@ from pgsuite.types import Batch, Metrics, Rollout, masked_mean, standardize
 
 @dataclass(kw_only=True, eq=False)
 class Reinforce(CriticRegressionMixin):
-    """Monte Carlo policy gradient over whole episodes, one step each (Williams, 1992).
+    """Monte Carlo policy gradient: one gradient step per batch of whole episodes (Williams, 1992).
 
-    The loss is a sum over an episode's steps and a mean over episodes, so its gradient is unbiased.  An action is paid
-    by the return from it to the end, or as at first by the whole episode's, less nothing, the mean return of the other
-    episodes at the same time, or a critic.
+    The loss is a sum over the steps of an episode and a mean over episodes, so its gradient is unbiased.  Advantages
+    are returns, from the action to the end of the episode or, as in the paper, of the whole episode, minus a baseline:
+    none, the mean return of the other episodes at the same step, or a critic's value.
     """
 
     collector = EpisodeCollector
 
     critic: Critic | None = None
-    returns: Literal["to-go", "total"] = "to-go"  # credit: the return from the action on, or of the episode
+    returns: Literal["to-go", "total"] = "to-go"  # return from each action on, or of the whole episode
     baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"  # what is subtracted from returns
-    estimator: Estimator | None = None  # advantage estimator, in place of returns less a baseline; null has none
-    normalize_advantage: bool = False  # to zero mean and unit variance, over the batch
+    estimator: Estimator | None = None  # advantage estimator in place of returns and baseline; null uses none
+    normalize_advantage: bool = False  # standardize advantages to zero mean and unit variance over the batch
     optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
     lr: Positive = 1e-3  # learning rate
-    max_grad_norm: Positive | None = None  # gradients with a greater norm are scaled down to it; null clips none
+    max_grad_norm: Positive | None = None  # gradients of a greater norm are scaled down to it; null does not clip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +71,8 @@ class Reinforce(CriticRegressionMixin):
         return metrics if self.critic is None else metrics | self.fit_critic(self.critic, self.critic_optimizer, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Minus the gain, summed over each episode's steps and averaged over episodes, and what to watch."""
+        """Minus the policy objective [], summed over the steps of each episode and averaged over episodes; and
+        metrics."""
         logp = (dist := self.policy.dist(batch)).log_prob(batch.action)
         gain = self.policy_objective(logp * batch.advantage, logp, batch)
         loss = -gain.where(batch.mask, 0.0).sum() / batch.logp.shape[1]

@@ -14,15 +14,17 @@ from pgsuite.types import Metrics
 
 @dataclass(kw_only=True, eq=False)
 class TRPO(NPG):
-    """The natural step, shortened until it truly improves within the KL budget (Schulman et al., 2015).
+    """Natural gradient step with a backtracking line search (Schulman et al., 2015, appendix C).
 
-    The sequential search stops at the first step that does, and reads one bit per try back to the host.  The batched
-    one tries all at once, in ``max_backtracks`` times the memory, and reads nothing.
+    The line search takes the largest of the step lengths 1, backtrack_coef, backtrack_coef^2, ... at which the
+    surrogate objective improves and the mean KL(old || new) is at most max_kl.  The sequential search stops at the
+    first such length, and reads one bit per trial from the device.  The batched one evaluates all lengths at once, with
+    ``max_backtracks`` times the memory, and reads nothing.
     """
 
-    backtrack_coef: Shrink = 0.8  # factor by which the line search shortens the step each time
+    backtrack_coef: Shrink = 0.8  # factor between successive step lengths of the line search
     max_backtracks: Count = 10  # step lengths that the line search tries
-    backtracking: Literal["sequential", "batched"] = "sequential"  # try one step length after the other, or all at once
+    backtracking: Literal["sequential", "batched"] = "sequential"  # evaluate step lengths one by one, or all at once
 
     @property
     def host_sync_reason(self) -> str | None:

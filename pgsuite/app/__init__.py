@@ -1,1 +1,1 @@
-"""Applications: from a configuration to a run directory, and what can be done with one."""
+"""Everything that starts from a configuration: schema, construction, training, resume, evaluation, sweeps, commands."""

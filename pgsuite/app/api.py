@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECASE)  # needs no quotes in an override
+WORD = re.compile(
+    r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECASE
+)  # strings that need no quotes in an override
 
 
 class Run:
@@ -49,7 +51,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(os.path.abspath(folder))  # wherever the program goes
+        self.folder = Path(os.path.abspath(folder))  # valid also after a change of the working directory
         if not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder} holds no run: it has no config.yaml")
 
@@ -63,19 +65,19 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What summary.json holds: status, steps, return_mean, versions, ...; empty before the run's end."""
+        """Contents of summary.json: status, steps, return_mean, versions, ...; empty before the end of the run."""
         return summary_of(self.folder)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every setting of the run, nested, as in config.yaml."""
+        """All settings of the run, nested, as in config.yaml."""
         return yaml.safe_load((self.folder / "config.yaml").read_text())
 
     @cached_property
     def policy(self) -> Actor:
         """The policy of the newest checkpoint: ``policy.act(obs)`` takes and returns NumPy arrays or tensors.
 
-        It takes the mode of its distributions; ``pgsuite.load(run.folder, deterministic=False)`` samples.
+        Actions are the modes of its distributions; ``pgsuite.load(run.folder, deterministic=False)`` samples.
         """
         return Actor(_as_user_errors(lambda: restore(self.folder)))
 
@@ -125,16 +127,17 @@ def train(
 ) -> Run:
     """Train in this process, as ``pgsuite train`` does, and return the run.
 
-    algo, env: the configurations to take, as on the command line; None takes ppo and HalfCheetah, or what a resumed run
-    has.  total_steps: environment steps; None takes the recipe's, or the default.
+    algo, env: names of configurations, as on the command line; None takes ppo and HalfCheetah, or those of the resumed
+    run.  total_steps: environment steps; None takes the recipe's, or the default.
     callbacks: instances of ``pgsuite.training.trainer.Callback``, called after those of the configuration.
     folder: the run directory; None makes ``runs/<algo>-<env>/<date_time>-s<seed>``.
     settings: any other setting by its dotted name, as in ``**{"algo.clip": 0.1, "algo/estimator": "n_step"}``.  Values
-    are Python's: numbers, strings, booleans, None, lists and dictionaries.  ``**{"~tuned": None}`` leaves a recipe out.
+    are Python objects: numbers, strings, booleans, None, lists and dictionaries.  ``**{"~tuned": None}`` leaves the
+    recipe out.
 
-    The directory is the same, bit for bit, as the one that the command line leaves (times aside).  A keyboard interrupt
-    stops after the current iteration and saves, then raises KeyboardInterrupt; a second one stops at once.  Raises
-    UserError, with the message of the command line, for whatever the caller can correct.
+    Except for times, the run directory is bitwise equal to that of the command line.  A keyboard interrupt stops after
+    the current iteration, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once.  Raises
+    UserError, with the message of the command line, for mistakes that the caller can correct.
     """
     _check(callbacks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and distributed.size() == 1:
@@ -153,18 +156,18 @@ def train(
     finally:
         torch.set_num_threads(threads)
     if outcome.stopped:
-        signal.raise_signal(outcome.stopped)  # to whoever handles it in this process: SIGINT raises KeyboardInterrupt
+        signal.raise_signal(outcome.stopped)  # to this process' own handler: SIGINT raises KeyboardInterrupt
     return Run(outcome.folder)
 
 
 def evaluate(
     run: str | Path | Run, episodes: int = 20, *, deterministic: bool = True, seed: int = 0, video: str | None = None
 ) -> dict[str, Any]:
-    """Play whole episodes with the newest checkpoint of a run, or with one checkpoint, on the CPU.
+    """Evaluate the newest checkpoint of a run, or a given checkpoint, on whole episodes on the CPU.
 
-    Returns what is also written to evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes],
-    ``lengths`` [episodes], ``steps`` of the checkpoint, ...  video: a file for a film of the first episode, mp4 or gif.
-    Raises UserError.
+    Returns the contents of evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes], ``lengths``
+    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  Raises
+    UserError.
     """
     path = run.folder if isinstance(run, Run) else run
     threads = torch.get_num_threads()
@@ -185,10 +188,10 @@ def evaluate(
 
 
 def report(*runs: str | Path | Run, out: str | Path = "report") -> Path:
-    """Compare runs on one page, and return the path of that page: ``out``/index.html.
+    """Write a comparison of runs, and return the path of its page: ``out``/index.html.
 
-    runs: runs, run directories, directories that hold some at any depth, or globs.  Needs the extra ``report``.
-    Raises UserError if nothing can be reported.
+    runs: runs, run directories, directories that contain some at any depth, or globs.  Requires the extra ``report``.
+    Raises UserError if there is no run to report.
     """
     from pgsuite.reports import report as write
 
@@ -198,12 +201,12 @@ def report(*runs: str | Path | Run, out: str | Path = "report") -> Path:
 
 
 def override(key: str, value: Any) -> str:
-    """A setting as Hydra's command line takes it."""
+    """A setting as an override of Hydra's command line."""
     return key if key.startswith("~") and value is None else f"{key}={_literal(value)}"
 
 
 def _literal(value: Any) -> str:
-    """A Python value in the grammar of Hydra's overrides.  Raises UserError for one that no setting can have."""
+    """A Python value in the grammar of Hydra's overrides.  Raises UserError for types that settings cannot have."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None:
@@ -212,7 +215,7 @@ def _literal(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str | Path):
         text = str(value)
-        # In quotes, backslashes before a quote, or at the end, are escapes.
+        # Within quotes, backslashes before a quote or at the end are escapes.
         quoted = re.sub(r"(\\*)(')", r"\1\1\\\2", re.sub(r"(\\+)$", r"\1\1", text))
         return text if WORD.match(text) else f"'{quoted}'"
     if isinstance(value, dict):
@@ -230,7 +233,7 @@ def _check(callbacks: Sequence[Any]) -> None:
 
 @contextmanager
 def _hydra_of_its_own() -> Iterator[None]:
-    """A Hydra without state, so that a program that uses Hydra itself finds its own state again afterwards."""
+    """Reset Hydra's global state, and restore the caller's afterwards."""
     states, instances = (GlobalHydra, HydraConfig, JobRuntime, VersionBase), Singleton._instances
     kept = {kind: instances.pop(kind) for kind in states if kind in instances}
     try:
@@ -242,8 +245,8 @@ def _hydra_of_its_own() -> Iterator[None]:
 
 
 def _compose(overrides: list[str], *, fresh: bool) -> tuple[DictConfig, HydraConf]:
-    """The configuration of train.yaml with these overrides, and Hydra's own node of it, in a run directory that
-    exists, as ``hydra.main`` would leave them.  ``fresh``: never in a directory that is there already."""
+    """Compose train.yaml with overrides and create the run directory, as ``hydra.main`` does; returns the configuration
+    and its ``hydra`` node.  fresh: take another name if the directory exists."""
     schema.register()
     parts = [part for each in overrides for part in cli.replacing(each)]
     try:
@@ -256,7 +259,7 @@ def _compose(overrides: list[str], *, fresh: bool) -> tuple[DictConfig, HydraCon
     except cli.UNCOMPOSABLE as error:
         raise UserError(cli.uncomposable(error)) from error
     count = 1
-    while fresh and folder.exists():  # two runs of a seed in one second
+    while fresh and folder.exists():  # two runs of one seed within a second
         count += 1
         folder = wanted.with_name(f"{wanted.name}-{count}")
     try:
@@ -273,7 +276,7 @@ def _compose(overrides: list[str], *, fresh: bool) -> tuple[DictConfig, HydraCon
 
 
 def _as_user_errors(work: Callable[[], T]) -> T:
-    """work(), with UserError for every error that the command line answers with a message."""
+    """work(), with a UserError in place of every error for which the command line prints a message."""
     try:
         return work()
     except UserError:

@@ -1,4 +1,4 @@
-"""From a composed configuration to a trainer."""
+"""Construction of a trainer from a composed configuration."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ from pgsuite.training.trainer import Callback, Trainer
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
-    """A configuration as plain dictionaries, lists, words and numbers."""
+    """A configuration as plain dictionaries, lists, strings and numbers, with interpolations resolved."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 def instantiate(settings: Any, where: str, **parts: Any) -> Any:
-    """The dataclass that settings name in ``_target_``, made from them and from the parts that it has fields for.
+    """Construct the dataclass that settings name in ``_target_``, from the settings and from the ``parts`` for which it
+    has fields.
 
-    Null where the class makes its own default, such as an estimator that no group has filled, stands for that default.
-    Raises UserError for unknown settings and for whatever ValueError the class raises.
+    Null is replaced by the default of fields with a default factory, such as an estimator.  Raises UserError for
+    unknown settings, and in place of a ValueError of the class.
     """
     if not isinstance(settings, dict):
         raise UserError(f"{where} must be settings by name, such as {where}.<name>=..., got {settings!r}")
@@ -71,7 +72,7 @@ def instantiate(settings: Any, where: str, **parts: Any) -> Any:
 
 
 def part(settings: Any, where: str, base: type) -> Any:
-    """What settings name in ``_target_``.  Raises UserError where it is no ``base``."""
+    """The object that settings name in ``_target_``.  Raises UserError if it is not an instance of ``base``."""
     made = instantiate(settings, where)
     if not isinstance(made, base):
         raise UserError(f"{where}: {settings['_target_']} is no {base.__module__}.{base.__qualname__}")
@@ -79,8 +80,8 @@ def part(settings: Any, where: str, base: type) -> Any:
 
 
 def parse_run_config(config: dict[str, Any]) -> Run:
-    """The settings of a run from its configuration, checked; those of method and environment stay dictionaries until
-    they are built.  Raises UserError."""
+    """Parse and validate the settings of a run.  Those of method and environment stay dictionaries until they are
+    built.  Raises UserError."""
     plain = dict(config)
     parts = [f.name for f in fields(Run) if f.default_factory not in (MISSING, dict) and f.name in plain]
     nodes = {name: instantiate(plain.pop(name), name) for name in parts}
@@ -91,8 +92,8 @@ def parse_run_config(config: dict[str, Any]) -> Run:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is CUDA where there is one; of several processes on a machine, each takes a CUDA device of its own.  Raises
-    UserError for a device that is not there."""
+    """The device of this process.  ``auto`` is CUDA if available, else the CPU; of several processes on a machine, each
+    takes another CUDA device.  Raises UserError for a device that is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -120,7 +121,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def share(num_envs: int) -> int:
-    """How many of all environments are this process' own.  Raises UserError if they do not divide."""
+    """Number of environments of this process.  Raises UserError if the number of processes does not divide them."""
     processes = distributed.size()
     if num_envs % processes:
         near = [n for n in (num_envs - num_envs % processes, num_envs + -num_envs % processes) if n]
@@ -132,7 +133,7 @@ def share(num_envs: int) -> int:
 
 
 def build_env(run: Run, num_envs: int, device: torch.device) -> VectorEnv:
-    """The environments of a run.  Raises UserError for options that make no sense."""
+    """The environments of a run.  Raises UserError for invalid options."""
     task = instantiate(run.env, "env")
     try:
         seed = seeding.of_process(run.seed, distributed.rank())
@@ -144,19 +145,19 @@ def build_env(run: Run, num_envs: int, device: torch.device) -> VectorEnv:
 def build_policy(
     observation_space: spaces.Space[Any], action_space: spaces.Space[Any], run: Run, generator: torch.Generator
 ) -> Policy:
-    """A policy over tensors of these spaces.  Raises ValueError for settings that do not fit them."""
+    """A policy for these spaces of tensors.  Raises ValueError for settings that the spaces do not support."""
     obs_norm = Standardize(observation_space, run.clip_obs, run.standardize_obs)
     return run.policy.build(obs_norm, action_space, generator)
 
 
 def spaces_of(env: VectorEnv) -> dict[str, Any]:
-    """What its observations are before they become tensors, and its actions, as a checkpoint holds them."""
+    """Spaces of observations, before they become tensors, and of actions, in the format of checkpoints."""
     return {"observation": to_data(getattr(env, "space", env.observation_space)), "action": to_data(env.action_space)}
 
 
 def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
-    """Policy and critic, on the environments' device, sharing their observation statistics."""
-    generator = seeding.generator(run.seed, "networks")  # on the CPU, so that every device starts alike
+    """Policy and critic with common observation statistics, on the environments' device."""
+    generator = seeding.generator(run.seed, "networks")  # on the CPU, for equal initial parameters on every device
     try:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
         critic = run.critic.like(run.policy).build(policy, env.num_envs, generator)
@@ -166,7 +167,7 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
 
 
 def build(run: Run) -> Trainer:
-    """A trainer without callbacks.  Raises UserError for what cannot work, before any step is made."""
+    """A trainer without callbacks.  Raises UserError for settings that exclude each other, before any step."""
     torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
     env = build_env(run, share(run.num_envs), device)
@@ -210,14 +211,14 @@ def build(run: Run) -> Trainer:
 
 
 def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:
-    """Raise UserError unless all processes begin with the same settings, the same steps behind, and the same
-    parameters and statistics, bit for bit."""
+    """Raise UserError unless all processes start with equal settings, number of steps, and bitwise equal parameters and
+    statistics."""
     if distributed.size() == 1:
         return
     digest = hashlib.sha256()
     for module in trainer.algorithm.parts.values():
         for name, x in module.state_dict().items():
-            if name.split(".")[-1] not in ("hidden_state", "discounted_return"):  # of its own environments
+            if name.split(".")[-1] not in ("hidden_state", "discounted_return"):  # differ by environment
                 digest.update(name.encode() + x.cpu().numpy().tobytes())
     mine = {"settings": config, "steps": trainer.steps, "parameters": digest.hexdigest()}
     theirs = distributed.broadcast(mine)
@@ -233,7 +234,7 @@ GRAPHS, COMPILED = "replayed as CUDA graphs after a few iterations", "compiled, 
 
 
 def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
-    """One line on the environment, one on the networks."""
+    """Two lines that are printed at the start of a run: the environment, and the networks and modes."""
     policy, env = trainer.algorithm.policy, trainer.collector.env
     critic = getattr(trainer.algorithm, "critic", None)
     head = type(policy.head).__name__.removesuffix("Head").lower()
@@ -258,7 +259,7 @@ def _activation(network: Network, settings: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
+    """Versions of the packages on which results depend."""
     found = {"python": platform.python_version(), "pgsuite": pgsuite.__version__}
     others = ("mujoco-warp", "warp-lang", "envpool", "ale-py", "transformers")
     for package in ("torch", "gymnasium", "mujoco", "numpy", *others):
@@ -268,9 +269,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this code runs from, if it is one, with a plus where the code differs from it."""
+    """Commit of the git checkout that this code runs from, with a plus if the code differs from it; None if this is not
+    a checkout."""
     root = Path(pgsuite.__file__).parents[1]
-    if not (root / ".git").exists():  # installed, perhaps within a repository of something else
+    if not (root / ".git").exists():  # installed, perhaps inside another repository
         return None
     git = ["git", "-C", str(root)]
     with suppress(OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Command lines: Hydra composes, and whatever the user got wrong is said in one message without a traceback."""
+"""Command lines: configurations are composed by Hydra; users' mistakes give one message and no traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
 LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
-# What Hydra raises for command lines that it cannot compose.
+# Errors that Hydra raises for command lines that it cannot compose.
 UNCOMPOSABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
 LOST = (
@@ -42,14 +42,14 @@ LOST = (
 
 
 def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = False) -> None:
-    """Run task with the configuration named, overridden from the command line; under torchrun, only if it is for
-    several ``processes``.
+    """Run a task with a named configuration and the overrides of the command line.  Only tasks with ``processes`` may
+    run under torchrun.
 
-    Exits with 1 and one message for what the user can mend, with 130 when interrupted.  HYDRA_FULL_ERROR=1 shows
-    tracebacks instead.
+    Exits with code 1 and one message for mistakes of the user, and with 130 when interrupted.  With HYDRA_FULL_ERROR=1
+    the traceback is shown instead.
     """
     verbose = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it is said in one place
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     schema.register()
     given = list(sys.argv)
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
@@ -62,17 +62,19 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             sys.exit(130)
         except MENDABLE as error:
             if distributed.size() > 1:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut off what is said
+                signal.signal(
+                    signal.SIGTERM, signal.SIG_IGN
+                )  # torchrun's, which would end the process before the message
             if verbose:
                 raise
-            # What ended one process ends the others, so the first to notice speaks for all.
+            # An error of one process ends all of them; the first to notice prints the message.
             sys.exit(f"error: {shorten(explain(error))}" if distributed.first("error") else 1)
         except UNCOMPOSABLE as error:
             if verbose or composed:
                 raise
             sys.exit(f"error: {uncomposable(error)}")
 
-    # The task is guarded too, since Hydra prints a line of its own about an exception that leaves it.
+    # The task is guarded too, since Hydra prints a line about any exception that passes through it.
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:
         nonlocal composed
@@ -94,19 +96,19 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
 
     def together() -> None:
         with distributed.group():
-            guarded(compose)  # who speaks for all is settled among the members
+            guarded(compose)  # within the group, which decides which process prints the message
 
     try:
         guarded(together)
     finally:
         sys.argv[:] = given
         if not verbose:
-            os.environ.pop("HYDRA_FULL_ERROR", None)  # or whatever this process starts later would show tracebacks
+            os.environ.pop("HYDRA_FULL_ERROR", None)  # child processes that start later would show tracebacks
 
 
 def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], config: str) -> None:
-    """Run ``work(settings, folder, say)`` with the dataclass that the configuration named stands for, in a new run
-    directory."""
+    """Run ``work(settings, folder, say)`` in a new run directory, with the dataclass that the named configuration
+    describes."""
 
     def task(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
@@ -118,7 +120,8 @@ def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], 
 
 
 def _divide(processes: bool) -> None:
-    """Have the first of several processes alone speak, and make a run directory."""
+    """Under torchrun, let only the first process print and create a run directory.  Raises UserError for commands that
+    run in one process, and for sweeps."""
     if not processes:
         raise UserError(f"{sys.argv[0]} is not for torchrun, which is for training: start it without")
     if {"-m", "--multirun"} & set(sys.argv):
@@ -129,7 +132,7 @@ def _divide(processes: bool) -> None:
 
 
 def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """A job of a sweep.  What fails is said at once and by Hydra at the end, when the others have had their turn."""
+    """Run one job of a sweep.  An error is printed at once, and again by Hydra after the other jobs."""
     try:
         return task(cfg)
     except MENDABLE as error:
@@ -140,7 +143,8 @@ def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 
 def replacing(argument: str) -> list[str]:
-    """A schedule or a component given on the command line replaces that of a recipe; Hydra would merge the two."""
+    """The override, preceded by one with null if its value is a dictionary, so that a schedule or component replaces
+    that of the recipe; Hydra would merge the two."""
     setting, given, value = argument.partition("=")
     return (
         [f"{setting}=null", argument]
@@ -150,18 +154,18 @@ def replacing(argument: str) -> list[str]:
 
 
 def uncomposable(error: BaseException) -> str:
-    """One message for an error of ``UNCOMPOSABLE`` while a configuration is composed."""
-    remedy = UNNAMED if "group override" in str(error) else ""  # where Hydra's own words help nobody
+    """Message for an error of ``UNCOMPOSABLE`` while a configuration is composed."""
+    remedy = UNNAMED if "group override" in str(error) else ""  # Hydra's message names no remedy
     return f"no configuration can be composed of that: {shorten(str(error))}{remedy}"
 
 
 def shorten(message: str) -> str:
-    """A message that repeats no more of what was given than a person reads."""
+    """A message cut off at ``LONGEST`` characters."""
     return message if len(message) <= LONGEST else f"{message[: LONGEST - 4]} ..."
 
 
 def explain(error: BaseException) -> str:
-    """One message: what was wrong, where, and what would be right."""
+    """Message for an error: the mistake, where it is, and how to correct it."""
     if isinstance(error, UserError | BrokenEnvError):
         return str(error)
     if isinstance(error, LostProcessError):
@@ -184,7 +188,7 @@ def explain(error: BaseException) -> str:
 
 
 def _missing(error: MissingConfigException) -> str:
-    """An unknown choice of a group, such as env=HalfCheeta."""
+    """Message for an unknown choice of a group, such as env=HalfCheeta."""
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return " ".join(str(error).split())
@@ -197,7 +201,7 @@ def _missing(error: MissingConfigException) -> str:
 
 
 def _within(error: ConfigCompositionException, inner: OmegaConfBaseException) -> str:
-    """A configuration file, such as a recipe, with a setting that does not go with the user's choices."""
+    """Message for a configuration file, such as a recipe, with a setting that the other choices do not have."""
     if (found := re.match(r"In '(.+?)'", str(error))) is None:
         return _value(inner)
     name = found[1]
@@ -207,7 +211,7 @@ def _within(error: ConfigCompositionException, inner: OmegaConfBaseException) ->
 
 
 def _value(error: OmegaConfBaseException) -> str:
-    """An unknown key or a value of the wrong type."""
+    """Message for an unknown key or a value of the wrong type."""
     key = str(error.full_key or error.key)
     parent, _, name = key.rpartition(".")
     node = error.parent_node

@@ -1,4 +1,4 @@
-"""How good a policy is: whole episodes, a fixed number per environment, on the CPU."""
+"""Evaluation of policies on the CPU, by one whole episode in each environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 from pgsuite.training.video import Gif, log_gif, open_camera, record_video
 
-Evaluator = Callable[[Policy, int, bool], dict[str, float]]  # a policy, its steps, whether to film
+Evaluator = Callable[
+    [Policy, int, bool], dict[str, float]
+]  # policy, training steps, whether to record a video -> metrics
 
 
 @dataclass(kw_only=True)
@@ -35,7 +37,7 @@ class EvaluateConfig:
     episodes: Count = 20  # whole episodes, one in each of as many environments
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
-    video: str | None = None  # of the first episode: a file, mp4 or GIF by its suffix, or tensorboard
+    video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
@@ -54,8 +56,8 @@ def play(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return and length, each [N], of one whole episode in every environment.
 
-    One each, rather than the first that happen to finish, so that short episodes are not favoured.  ``watch`` is
-    called before each step of the first environment's.
+    The first N episodes to finish would be a sample biased towards short ones.  ``watch`` is called before each step
+    of the first environment's episode.
     """
     obs, hidden_state = env.reset(), policy.initial_state(env.num_envs)
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
@@ -75,11 +77,11 @@ def play(
 
 
 def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
-    """Environments to play in: on a CPU, where auto is the float64 back end, and seeing themselves if they are to be
-    filmed."""
+    """Environments of an evaluation, on the CPU, where ``auto`` is the float64 back end; able to render if they are to
+    be filmed."""
     run, cpu = replace(run, backend="auto"), torch.device("cpu")
     if film and locate(run.env["_target_"]) is Gym and not run.env["native"]:
-        run = replace(run, env=run.env | {"workers": 0})  # it draws itself in this process, if it can
+        run = replace(run, env=run.env | {"workers": 0})  # rendering takes place in this process
         first: Any = build_env(run, 1, cpu)
         if "rgb_array" in first.vec.metadata.get("render_modes", ()):
             run = replace(run, env=run.env | {"options": run.env["options"] | {"render_mode": "rgb_array"}})
@@ -87,8 +89,8 @@ def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
 
 
 def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Evaluator:
-    """What plays while a run trains.  Raises UserError where it could not, or not be filmed, before any step is
-    made."""
+    """The evaluator of a run during training.  Raises UserError, before any step, if the environments cannot be made or
+    not be rendered."""
     wanted, stream = run.evaluation, "evaluation"
     own = replace(run, seed=seeding.number(run.seed, stream))
 
@@ -122,16 +124,17 @@ def unseen() -> nullcontext[Callable[[], None]]:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Play the newest checkpoint of a run and write evaluation.json beside it.  Raises UserError."""
+    """Evaluate the newest checkpoint of a run and write evaluation.json to the run directory.  Raises UserError."""
     say = console().print
     _, line = evaluate_policy(instantiate(to_dict(cfg), "the evaluation"), say)
     say(line, highlight=False)
 
 
 def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warnings.warn) -> tuple[dict[str, Any], str]:
-    """Play the newest checkpoint of a run and write evaluation.json beside it; what is written there, and a line on it.
+    """Evaluate the newest checkpoint of a run and write evaluation.json to the run directory; returns its contents and
+    a summary line.
 
-    ``say`` is told of damaged checkpoints that are passed over.  Raises UserError.
+    ``say`` is called with a line on each damaged checkpoint that is skipped.  Raises UserError.
     """
     restored = restore(wanted.run, say)
     run = replace(parse_run_config(restored.config), seed=wanted.seed)

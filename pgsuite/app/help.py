@@ -1,6 +1,6 @@
-"""``--help``: every setting of a command with its value, what it may be, and what it means.
+"""``--help``: every setting of a command with its value, type and description.
 
-A setting's description is the comment beside its field, so that it is written once, where the setting is declared.
+The description of a setting is the comment beside its field.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pgsuite.errors import UserError, command
 from pgsuite.nn.schedules import Scheduled
 
 FLAGS = {"-h", "--help"}
-COMMANDS = {  # what each does, and examples of it
+COMMANDS = {  # description and examples of each command
     "train": (
         "Train a policy.",
         "env=CartPole",
@@ -78,16 +78,16 @@ SCHEDULED = (
     "{piecewise: {0: 0, 0.1: 3e-4, 1: 0}} or {adaptive: {start: 3e-4, kl: 0.01}}."
 )
 MORE = "--cfg job prints the configuration, -m starts a sweep, --hydra-help describes the other options."
-NAME, VALUE = 34, 22  # the most that the first two columns take
+NAME, VALUE = 34, 22  # maximum widths of the first two columns
 KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "anything"}
 
 
 class Setting(NamedTuple):
-    """One setting as it is composed."""
+    """One setting of a composed configuration."""
 
     name: str  # dotted
     value: Any
-    kind: str  # what it may be, in words
+    kind: str  # its type in words
     description: str  # empty where the field has no comment
 
 
@@ -97,18 +97,18 @@ class Section:
 
     name: str  # dotted; empty for the settings of the command itself
     cls: type
-    chosen: bool  # whether another class could have been in its place
+    chosen: bool  # whether a group or ``_target_`` selects the class
     settings: list[Setting]
 
 
 def asked() -> bool:
-    """Whether the command line asks for help."""
+    """Whether the command line contains a help flag."""
     return not FLAGS.isdisjoint(sys.argv[1:])
 
 
 def composed(config: str, folder: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The configuration named, in the folder of configurations, as the command line overrides it, and the choices of
-    each of its groups.  Raises what Hydra raises for a command line that it cannot compose."""
+    """A named configuration of a folder with the overrides of the command line, and the choices of each of its groups.
+    Raises Hydra's errors for a command line that it cannot compose."""
     given = get_args_parser().parse_args([x for x in sys.argv[1:] if x not in FLAGS])
     overrides = list(given.overrides)
     if given.config_dir is not None:
@@ -127,7 +127,7 @@ def composed(config: str, folder: str) -> tuple[dict[str, Any], dict[str, list[s
 
 
 def render(config: str, plain: Mapping[str, Any], choices: Mapping[str, Sequence[str]], width: int) -> str:
-    """The help of a command, in lines of at most ``width`` characters, with its composed configuration and the choices
+    """The help of a command, in lines of at most ``width`` characters, from its composed configuration and the choices
     of each group."""
     start, parts = command(config.replace("_", "-")), list(sections(plain))
     purpose, *examples = COMMANDS[config]
@@ -147,18 +147,18 @@ def render(config: str, plain: Mapping[str, Any], choices: Mapping[str, Sequence
 
 
 def show(config: str, plain: Mapping[str, Any], choices: Mapping[str, Sequence[str]]) -> None:
-    """Print the help of a command, as wide as the terminal."""
+    """Print the help of a command, in the width of the terminal."""
     width = max(60, shutil.get_terminal_size((100, 24)).columns)
     try:
         print(render(config, plain, choices, width), flush=True)
-    except BrokenPipeError:  # a pager, or head, that was done before the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its exit
+    except BrokenPipeError:  # the reader, such as a pager or head, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # prevents an error message at exit
 
 
 def sections(plain: Mapping[str, Any], name: str = "", *, chosen: bool = False) -> Iterator[Section]:
-    """The settings of a composed configuration, its own first and then those of each part of it.
+    """The settings of a composed configuration: its own first, then those of each nested configuration.
 
-    Raises UserError for one that names no class.
+    Raises UserError for a configuration without ``_target_``.
     """
     if "_target_" not in plain:
         raise UserError(f"{name or 'the configuration'} names no class in _target_, so its settings are not known")
@@ -168,7 +168,7 @@ def sections(plain: Mapping[str, Any], name: str = "", *, chosen: bool = False) 
     inner = {key: x for key, x in plain.items() if isinstance(x, dict) and _holds_parts(x)}
     own: list[Setting] = []
     for key in plain.keys() - parts.keys() - inner.keys() - {"_target_"}:
-        field = key if key in hints else f"{key}_"  # a keyword of Python, such as import
+        field = key if key in hints else f"{key}_"  # for keywords of Python, such as import
         kind = words(hints[field]) if field in hints else "anything"
         own.append(Setting(f"{prefix}{key}", plain[key], kind, describe(cls, field)))
     order = list(plain)
@@ -183,7 +183,7 @@ def sections(plain: Mapping[str, Any], name: str = "", *, chosen: bool = False) 
 
 
 def _holds_parts(x: Mapping[str, Any]) -> bool:
-    """Whether a dictionary holds parts by their names, as callbacks does."""
+    """Whether a dictionary contains nested configurations by name, as ``callbacks`` does."""
     return "_target_" not in x and bool(x) and all(isinstance(y, dict) and "_target_" in y for y in x.values())
 
 
@@ -195,7 +195,7 @@ def _title(part: Section) -> str:
 
 
 def words(hint: Any) -> str:
-    """What a field of this type may be, in plain words."""
+    """A type in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return f"{words(args[0])} {args[1]}"
@@ -214,14 +214,14 @@ def words(hint: Any) -> str:
 
 
 def describe(cls: type, field: str) -> str:
-    """The comment beside a field, of the class nearest to cls that has one; empty if there is none."""
+    """The comment beside a field, from the first class in the MRO of cls that has one; empty if there is none."""
     return next((found for base in cls.__mro__ if (found := comments(base).get(field))), "")
 
 
 @functools.cache
 def comments(cls: type) -> dict[str, str]:
-    """The comments beside the fields that a class itself declares, by the names of the fields; none where its source is
-    not to be had."""
+    """The comments beside the fields that a class itself declares, by field name; empty if its source is not
+    available."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):
@@ -240,20 +240,20 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def _said(comment: str) -> str:
-    """A comment without what is meant for tools."""
+    """A comment without directives for tools."""
     return re.split(r"#\s*(?:pyright|type|noqa|ruff)\b", comment)[0].strip("# ")
 
 
 def first_sentence(cls: type) -> str:
-    """Of the documentation of a class, without its citation; empty if it has none of its own."""
-    if not (text := vars(cls).get("__doc__")) or text.startswith(f"{cls.__name__}("):  # which dataclasses write
+    """First sentence of the docstring of a class; empty if it has none of its own."""
+    if not (text := vars(cls).get("__doc__")) or text.startswith(f"{cls.__name__}("):  # generated for a dataclass
         return ""
     paragraph = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
     return re.split(r"(?<=[a-z)])\. ", paragraph)[0].rstrip(".") + "."
 
 
 def _choices(group: str, options: Sequence[str]) -> tuple[str]:
-    """What a group is, and its choices; of recipes, which are many, the methods and environments that have some."""
+    """Description and choices of a group; for recipes, which are many, their number, methods and environments."""
     said = f"{GROUPS[group]}: " if group in GROUPS else ""
     if group != "tuned":
         return (f"{said}{', '.join(options)}",)
@@ -263,8 +263,8 @@ def _choices(group: str, options: Sequence[str]) -> tuple[str]:
 
 
 def columns(rows: Sequence[tuple[str, ...]], limits: Sequence[int], width: int) -> list[str]:
-    """Rows of texts side by side and wrapped: each column but the last as wide as it needs, within a limit and a share
-    of the width, and the last with what remains."""
+    """Rows of wrapped columns.  Each column but the last is as wide as its longest text, at most its limit and a third
+    of the width; the last takes the rest."""
     widths = [min(max((len(row[i]) for row in rows), default=0), most or 10**6) for i, most in enumerate(limits)]
     widths = [min(most, width // 3) for most in widths[: len(rows[0]) - 1]]
     widths.append(width - sum(widths) - 2 * len(widths) - 2)

@@ -1,4 +1,4 @@
-"""A metric of one run over environment steps."""
+"""Plot of a metric of one run over environment steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 class InlineFigure(Figure):
-    """A figure that a notebook shows as it is returned, with or without matplotlib's own inline backend."""
+    """A figure that notebooks display, with or without matplotlib's inline backend."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -18,7 +18,7 @@ class InlineFigure(Figure):
 
 
 def curve(steps: np.ndarray, values: np.ndarray, name: str, title: str) -> Figure:
-    """values [L] over steps [L], without the lines where there is none."""
+    """A plot of values [L] over steps [L]; NaN values are left out."""
     figure = InlineFigure(figsize=(6, 3.5), layout="constrained")
     axes, known = figure.subplots(), ~np.isnan(values)
     axes.plot(steps[known], values[known])

@@ -1,4 +1,4 @@
-"""A trained policy from its checkpoint alone: no environment is made."""
+"""Loading of trained policies from checkpoints, without an environment."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs
 
 
 class Interface(nn.Module):
-    """Between what an environment gives and takes, and what a policy reads and says.
+    """Conversion between observations and actions of an environment and tensors of a policy.
 
-    Observations are those of ``observation_space``, which is without what is for the critic alone.
+    Observations are those of ``observation_space``, which has no entries for the critic only.
     """
 
     low: Tensor
@@ -37,12 +37,14 @@ class Interface(nn.Module):
         super().__init__()
         public, apart = split(observation_space)
         seen, mask = tensor_space(observation_space), {k: v for k, v in apart.items() if k == ACTION_MASK}
-        both = OrderedDict({**public, **mask}) if isinstance(public, spaces.Dict) else {}  # or gymnasium sorts them
+        both = (
+            OrderedDict({**public, **mask}) if isinstance(public, spaces.Dict) else {}
+        )  # gymnasium sorts the keys of other dictionaries
         self.observation_space = spaces.Dict(both) if both else public
         self.action_space = action_space
         bare = not isinstance(tensor_space(self.observation_space), spaces.Dict)
         self.key = None
-        if bare and isinstance(seen, spaces.Dict):  # it stands beside what is not seen
+        if bare and isinstance(seen, spaces.Dict):  # the policy's only entry of a dictionary
             self.key = next(key for key in seen if key != PRIVILEGED)
         if isinstance(action_space, spaces.Box):
             self.register_buffer("low", torch.tensor(action_space.low))
@@ -51,13 +53,13 @@ class Interface(nn.Module):
             self.register_buffer("first", torch.as_tensor(first_action(action_space)))
 
     def read(self, obs: Any, device: torch.device | str = "cpu") -> Obs:
-        """A batch of observations as the policy has them."""
+        """A batch of observations as tensors of the policy."""
         found = to_device(tensors(self.observation_space, obs), torch.device(device), torch.float32)
         return found if self.key is None else {self.key: found}
 
     def action(self, action: Tensor) -> Tensor:
-        """A policy's actions [N, *A] as the environment has them: clipped to a Box, counted from a discrete space's
-        start."""
+        """Actions [N, *A] of the policy as actions of the environment: clipped to a Box, or shifted to the start of a
+        discrete space."""
         x = action.reshape(-1, *(self.action_space.shape or ()))
         if isinstance(self.action_space, spaces.Box):
             return torch.minimum(torch.maximum(x, self.low.to(x)), self.high.to(x))
@@ -66,7 +68,7 @@ class Interface(nn.Module):
 
 @dataclass
 class Restored:
-    """What a checkpoint holds of a policy."""
+    """A policy from a checkpoint, with its interface and configuration."""
 
     path: Path
     config: dict[str, Any]
@@ -76,9 +78,10 @@ class Restored:
 
 
 def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Restored:
-    """The policy of a run directory's newest checkpoint, or of the one given, on the CPU; what is passed over is said.
+    """The policy of the newest checkpoint of a run directory, or of a given checkpoint, on the CPU.
 
-    Raises UserError if there is none, or none that can be trusted, or if it does not fit its own configuration.
+    ``say`` is called with a line on each damaged checkpoint that is skipped.  Raises UserError if no undamaged
+    checkpoint exists, or if it does not fit its own configuration.
     """
     path, state = checkpoint.newest(Path(run), say)
     try:
@@ -97,7 +100,7 @@ def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Re
 
 
 class Actor:
-    """A trained policy to act with: ``pgsuite.load`` makes one."""
+    """A trained policy that acts on observations of an environment; ``pgsuite.load`` returns one."""
 
     def __init__(
         self, restored: Restored, *, deterministic: bool = True, seed: int = 0, device: str | torch.device = "cpu"
@@ -109,7 +112,7 @@ class Actor:
 
     @property
     def observation_space(self) -> spaces.Space[Any]:
-        """Of one observation, without what is for the critic alone."""
+        """The space of one observation, without entries for the critic only."""
         return self.interface.observation_space
 
     @property
@@ -117,9 +120,9 @@ class Actor:
         return self.interface.action_space
 
     def reset(self, done: Any = None) -> None:
-        """Forget: everything, or in a batch what belongs to the environments where done [N] is true.
+        """Reset the hidden state, in a batch only that of environments where done [N] is true.
 
-        Only policies that remember need it, at the start of every episode.
+        Recurrent policies require it at the start of every episode; it has no effect on others.
         """
         if done is None:
             self.hidden_state = None
@@ -128,10 +131,10 @@ class Actor:
             self.hidden_state = {name: x.where(keep.unsqueeze(-1), 0.0) for name, x in self.hidden_state.items()}
 
     def act(self, obs: Any) -> Any:
-        """The action that ``env.step`` takes after one observation, or the actions [N, *A] after a batch [N, *O].
+        """The action for one observation, or the actions [N, *A] for a batch [N, *O], as ``env.step`` takes them.
 
-        Arrays (and plain numbers) give arrays of the action space's type, tensors give tensors on their own device.
-        Raises ValueError for observations that are not those of ``observation_space``.
+        Arrays and plain numbers give arrays with the dtype of the action space, tensors give tensors on their device.
+        Raises ValueError for observations that do not have the shapes of ``observation_space``.
         """
         size, like = self._measure(obs)
         batch = obs if size is not None else _each(lambda x: x[None], obs)
@@ -150,7 +153,7 @@ class Actor:
         return action.cpu().numpy().astype(self.action_space.dtype)[()]
 
     def _measure(self, obs: Any) -> tuple[int | None, Any]:
-        """How many observations there are, None for a single one, and a part of them."""
+        """The batch size, None for a single observation, and one of the observation's arrays or tensors."""
         sizes: set[int | None] = set()
         like: Any = None
         try:
@@ -169,7 +172,7 @@ class Actor:
 
 
 def _each(fn: Any, obs: Any) -> Any:
-    """fn of every part of an observation, as an array or a tensor."""
+    """Apply fn to every array or tensor of an observation."""
     if isinstance(obs, dict):
         return {key: _each(fn, x) for key, x in obs.items()}
     if isinstance(obs, tuple):

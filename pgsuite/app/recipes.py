@@ -1,4 +1,4 @@
-"""What a measured recipe gives, said where it and the user's other choices exclude each other."""
+"""Settings that come from a recipe, named in messages if they conflict with the user's other choices."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite.errors import UserError
 
-GROUP = re.compile(r"[+~]*tuned(@[^=]*)?(=|$)")  # an override that chooses the recipe
-NAMED_BARE = ("", "algo.")  # settings that messages call by their last name, as in "8 minibatches do not divide"
+GROUP = re.compile(r"[+~]*tuned(@[^=]*)?(=|$)")  # overrides that select the recipe
+NAMED_BARE = ("", "algo.")  # prefixes that messages leave out, as in "8 minibatches do not divide"
 
 
 @contextmanager
 def naming(hydra: HydraConf) -> Iterator[None]:
-    """A UserError that is raised within, about a setting that the recipe and not the user gave, says so."""
+    """Add to a UserError raised within whether the setting that it names comes from the recipe, and how to leave it
+    out."""
     try:
         yield
     except UserError as error:
@@ -34,10 +35,10 @@ def naming(hydra: HydraConf) -> Iterator[None]:
 
 
 def given_by_recipe(hydra: HydraConf) -> dict[str, tuple[Any, Any]]:
-    """The settings that are as they are because of the recipe, by their dotted names: what it gives, and what they
-    would be without it.  Those that the user gave as well are not among them.
+    """The settings whose value comes from the recipe, by dotted name: that value, and the value without the recipe.
+    Settings that the user also gave are not included.
 
-    Raises what Hydra and OmegaConf raise for overrides that cannot be composed again."""
+    Raises the errors of Hydra and OmegaConf for overrides that cannot be composed without the recipe."""
     task = list(hydra.overrides.task)
     without = [override for override in task if not GROUP.match(override)]
     ours, theirs = (_flat(OmegaConf.to_container(compose("train", x))) for x in (task, [*without, "~tuned"]))
@@ -45,19 +46,19 @@ def given_by_recipe(hydra: HydraConf) -> dict[str, tuple[Any, Any]]:
 
 
 def written(value: Any) -> str:
-    """A value of a setting as it is given on the command line."""
+    """A value of a setting as written on the command line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
 
 
 def _origin(message: str, hydra: HydraConf) -> str | None:
-    """That the recipe gives the settings that a message names, and how to leave them out; None if it gives none."""
+    """Which of the settings that a message names come from the recipe, and how to leave them out; None if none do."""
     recipe = hydra.runtime.choices.get("tuned")
     if recipe is None or not GlobalHydra.instance().is_initialized():
         return None
     try:
         given = given_by_recipe(hydra)
     except (HydraException, OmegaConfBaseException):
-        return None  # what was wrong is said, and that is what counts
+        return None  # the original message suffices
     found = {name: values for name, values in given.items() if _names(message, name)}
     if not found:
         return None
@@ -73,7 +74,7 @@ def _names(message: str, setting: str) -> bool:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; one that is a schedule or another dictionary without a class is whole."""
+    """Nested settings by dotted name; dictionaries without ``_target_``, such as schedules, are not flattened."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and "_target_" in value:

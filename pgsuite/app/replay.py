@@ -1,4 +1,4 @@
-"""The update that a run gave up at, once more."""
+"""Replay of the update at which a run failed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pgsuite.types import Rollout
 class Replaying:
     """The settings of a replay."""
 
-    crash: str = ""  # a crash.pt, or the run directory that it lies in
+    crash: str = ""  # a crash.pt, or the run directory that contains it
 
     def __post_init__(self) -> None:
         if not self.crash:
@@ -30,7 +30,7 @@ class Replaying:
 
 
 def replay(cfg: DictConfig) -> None:
-    """Have the state of a crash bundle learn from its rollout again, saying where numbers are lost.
+    """Repeat the update of a crash bundle on its rollout, and print where non-finite numbers first occur.
 
     Raises UserError.
     """
@@ -39,7 +39,9 @@ def replay(cfg: DictConfig) -> None:
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
         raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
-    trainer = build(parse_run_config(bundle["config"] | {"execution": "eager"}))  # compiled, operations have no names
+    trainer = build(
+        parse_run_config(bundle["config"] | {"execution": "eager"})
+    )  # compiled operations cannot be located in the source
     algorithm, env = trainer.algorithm, trainer.collector.env
     say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
     algorithm.load_state_dict(bundle["state"]["algorithm"])
@@ -62,7 +64,7 @@ def replay(cfg: DictConfig) -> None:
 
 
 def origin(told: warnings.WarningMessage) -> str | None:
-    """Where the operation was that lost the numbers, out of the traceback that torch warns with."""
+    """Location of the operation with the non-finite gradient, from the traceback in torch's warning."""
     frames = re.findall(r'File "(.+)", line (\d+), in .+\n +(.+)', str(told.message))
     return "which is the gradient of {}:{}: {}".format(*frames[-1]) if frames else None
 

@@ -1,4 +1,4 @@
-"""Going on with a run that stopped: which one, with which settings, and how exactly."""
+"""Resume: which run, with which settings, and at which level of exactness."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgsuite.settings import INCIDENTAL
 from pgsuite.training import checkpoint
 from pgsuite.training.trainer import Level, Trainer, slots
 
-# What may change where a run goes on.
+# Settings that may change when a run is resumed.
 FREE = ("total_steps", *(name for name in INCIDENTAL if name != "resume"), "device")
 MEANING: dict[Level, str] = {
     "exact": "as if it had never stopped",
@@ -30,10 +30,10 @@ MEANING: dict[Level, str] = {
 
 @dataclass
 class ResumePoint:
-    """What a run left behind."""
+    """A run to resume: its directory, settings and checkpoint."""
 
     folder: Path
-    config: dict[str, Any]  # its own, with what was allowed to change; plain, so that it travels to other processes
+    config: dict[str, Any]  # the run's own, with permitted changes; plain, so that it can be sent to other processes
     state: dict[str, Any]
 
     @property
@@ -42,9 +42,9 @@ class ResumePoint:
 
 
 def find_run_to_resume(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint | None:
-    """What the setting ``resume`` asks to go on with; None to begin.  The first process looks, for all.
+    """The run that the setting ``resume`` selects; None to start a new one.  Only the first process searches.
 
-    Raises UserError for a run that is not there or not whole, and for changes that would make another run of it.
+    Raises UserError for a run that does not exist or has no undamaged checkpoint, and for settings that may not change.
     """
     found: ResumePoint | UserError | None = None
     if config["resume"] is not None and distributed.rank() == 0:
@@ -60,7 +60,7 @@ def find_run_to_resume(config: dict[str, Any], hydra: HydraConf, say: Callable[[
 
 
 def named(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint:
-    """The run that ``resume`` names, or one checkpoint of it."""
+    """The run, or the checkpoint of a run, that ``resume`` names."""
     path, state = checkpoint.newest(Path(config["resume"]), say)
     cfg = OmegaConf.create(config)
     own, choices = OmegaConf.create(state["config"]), hydra.runtime.choices
@@ -85,7 +85,8 @@ def named(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) 
 
 
 def newest_like(wanted: dict[str, Any], home: Path, say: Callable[[str], None]) -> ResumePoint | None:
-    """The newest run of the same settings, in or beside the directory that this one would have."""
+    """The newest run with equal settings, in or beside the directory that a new run would have; None if there is
+    none."""
     beside = home.parent.iterdir() if home.parent.is_dir() else []
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -95,13 +96,13 @@ def newest_like(wanted: dict[str, Any], home: Path, say: Callable[[str], None]) 
         try:
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, OSError):
-            continue  # nothing that could be gone on with
+            continue  # it has no checkpoint to resume from
         return ResumePoint(path.parent, same, state)
     return None
 
 
 def written(path: Path) -> dict[str, Any]:
-    """The settings of a run's config.yaml; none where it cannot be read as such, which are no run's."""
+    """The settings in a config.yaml; empty if it cannot be read."""
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -110,20 +111,21 @@ def written(path: Path) -> dict[str, Any]:
 
 
 def with_threads_of(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are wanted; where threads would be measured, with those that were for another run."""
+    """The wanted settings; with torch_threads=measure, with the numbers of threads of the given configuration."""
     if wanted["torch_threads"] != "measure":
         return wanted
     return wanted | {key: config.get(key) for key in ("torch_threads", "env_threads")}
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run this run and no other."""
+    """The settings that determine the result of a run."""
     plain = yaml.safe_load(yaml.safe_dump(config))
     return {key: x for key, x in plain.items() if key not in INCIDENTAL}
 
 
 def holds_another(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a directory holds a run already; one that ``resume=auto`` found nothing saved of may begin again."""
+    """Whether a directory contains a run that must not be overwritten.  With ``resume=auto``, a run with equal settings
+    that has no checkpoint may start again."""
     path = folder / "config.yaml"
     if not path.exists():
         return False
@@ -132,7 +134,7 @@ def holds_another(folder: Path, wanted: dict[str, Any]) -> bool:
 
 
 def resume_trainer(trainer: Trainer, state: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Have a trainer, with its callbacks, go on where a checkpoint was made."""
+    """Load the state of a checkpoint into a trainer and its callbacks, and print the level of exactness."""
     states = [state, *state["others"]]
     alike = state["device"] == trainer.collector.env.device.type and len(states) == distributed.size()
     level: Level = trainer.level if alike else "weights"

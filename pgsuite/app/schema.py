@@ -1,7 +1,7 @@
-"""Any dataclass as a Hydra configuration: ``/schema/package.module.Class`` in a defaults list stands for its fields.
+"""Dataclasses as Hydra configurations: ``/schema/package.module.Class`` in a defaults list is replaced by its fields.
 
-One declaration serves the constructor and the configuration, so a typo or a wrong type fails while the configuration
-is composed, for this suite's classes and a user's alike.
+The fields of a class, the suite's or a user's, are both its constructor arguments and its configuration schema, so a
+typo or a wrong type fails while the configuration is composed.
 """
 
 from __future__ import annotations
@@ -47,50 +47,50 @@ GROUP = "schema/"
 
 @dataclass(kw_only=True)
 class Reference(Checked):
-    """What straying from the policy as it was at the start costs."""
+    """A KL penalty with respect to a reference, the policy at the start of the run."""
 
     coef: NonNegative | None = None  # coefficient of KL(policy || reference), per nat; null has no reference
-    penalty: Penalty = "reward"  # where it is paid: in the reward of each action, or in the loss
-    target: Positive | None = None  # KL per episode that an adaptive coefficient aims at, in nats; null keeps coef
-    horizon: Count = 10_000  # episodes in which an adaptive coefficient can change by a fifth
+    penalty: Penalty = "reward"  # subtracted from the reward of each action, or from the policy objective
+    target: Positive | None = None  # target KL per episode of an adaptive coefficient, in nats; null keeps coef
+    horizon: Count = 10_000  # episodes in which an adaptive coefficient changes by a fifth at most
 
 
 @dataclass(kw_only=True)
 class Recover(Checked):
-    """What is done where something is no longer finite."""
+    """Recovery from non-finite numbers."""
 
-    attempts: Natural = 3  # times to go on from the last good state, at half the learning rate
+    attempts: Natural = 3  # times to restore the last finite state and halve the learning rate
 
 
 @dataclass(kw_only=True)
 class Logging(Checked):
-    points: Count = 500  # lines of metrics in a run
+    points: Count = 500  # logged points per run
     wandb: Wandb = field(default_factory=Wandb)
 
 
 @dataclass(kw_only=True)
 class Run:
-    """The settings of a run that belong to no method and no environment."""
+    """The settings of a run other than those of the method and the environment."""
 
     seed: Natural = 0  # of environments, initial weights, actions and minibatches
     total_steps: Count = 1_000_000  # environment steps of the run, over all environments
     num_envs: Count = 64  # environments that step in parallel
-    horizon: Count | None = None  # steps per rollout; null stands for a whole episode
-    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto is CUDA where there is one
+    horizon: Count | None = None  # steps per rollout; null takes the time limit of the environment
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto takes CUDA if available
     backend: str = "auto"  # of the environment, such as mujoco or warp; auto takes the best for the device
-    env_threads: WorldThreads = 0  # CPU threads for the physics; 0 takes every core
-    torch_threads: TorchThreads | Literal["measure"] = 1  # CPU threads of torch; more slow small networks down
-    execution: Execution = "eager"  # of collecting and learning: as written, compiled, or replayed as CUDA graphs
-    overlap: bool = False  # collect the next rollout while learning from the present one, one update behind
+    env_threads: WorldThreads = 0  # CPU threads of the physics; 0 takes every core
+    torch_threads: TorchThreads | Literal["measure"] = 1  # CPU threads of torch; more than one slows small networks
+    execution: Execution = "eager"  # of rollouts and updates: eager, compiled, or replayed as CUDA graphs
+    overlap: bool = False  # collect the next rollout during the update, with the policy before that update
     precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
-    standardize_obs: bool = True  # by their running mean and deviation
-    clip_obs: Positive | None = 10.0  # standardized observations are clipped to +- this; null clips none
-    scale_reward: bool = True  # divide rewards by the running deviation of the discounted return
-    clip_reward: Positive | None = 10.0  # scaled rewards are clipped to +- this; null clips none
-    whiten_reward: bool = False  # divide the rewards of each rollout by their own deviation instead
-    resume: str | None = None  # a run directory to go on with, or auto for the newest run of this configuration
+    standardize_obs: bool = True  # by their running mean and standard deviation
+    clip_obs: Positive | None = 10.0  # standardized observations are clipped to +- this; null does not clip
+    scale_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
+    clip_reward: Positive | None = 10.0  # scaled rewards are clipped to +- this; null does not clip
+    whiten_reward: bool = False  # divide the rewards of each rollout by their standard deviation instead
+    resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    profile: bool = False  # say where the time of an iteration goes, and write a Chrome trace
+    profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
@@ -130,7 +130,7 @@ def locate(path: str) -> type:
 
 
 def _is_part(hint: Any) -> bool:
-    """Whether a field holds an object that the program supplies, such as a policy, or None."""
+    """Whether a field takes an object that the runtime supplies, such as a policy, or None."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     return get_origin(hint) in (None, Union, types.UnionType) and all(
         isinstance(kind, type) and get_origin(kind) is None and kind.__module__ != "builtins" for kind in kinds
@@ -139,12 +139,13 @@ def _is_part(hint: Any) -> bool:
 
 @functools.cache
 def schema(cls: type) -> type:
-    """A dataclass that OmegaConf understands: the settings of cls, and the ``_target_`` that makes one of them.
+    """A dataclass for OmegaConf with the settings of cls and its path as ``_target_``.
 
-    Fields that hold parts, such as a policy, are left out, for the runtime supplies them, and those that end in an
-    underscore, which ``SchemaSource`` adds under the keyword that they stand for.  A field whose type is an
-    abstract dataclass, such as an estimator, is open: a configuration group fills it, and null stands for the default
-    of the class.
+    Fields of objects that the runtime supplies, such as a policy, are left out; so are fields whose name ends in an
+    underscore, which ``SchemaSource`` adds without it.  A field whose type is an abstract dataclass, such as an
+    estimator, accepts any configuration: a group supplies it, and null is the default of the class.
+
+    Raises UserError for a field of a type that settings cannot have.
     """
     options: list[Any] = [("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}"))]
     hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
@@ -154,7 +155,7 @@ def schema(cls: type) -> type:
             options.append((f.name, Any, field(default=f.default)))
         elif hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))
-        # A number may be a schedule instead; either replaces its default whole, and is checked by cls.
+        # A number may be a schedule instead; cls validates both.
         elif issubclass(cls, Scheduled) and (number(hint) or get_origin(hint) is dict):
             options.append((f.name, Any, field(default=f.default, default_factory=f.default_factory)))  # pyright: ignore
         elif is_dataclass(hint) and isinstance(hint, type):
@@ -171,7 +172,7 @@ def schema(cls: type) -> type:
 
 
 class SchemaSource(ConfigSource):
-    """Serves ``schema/<dotted path>`` to Hydra."""
+    """Hydra config source of ``schema/<dotted path>``."""
 
     @staticmethod
     def scheme() -> str:
@@ -213,6 +214,6 @@ class SchemaSearchPath(SearchPathPlugin):
 
 
 def register() -> None:
-    """Let Hydra find schemas.  Call it before composing."""
+    """Register the config source of schemas with Hydra; required before a configuration is composed."""
     Plugins.instance().register(SchemaSource)
     Plugins.instance().register(SchemaSearchPath)

@@ -1,7 +1,6 @@
-"""What configurations need of Hydra beyond its launchers: defaults that depend on a choice, and for sweeps names,
-shares of the cores, and searches that go on.
+"""Resolvers of ``configs/``, for conditional defaults, names of jobs and cores per job, and resume of Optuna studies.
 
-Importing it registers the resolvers that ``configs/`` uses; every process of a sweep does, through ``app.cli``.
+Importing this module registers the resolvers; every process of a sweep does so through ``app.cli``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ LONGEST = 80  # characters of a label
 
 
 def label() -> str:
-    """The overrides of this job, as the end of a directory's name: ``-lr=0.001,hidden=[64,64]``."""
+    """The overrides of this job, as a suffix of its directory: ``-lr=0.001,hidden=[64,64]``."""
     said = []
     for override in HydraConfig.get().overrides.task:
         key, _, value = override.lstrip("+~").partition("=")
@@ -35,13 +34,13 @@ def label() -> str:
 
 
 def cores_each(workers: int) -> int:
-    """The cores that each of some workers on this machine has to itself; workers < 1 stands for one a core."""
+    """Cores per worker on this machine; workers < 1 means one worker per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers) if workers > 0 else 1
 
 
 def if_equal(value: Any, other: Any, then: Any, otherwise: Any) -> Any:
-    """``then`` where two values are equal, else ``otherwise``."""
+    """``then`` if two values are equal, else ``otherwise``."""
     return then if value == other else otherwise
 
 
@@ -51,8 +50,8 @@ OmegaConf.register_new_resolver("cores_each", cores_each, replace=True)
 
 
 class Study(Callback):
-    """Has the Optuna sweeper go on with a study that was cut off: trials that had begun are taken up again, with the
-    same values, and those that are finished count."""
+    """Resumes an interrupted study of the Optuna sweeper: unfinished trials are repeated with the same values, and
+    finished ones count towards ``n_trials``."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         import optuna
@@ -60,7 +59,7 @@ class Study(Callback):
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # pyright: ignore[reportPrivateImportUsage]
         sweeper = config.hydra.sweeper
-        os.makedirs(config.hydra.sweep.dir, exist_ok=True)  # where the storage lies
+        os.makedirs(config.hydra.sweep.dir, exist_ok=True)  # contains the storage
         directions = [
             str(getattr(d, "name", d))
             for d in ([sweeper.direction] if not OmegaConf.is_list(sweeper.direction) else sweeper.direction)

@@ -1,4 +1,4 @@
-"""How many threads a run should have, by trying."""
+"""Measurement of the fastest numbers of threads of a run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pgsuite import distributed
 from pgsuite.app.build import build
 from pgsuite.app.schema import Run
 
-WARM, ROUNDS = 2, 5  # iterations of each
+WARM, ROUNDS = 2, 5  # warm-up and timed iterations of each combination
 
 
 def counts(cores: int) -> list[int]:
-    """1, 2, 4, ... and all of them."""
+    """1, 2, 4, ... up to ``cores``, and ``cores`` itself."""
     return sorted({2**i for i in range(cores.bit_length())} | {cores})
 
 
 def measured(run: Run, say: Callable[[str], None]) -> Run:
-    """The settings, with numbers of threads in the place of ``torch_threads=measure``: those with which whole
-    iterations took the least time, of every number for torch with every one for MuJoCo, if that was left to us.
+    """The settings, with ``torch_threads=measure`` replaced by the number with the shortest median iteration.  With
+    env_threads=0 on MuJoCo, every number for torch is combined with every number for the physics.
 
-    The iterations are those of copies of the run that are thrown away.  They take turns, so that what else the machine
-    does falls on all alike.
+    Iterations are those of copies of the run, which are discarded.  The combinations alternate, so that other load of
+    the machine affects all of them alike.
     """
     from pgsuite.envs.physics.mujoco_batch import usable_cores
 

@@ -1,4 +1,4 @@
-"""One training run, from a composed configuration to its directory."""
+"""Training: from a composed configuration to a run directory."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from pgsuite.training.video import Gif
 
 @dataclass
 class Outcome:
-    """What a call of ``run`` came to."""
+    """Result of ``run``."""
 
-    folder: Path  # of the run: its own where it was resumed
-    steps: int  # of the environments
-    stopped: int = 0  # the number of the signal that stopped it before its end; 0 where it came to its end
+    folder: Path  # the run directory; of a resumed run, its original one
+    steps: int  # environment steps
+    stopped: int = 0  # number of the signal that stopped the run; 0 if it finished
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train, and leave config.yaml, TensorBoard events, metrics.csv, checkpoints and summary.json in Hydra's run
-    directory, or go on with a run in its own.
+    """Train, and write config.yaml, TensorBoard events, metrics.csv, checkpoints and summary.json to Hydra's run
+    directory, or to that of the resumed run.
 
-    Returns the mean return over the last tenth of the steps, or the last evaluation's where there was one, for
-    sweeps to compare.  Ends the program with code 0 or 143 after SIGINT or SIGTERM.  Raises UserError.
+    Returns the objective of sweeps: the return of the last evaluation, or without evaluations the mean return over the
+    last tenth of the steps.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
     """
     outcome = run(cfg, HydraConfig.get(), resume_with=_resume_command)
     if outcome.stopped:
@@ -69,18 +69,18 @@ def _resume_command(folder: Path) -> str:
 def run(
     cfg: DictConfig, hydra: HydraConf, *, resume_with: Callable[[Path], str], callbacks: Sequence[Callback] = ()
 ) -> Outcome:
-    """Train as a composed configuration says, in the directory ``hydra.runtime.output_dir`` or, resumed, in the run's.
+    """Train with a composed configuration, in ``hydra.runtime.output_dir`` or in the directory of the resumed run.
 
-    hydra: Hydra's own node of the configuration, for the choices, overrides and config sources of this run.
-    resume_with: how to go on with a run directory, for the message after a signal.  callbacks: beside those of the
-    configuration.  Raises UserError.
+    hydra: Hydra's node of the configuration, with the choices, overrides and config sources of this run.
+    resume_with: the command that resumes a run directory, for the message after a signal.  callbacks: in addition to
+    those of the configuration.  Raises UserError.
     """
     made = Path(hydra.runtime.output_dir)
     try:
         return _run(cfg, hydra, made, resume_with, callbacks)
     finally:
         made_here = (made, *made.parents[:2]) if distributed.rank() == 0 else ()
-        for folder in made_here:  # Hydra did; a run that never began here leaves nothing behind
+        for folder in made_here:  # Hydra created them; they are removed if the run did not start here
             if folder.is_dir() and not any(folder.iterdir()) and not Path.cwd().is_relative_to(folder):
                 folder.rmdir()
 
@@ -102,7 +102,7 @@ def _run(
     config = to_dict(cfg)
     settings = parse_run_config(config)
     _refuse_unused(settings, given)
-    folder = distributed.broadcast(folder)  # that of the first process, for whoever speaks of it
+    folder = distributed.broadcast(folder)  # that of the first process, for messages
     before = find_run_to_resume(config, hydra, say)
     if before is not None:
         folder, config, settings = before.folder, before.config, parse_run_config(before.config)
@@ -114,7 +114,7 @@ def _run(
     else:
         settings = measured(settings, say)
         config |= {"torch_threads": settings.torch_threads, "env_threads": settings.env_threads}
-    with recipes.naming(hydra) if before is None else nullcontext():  # a resumed run has settings of its own
+    with recipes.naming(hydra) if before is None else nullcontext():  # a resumed run keeps its settings
         trainer = build(settings)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
@@ -126,7 +126,7 @@ def _run(
         begun = before.steps if before else None
         trainer.callbacks = recorders(trainer, settings, folder, facts, begun, console, callbacks_given)
     except UserError:
-        if before is None and distributed.rank() == 0:  # a run that is refused leaves nothing behind
+        if before is None and distributed.rank() == 0:  # a refused run leaves no files
             for path in set(folder.iterdir()) - there:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
@@ -138,7 +138,7 @@ def _run(
     check_alike(trainer, config)
     with answering_signals(trainer):
         trainer.fit()
-        distributed.barrier()  # torchrun ends the first process, which may still write, if another ends with 143
+        distributed.barrier()  # torchrun ends the others when one exits with 143, and the first may still be writing
     if trainer.stop and trainer.steps < trainer.total_steps:
         how = f"go on with: {resume_with(short(folder))}"
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
@@ -153,7 +153,7 @@ def _run(
 
 
 def _refuse_unused(run: Run, given: Sequence[str]) -> None:
-    """Raise UserError for settings given on the command line that another setting leaves without an effect."""
+    """Raise UserError for settings of the command line that have no effect because of another setting."""
     if run.resume is not None:
         return
     critic = {f.name for f in fields(CriticConfig)}
@@ -176,8 +176,8 @@ def recorders(
     console: Console,
     given: Sequence[Callback] = (),
 ) -> list[Callback]:
-    """What writes down a run that begins, or goes on after the ``begun`` steps that it made, with the callbacks
-    ``given`` from Python; config.yaml at once."""
+    """Write config.yaml, and return the callbacks of a run: loggers, evaluation, those of the configuration, those
+    ``given`` from Python, checkpoints and summary.  begun: steps before the resume; None for a new run."""
     env, config = trainer.collector.env, facts["config"]
     names = {key: facts["choices"][key] for key in ("algo", "env")}
     described = _flatten(config) | names
@@ -186,9 +186,9 @@ def recorders(
     logs: list[loggers.Logger] = []
     if writes := distributed.rank() == 0:
         if begun is None and (folder / "config.yaml").exists():
-            begun = -1  # it was killed before anything was saved
+            begun = -1  # the run was killed before its first checkpoint
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-        # First, for it may refuse, and TensorBoard's thread writes whenever it likes.
+        # W&B first: it may raise, and TensorBoard's thread writes at any time.
         online = [loggers.WandB(folder, described, run.logging.wandb)] if run.logging.wandb.project is not None else []
         logs = [loggers.Csv(folder / "metrics.csv", begun), loggers.TensorBoard(folder, described, begun), *online]
         logs += run.loggers.values()
@@ -223,9 +223,9 @@ def recorders(
 
 @contextmanager
 def answering_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the trainer to stop after the iteration that it is in; a second one stops it at once."""
+    """Let SIGINT and SIGTERM stop the trainer after the current iteration, and a second signal at once."""
     asked = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():  # only there may signals be answered
+    if threading.current_thread() is not threading.main_thread():  # Python permits signal handlers only there
         yield
         return
 
@@ -243,7 +243,7 @@ def answering_signals(trainer: Trainer) -> Iterator[None]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """What a run says of itself, if it does."""
+    """Contents of a run's summary.json; empty if it cannot be read."""
     try:
         return json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
@@ -255,13 +255,13 @@ def finished(folder: Path) -> bool:
 
 
 def objective(folder: Path) -> float | None:
-    """What a run came to: its last evaluation's return, or its mean return over the last tenth of the steps."""
+    """The return of the last evaluation, or without evaluations the mean return over the last tenth of the steps."""
     summary = summary_of(folder)
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
 def _recipe(hydra: HydraConf, choices: dict[str, Any]) -> list[str]:
-    """A line on the measured recipe of a run of these choices, if it has one."""
+    """A line on the recipe of a run of these choices."""
     name = choices.get("tuned")
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     found = any((folder / "tuned" / f"{name}.yaml").is_file() for folder in folders)
@@ -273,7 +273,7 @@ def short(folder: Path) -> Path:
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted names, without the machinery."""
+    """Nested settings by dotted name, without ``_target_``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A policy as one file that runs without this suite: ONNX, or a torch.export program."""
+"""Export of a policy to one file that runs without this suite: ONNX, or a torch.export program."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-TOLERANCE = 1e-5  # of every output, relative to its size where that is above one
-SIZES, STEPS = (1, 7, 32), 6  # what is compared: batches, and steps that a memory is carried over
-METADATA = "pgsuite"  # where in the file the metadata are
+TOLERANCE = 1e-5  # of every output: absolute, relative for values above one
+SIZES, STEPS = (1, 7, 32), 6  # batch sizes, and steps over which the hidden state is carried, of the comparison
+METADATA = "pgsuite"  # key of the metadata in the file
 Run = Callable[[Named], Named]
 
 
@@ -40,9 +40,9 @@ class Export:
 
     run: str = ""  # a run directory, or one checkpoint of it
     format: Literal["onnx", "torch"] = "onnx"  # an ONNX graph, or a torch.export program
-    to: str | None = None  # the file; null puts it beside the run's other results
-    seed: Natural = 0  # of the observations that the file is tried on
-    tolerance: Positive = TOLERANCE  # a greater difference from the policy is an error
+    to: str | None = None  # file to write; null takes policy.onnx or policy.pt2 in the run directory
+    seed: Natural = 0  # of the random observations on which the file is tested
+    tolerance: Positive = TOLERANCE  # largest permitted difference between outputs of the file and of the policy
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
@@ -51,7 +51,7 @@ class Export:
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the newest policy of a run as one file and hold the file against it.  Raises UserError."""
+    """Export the policy of the newest checkpoint of a run, and compare the file with it.  Raises UserError."""
     wanted: Export = instantiate(to_dict(cfg), "the export")
     needed = ("onnx", "onnxscript", "onnxruntime") if wanted.format == "onnx" else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
@@ -89,7 +89,7 @@ def shape_of(x: Tensor) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporters' talk of their own."""
+    """Suppress warnings and log messages of the exporters."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -100,7 +100,7 @@ def quiet() -> Iterator[None]:
 
 
 def write(portable: Portable, metadata: dict[str, Any], path: Path, form: str) -> None:
-    """The file.  Raises UserError for a policy that cannot be traced."""
+    """Write the file.  Raises UserError for a policy that cannot be traced."""
     inputs = with_noise(portable, portable.example(2))
     batch = torch.export.Dim("batch")
     try:
@@ -123,7 +123,7 @@ def write(portable: Portable, metadata: dict[str, Any], path: Path, form: str) -
 
 
 def runner(path: Path, form: str) -> Run:
-    """The file as a function of named tensors."""
+    """Load the file as a function of named tensors."""
     if form == "torch":
         module = torch.export.load(path).module()
         return lambda inputs: module(inputs)
@@ -141,13 +141,13 @@ def runner(path: Path, form: str) -> Run:
 
 @dataclass
 class Agreement:
-    """How near a file comes to its policy."""
+    """Largest difference between the outputs of a file and of its policy."""
 
-    worst: float = 0.0  # largest difference, relative to the size where that is above one
+    worst: float = 0.0  # absolute, relative for values above one
     where: str = "nothing"
     observations: int = 0
     choices: int = 0  # discrete actions
-    others: int = 0  # of which the file chose otherwise
+    others: int = 0  # number of these that differ
 
     def note(self, name: str, mine: Tensor, theirs: Tensor) -> None:
         if mine.shape != theirs.shape:
@@ -158,7 +158,7 @@ class Agreement:
             gap = float(((mine - theirs).abs() / mine.abs().clamp(min=1)).nan_to_num(nan=np.inf).max())
             if gap > self.worst or self.where == "nothing":
                 self.worst, self.where = max(gap, self.worst), name
-        if self.others > 0.01 * self.choices:  # a tie may go either way, and there are few
+        if self.others > 0.01 * self.choices:  # more than rounding in ties explains
             self.worst, self.where = np.inf, f"{self.others} of {self.choices} discrete actions"
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ class Agreement:
 
 @torch.no_grad()
 def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agreement:
-    """A file against the policy itself, as it acts in training, with memories carried over several steps."""
+    """Compare a file with the policy as it acts in training, with hidden states carried over several steps."""
     policy, interface, found = restored.policy, restored.interface, Agreement()
     for size in SIZES:
         hidden_state = policy.initial_state(size)

@@ -28,13 +28,16 @@ Named = dict[str, Tensor]
 
 
 class Portable(nn.Module):
-    """A policy as a function of named tensors, of what an environment gives and takes.
+    """A policy as a function of named tensors, from observations to actions of an environment.
 
-    In: ``obs`` [N, *O], or each part of a dictionary by its path; ``memory`` [N, H] of policies that remember, zero
-    at the start of an episode; ``noise`` [N, K] that follows ``law``.  Out: ``action`` [N, *A], the likeliest;
-    ``sample`` [N, *A], what the noise stands for; the distribution's parameters; ``next_memory`` [N, H].
+    Inputs: ``obs`` [N, *O], or each entry of a dictionary by its path; ``memory`` [N, H], the hidden state of a
+    recurrent policy, zero at the start of an episode; ``noise`` [N, K], distributed as ``law``.  Outputs: ``action``
+    [N, *A], the mode; ``sample`` [N, *A], a sample as a function of the noise; the parameters of the distribution;
+    ``next_memory`` [N, H].
 
-    Beta distributions and heads from elsewhere may have no such function of noise: they come without it and ``sample``.
+    Distributions that are not reparameterized, such as Beta, have neither ``noise`` nor ``sample``.
+
+    Raises UserError if an entry of the observation has the name of another input or of an output.
     """
 
     def __init__(self, restored: Restored) -> None:
@@ -58,7 +61,7 @@ class Portable(nn.Module):
         return outputs | ({"next_memory": hidden_state} if hidden_state is not None else {})
 
     def look(self, inputs: Named) -> tuple[Distribution, Tensor | None]:
-        """The distribution over actions, and what is remembered."""
+        """The action distribution, and the next hidden state [N, H], None for feed-forward policies."""
         obs = self.interface.read(nested(self.interface.observation_space, inputs))
         hidden_state, start = {}, torch.zeros(1, dtype=torch.bool)
         if self.remembers:
@@ -67,7 +70,7 @@ class Portable(nn.Module):
         return self.policy.distribution(features, obs), after.get(self.policy.body.name)
 
     def example(self, count: int, seed: int = 0) -> Named:
-        """Random observations of ``count`` environments and blank memories, by name."""
+        """Random observations of ``count`` environments and initial hidden states, by name."""
         space = batch_space(self.interface.observation_space, count)
         space.seed(seed)
         given = {
@@ -79,7 +82,7 @@ class Portable(nn.Module):
         return given
 
     def metadata(self, restored: Restored) -> dict[str, Any]:
-        """What a user of the file needs to know, as JSON has it."""
+        """Metadata of the file, JSON-serializable: environment, spaces, distribution of the noise, versions."""
         env = restored.config["env"]
         return {
             "environment": env.get("id") or env.get("entry") or env["_target_"].rpartition(".")[2],
@@ -95,7 +98,7 @@ class Portable(nn.Module):
 
 
 def parameters(dist: Distribution) -> Named:
-    """Those of a distribution, by the names of the field."""
+    """Parameters of a distribution by their usual names; none for unknown distributions."""
     match dist:
         case Squashed():
             return parameters(dist.base)  # before tanh
@@ -111,7 +114,7 @@ def parameters(dist: Distribution) -> Named:
 
 
 def nested(space: spaces.Space[Any], inputs: Named, path: tuple[str, ...] = ()) -> Any:
-    """Named parts as the observation of a space."""
+    """Named tensors as an observation of a space."""
     if isinstance(space, spaces.Dict):
         return {key: nested(part, inputs, (*path, str(key))) for key, part in space.items()}
     if isinstance(space, spaces.Tuple):
@@ -120,8 +123,8 @@ def nested(space: spaces.Space[Any], inputs: Named, path: tuple[str, ...] = ()) 
 
 
 def as_input(space: spaces.Space[Any], x: Tensor) -> Tensor:
-    """In the type that the file takes: images as bytes, masks as they are, everything else that counts as int64, and
-    the rest as float32."""
+    """Convert to the dtype of the file's inputs: images and MultiBinary unchanged, discrete spaces int64, others
+    float32."""
     if is_image(space) or isinstance(space, spaces.MultiBinary):
         return x
     return x.long() if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else x.float()

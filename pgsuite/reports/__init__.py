@@ -1,4 +1,4 @@
-"""Runs compared: a page to open in a browser, its pictures, and its tables in Markdown."""
+"""Comparison of runs: a page in HTML, its figures, and its tables in Markdown."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ REMEDY = install("report")
 
 
 def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
-    """Write ``out``/index.html, table.md and the pictures, and return what there is to say, line by line.
+    """Write ``out``/index.html, table.md and the figures, and return the lines to print.
 
-    paths: run directories, directories that hold some at any depth, or globs.  command: how it was asked for, shown on
-    the page.  Raises UserError if nothing can be reported, and writes nothing then.
+    paths: run directories, directories that contain some at any depth, or globs.  command: the command shown on the
+    page.  Raises UserError, without writing, if there is no run to report.
     """
     try:
         from pgsuite.reports import page, runs

@@ -1,4 +1,4 @@
-"""The page of a report, and its tables in Markdown, from the same numbers."""
+"""The page of a report in HTML, and its tables in Markdown."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Picture:
 
 
 def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str], command: str) -> dict[str, bytes]:
-    """All files of a report, by name."""
+    """Contents of all files of a report, by file name."""
     look = pictures.looks(list(dict.fromkeys(sorted(g.method for g in groups))))
     ranking = [*overall(groups), *scores(groups)]
     compared = comparisons(groups, ranking)
@@ -188,7 +188,7 @@ def _extent(groups: Sequence[Group]) -> str:
 
 
 def _general(groups: Sequence[Group]) -> list[str]:
-    """What holds of the comparison as a whole."""
+    """Caveats of the comparison as a whole."""
     lines = []
     if few := [f"{g.name} ({len(g.scores)})" for g in groups if len(g.scores) < FEW]:
         lines.append(f"Fewer than {FEW} seeds with a score, too few for intervals to mean much: {listed(few)}.")
@@ -207,7 +207,7 @@ def _box(title: str, lines: Sequence[str]) -> str:
 
 
 def _verdicts(ranking: Sequence[Score], compared: Sequence[Comparison]) -> list[str]:
-    """A sentence an environment on what can be said.  HTML."""
+    """One sentence per environment on the best method, in HTML."""
     lines = []
     for env in dict.fromkeys(s.env for s in ranking):
         here = [s for s in ranking if s.env == env and s.seeds]
@@ -240,7 +240,7 @@ def _verdicts(ranking: Sequence[Score], compared: Sequence[Comparison]) -> list[
 
 
 def digits(here: Sequence[Score]) -> int:
-    """Decimals for the scores of one environment."""
+    """Number of decimals of the scores of one environment."""
     largest = max((abs(s.center) for s in here if s.seeds), default=0.0)
     return 0 if largest >= 1000 else 1 if largest >= 10 else 2 if here[0].env != ALL else 3
 
@@ -265,7 +265,7 @@ def percents(ends: Ends) -> str:
 
 
 def _cells(ranking: Sequence[Score]) -> tuple[list[str], list[tuple[Score, list[str]]]]:
-    """Columns and rows of the score table, after the method."""
+    """Columns and rows of the score table, without the column of methods."""
     evaluated = any(s.evaluated for s in ranking)
     columns = ["interquartile mean", "95% interval", "mean", "deviation"]
     columns += ["evaluation", "95% interval"] if evaluated else []
@@ -337,7 +337,8 @@ def _chance_section(compared: Sequence[Comparison], shown: Sequence[Picture], lo
 
 
 def _configurations(groups: Sequence[Group], look: Look) -> str:
-    """Settings in which the groups of an environment differ; environments with the same differences share a table."""
+    """Table of the settings in which the groups of an environment differ; environments with equal differences share
+    one."""
     tables: dict[str, list[str]] = {}
     for env in dict.fromkeys(g.env for g in groups):
         here = [g for g in groups if g.env == env]
@@ -361,7 +362,7 @@ def _configurations(groups: Sequence[Group], look: Look) -> str:
 
 
 def _origins(groups: Sequence[Group]) -> str:
-    """Versions, back ends, devices and commits, and the run directories."""
+    """Versions, back ends, devices, commits and run directories."""
     found: dict[str, dict[str, list[Group]]] = {}
     runs = [(g, run) for g in groups for run in (*g.runs, *g.others)]
     keys = dict.fromkeys(key for _, run in runs for key in (*run.origin, *run.facts))
@@ -389,7 +390,7 @@ def _origins(groups: Sequence[Group]) -> str:
 
 
 def _where(some: Sequence[Group], groups: Sequence[Group]) -> str:
-    """Groups by name, or whole environments."""
+    """Names of groups, or of environments all of whose groups are included."""
     names = []
     for env in dict.fromkeys(g.env for g in some):
         here = [g for g in groups if g.env == env]

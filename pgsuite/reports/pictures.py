@@ -1,4 +1,4 @@
-"""The pictures of a report, each of one environment, so that they fit a phone one below the other."""
+"""The figures of a report, one per environment, narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from pgsuite.reports import statistics
 from pgsuite.reports.runs import Curve, Group
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; more methods change the line as well.
+# Okabe and Ito's palette for colour-blind readers; further methods use other line styles.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 LINES = ("-", "--", ":", "-.")
 POINTS = 150
-WIDTH = 0.03  # of a curve's window, as a share of the run
+WIDTH = 0.03  # width of a curve's averaging window, as a fraction of the run
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -36,7 +36,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 
-Look = dict[str, tuple[str, str]]  # colour and line of every method
+Look = dict[str, tuple[str, str]]  # colour and line style by method
 
 
 def looks(methods: Sequence[str]) -> Look:
@@ -44,9 +44,9 @@ def looks(methods: Sequence[str]) -> Look:
 
 
 def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tuple[bytes, str] | None:
-    """Return over steps or seconds, one line a method; the picture and what it shows in words.
+    """Return over steps or seconds, one line per method: the figure as PNG, and its caption.
 
-    of: training or evaluations.  against: steps or seconds; the seconds of a step are the median over seeds.
+    of: training or evaluations.  against: steps or seconds; the time of a step is the median over seeds.
     """
     figure, axes = _figure(3.5)
     shown: dict[str, list[str]] = {}
@@ -63,7 +63,7 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
         if of == "training":
             grid = np.linspace(start, end, POINTS)
             lines = [statistics.windowed(c.steps, c.returns, c.weights, grid, WIDTH * end) for c in found]
-        else:  # few points, each over many episodes: as they are
+        else:  # few points, each a mean over many episodes: not averaged further
             grid = np.unique(np.concatenate([c.steps for c in found]))
             grid = grid[(grid >= start) & (grid <= end)]
             lines = [np.interp(grid, c.steps, c.returns) for c in found]
@@ -102,7 +102,7 @@ def intervals(
     *,
     probability: bool = False,
 ) -> bytes:
-    """A point and its interval a row, from the top down.  rows: name, colour, point, interval."""
+    """A point and its interval in each row, from top to bottom.  rows: name, colour, point, interval."""
     names = [textwrap.fill(name, 20) for name, *_ in rows]
     figure, axes = _figure(0.9 + (0.2 + 0.16 * max(name.count("\n") + 1 for name in names)) * len(rows))
     for y, (_, color, point, ends) in enumerate(rows):
@@ -149,7 +149,7 @@ def _steps(x: float) -> str:
 
 
 def _tick(span: float) -> float:
-    """A round distance that cuts a span into about five."""
+    """A round distance between ticks that divides a span into about five parts."""
     raw = max(span, 1e-3) / 5
     unit = 10 ** np.floor(np.log10(raw))
     return float(unit * next(m for m in (1, 2, 5, 10) if raw <= m * unit))

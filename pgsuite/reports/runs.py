@@ -1,4 +1,4 @@
-"""Run directories read and grouped: which runs are seeds of the same thing, and what has to be said of them."""
+"""Reading and grouping of run directories: runs that differ only in their seed form a group."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from yaml import YAMLError
 from pgsuite.errors import UserError
 from pgsuite.settings import INCIDENTAL
 
-# Settings that cannot change what a run learns; runs that differ in nothing else are seeds of one group.
+# Settings without effect on learning; runs that differ only in these are seeds of one group.
 IDLE = ("seed", *INCIDENTAL, "checkpoint_every", "wandb")
-# Where these differ, the task or the clock may differ: runs are kept apart although their settings are the same.
+# Facts that may change the task or the speed; runs that differ in these form separate groups.
 ENV_VERSIONS = ("gymnasium", "mujoco", "mujoco-warp", "envpool", "ale-py")
 FACTS = ("backend", "device", "processes", *ENV_VERSIONS)
-WORDS = 3  # settings that a group's name may spell out
-FEW = 5  # seeds; fewer say little
+WORDS = 3  # maximum number of settings in the name of a group
+FEW = 5  # seeds; groups with fewer get a remark
 
 
 class DamagedError(Exception):
-    """A directory that cannot be read as a run; says why."""
+    """A directory cannot be read as a run; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Returns over a run.  All [R]."""
+    """Returns over a run, in R rows; every array is [R]."""
 
     steps: np.ndarray
     returns: np.ndarray
-    weights: np.ndarray  # episodes behind each row
-    seconds: np.ndarray | None  # of training, since the start
+    weights: np.ndarray  # number of episodes of each row
+    seconds: np.ndarray | None  # training time since the start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a report needs of one run directory; None where the run has not recorded it."""
+    """Contents of one run directory; None for what the run has not recorded."""
 
     folder: Path
     algo: str
     env: str
     settings: dict[str, Any]  # flat, with dotted names
-    facts: dict[str, str]  # back end, device, processes, versions of the environment
+    facts: dict[str, str]  # back end, device, processes, versions of the environment's packages
     origin: dict[str, str]  # other versions, and the commit
     seed: int
-    status: str  # finished, or what else came of it, in words
+    status: str  # "finished", or the state of an unfinished run in words
     steps: int
     total_steps: int | None
     score: float | None  # mean return of the training episodes in the last tenth of the steps
@@ -69,18 +69,18 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two seeds of the same thing share."""
+        """Everything that the runs of a group have in common."""
         return {k: v for k, v in self.settings.items() if k.split(".")[0] not in IDLE} | self.facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Seeds of one configuration."""
+    """Runs of one configuration with different seeds."""
 
     env: str
     method: str  # the algorithm, and the settings in which this group differs from others of the same name
     runs: list[Run]  # by seed; finished ones, if any finished
-    others: list[Run] = field(default_factory=list)  # unfinished, where others finished
+    others: list[Run] = field(default_factory=list)  # unfinished runs, if any finished
 
     @property
     def name(self) -> str:
@@ -88,7 +88,7 @@ class Group:
 
     @property
     def scores(self) -> np.ndarray:
-        """Final training returns of finished runs.  [n]"""
+        """Final training returns [n] of finished runs."""
         return np.array([run.score for run in self.runs if run.finished and run.score is not None])
 
     @property
@@ -97,9 +97,9 @@ class Group:
 
 
 def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """Every run at or beneath the paths, which may be globs, and a line on every directory that was skipped.
+    """All runs at or below the paths, which may be globs, and a line on every skipped directory.
 
-    Raises UserError if a path does not exist, or no run is left.
+    Raises UserError if a path does not exist, or if there is no run.
     """
     runs, skipped, seen = [], [], set()
     for path in paths:
@@ -129,7 +129,7 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
 
 
 def _beneath(folder: Path) -> Iterator[Path]:
-    """Directories with the files of a run, at any depth, in order; links are followed once."""
+    """Directories that contain files of a run, at any depth, in order; every link is followed once."""
     walked = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in walked:
@@ -142,14 +142,14 @@ def _beneath(folder: Path) -> Iterator[Path]:
 
 
 def read(folder: Path) -> Run:
-    """One run directory.  Raises DamagedError."""
+    """Read a run directory.  Raises DamagedError."""
     config, summary = _config(folder / "config.yaml"), _summary(folder / "summary.json")
     algo = config.get("algo")
     target = algo.get("_target_") if isinstance(algo, dict) else None
     if not isinstance(target, str) or not isinstance(config.get("env"), dict):
         raise DamagedError("its config.yaml is not one of pgsuite's: it names no algo and env")
     env = config["env"]
-    # Choices such as gym stand for many tasks; their id says which.
+    # Choices such as gym have many tasks, distinguished by their id.
     task = env.get("id") or env.get("entry") or summary.get("env") or _last(str(env.get("_target_")))
     training = _curve(folder / "metrics.csv", "episode/return", "episode/count")
     evaluations = _curve(folder / "evaluation.csv", "evaluation/return")
@@ -213,7 +213,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """Empty where there is none."""
+    """Contents of summary.json; empty if there is none."""
     try:
         summary = json.loads(path.read_text())
     except FileNotFoundError:
@@ -226,7 +226,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
-    """The rows of a CSV file that have a return.  None where there is none; raises DamagedError."""
+    """The rows of a CSV file that have a return; None if there are none.  Raises DamagedError."""
     rows: list[tuple[float, float, float, float]] = []
     clock, before = 0.0, 0.0
     try:
@@ -246,7 +246,7 @@ def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
     except (csv.Error, ValueError, OSError) as error:
         raise DamagedError(f"its {path.name} cannot be read ({_first_line(error)})") from error
     kept: list[tuple[float, float, float, float]] = []
-    for row in reversed(rows):  # what was written again after a resume counts
+    for row in reversed(rows):  # of rows written twice, before and after a resume, the later counts
         if not kept or row[0] < kept[-1][0]:
             kept.append(row)
     if not kept:
@@ -257,7 +257,7 @@ def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, else None."""
+    """The value if it is a finite number, else None."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
@@ -274,8 +274,8 @@ def _last(path: str) -> str:
 
 
 def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted names; a part is a setting whose value is its class.  Not so its module,
-    unless that is foreign."""
+    """Nested settings by dotted name; the class of a part is a setting, with its module only if that is outside
+    pgsuite."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -289,11 +289,12 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def group(runs: list[Run]) -> tuple[list[Group], list[str]]:
-    """Runs by environment and configuration, and a line on everything a reader has to know of how that went."""
+    """Group runs by environment and configuration; returns the groups, and remarks on duplicates, differences and
+    shortcomings."""
     found: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         found.setdefault((run.env, run.algo, json.dumps(run.identity, sort_keys=True, default=str)), []).append(run)
-    differing: dict[str, set[str]] = {}  # by algorithm, so that a method has one name in all environments
+    differing: dict[str, set[str]] = {}  # by algorithm, so that a method has the same name in all environments
     for env, algo in {key[:2] for key in found}:
         same = [members[0].identity for key, members in found.items() if key[:2] == (env, algo)]
         differing.setdefault(algo, set()).update(differences(same))
@@ -318,7 +319,7 @@ def group(runs: list[Run]) -> tuple[list[Group], list[str]]:
 
 
 def differences(identities: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings in which configurations differ, or that only some have."""
+    """The settings in which configurations differ, or that some of them lack."""
     keys = dict.fromkeys(key for identity in identities for key in identity)
     missing = object()
     return [key for key in keys if any(i.get(key, missing) != identities[0].get(key, missing) for i in identities)]
@@ -333,7 +334,7 @@ def short(setting: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A setting's value as one would type it."""
+    """The value of a setting as written on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, int) and abs(value) >= 10_000:
@@ -344,7 +345,7 @@ def show(value: Any) -> str:
 
 
 def _once(members: list[Run], name: str) -> tuple[list[Run], list[str]]:
-    """One run for every seed: the same seed gives the same numbers, and would count as independent evidence."""
+    """Keep one run per seed: a second one has the same numbers, and is no independent evidence."""
     best: dict[int, Run] = {}
     lines = []
     for run in sorted(members, key=lambda r: (r.finished, r.steps, str(r.folder))):
@@ -358,7 +359,7 @@ def _once(members: list[Run], name: str) -> tuple[list[Run], list[str]]:
 
 
 def _apart(groups: list[Group]) -> list[str]:
-    """Groups whose runs differ in environment versions, back ends or devices, and tasks that are not quite the same."""
+    """Remarks on environments whose groups differ in versions, back ends or devices, and so perhaps in the task."""
     lines = []
     for env in dict.fromkeys(g.env for g in groups):
         here = [g for g in groups if g.env == env]

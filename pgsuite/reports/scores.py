@@ -1,4 +1,4 @@
-"""What the final scores of groups come to: per environment, over all environments, and between two methods."""
+"""Summaries of final scores: per environment, over all environments, and between pairs of methods."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from pgsuite.reports import statistics
 from pgsuite.reports.runs import FEW, Group
 
 ALL = "all environments"
-MANY = 6  # methods; of more, only comparisons with the best are made
+MANY = 6  # methods; of more, only those with the best are compared
 
 Ends = tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Final returns of one method on one environment, or over all of them, normalized.  NaN and None: unknown."""
+    """Final returns of one method on one environment, or normalized over all environments.  NaN and None: unknown."""
 
     env: str
     method: str
     seeds: int
     center: float  # interquartile mean
-    ends: Ends  # of its 95% interval
+    ends: Ends  # 95% interval
     mean: float
-    deviation: float  # over seeds, of a sample
+    deviation: float  # sample standard deviation over seeds
     evaluation: float
     evaluation_ends: Ends
-    evaluated: int  # seeds
+    evaluated: int  # number of seeds with evaluations
     speed: float  # steps per second, median over seeds
     steps: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How probably a run of one method scores higher than a run of another."""
+    """Probability that a run of one method scores higher than a run of another."""
 
     env: str
     x: str
     y: str
     probability: float
     ends: Ends
-    seeds: int  # of whichever has fewer
+    seeds: int  # of the method with fewer
 
 
 def scores(groups: Sequence[Group]) -> list[Score]:
-    """By environment, best first; those without a score come last."""
+    """Scores by environment, best first; unknown ones come last."""
     found = [_score(group) for group in groups]
     return sorted(found, key=lambda s: (s.env.lower(), -s.center if s.seeds else np.inf))
 
@@ -85,15 +85,16 @@ def _ends(found: tuple[np.ndarray, np.ndarray] | None) -> Ends:
 
 
 def shared(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
-    """Environments on which two methods or more have scores, and the methods that have them on all of these."""
+    """Environments on which at least two methods have scores, and the methods with scores on all of these."""
     scored = {(g.env, g.method) for g in groups if len(g.scores)}
     envs = [e for e in dict.fromkeys(g.env for g in groups) if sum(env == e for env, _ in scored) > 1]
     return envs, [m for m in dict.fromkeys(g.method for g in groups) if all((env, m) in scored for env in envs)]
 
 
 def overall(groups: Sequence[Group]) -> list[Score]:
-    """Interquartile means over all environments of scores scaled to each one's lowest (0) and highest (1) run, with
-    intervals stratified by environment; best first.  Empty where no two methods share two environments."""
+    """Interquartile means over all environments of normalized scores, 0 for the lowest and 1 for the highest run of
+    each environment, with intervals stratified by environment; best first.  Empty unless two methods share two
+    environments."""
     envs, methods = shared(groups)
     if len(envs) < 2 or len(methods) < 2:
         return []
@@ -127,8 +128,8 @@ def overall(groups: Sequence[Group]) -> list[Score]:
 
 
 def comparisons(groups: Sequence[Group], ranking: Sequence[Score]) -> list[Comparison]:
-    """Every two methods on every environment, and over all that the methods share; the better first of ``ranking``
-    comes first.  Of many methods, the best with each other one."""
+    """Comparisons of all pairs of methods, per environment and over the shared environments; the higher in ``ranking``
+    comes first.  With more than ``MANY`` methods, only pairs with the best one."""
     found = []
     for env in dict.fromkeys(s.env for s in ranking):
         envs = shared(groups)[0] if env == ALL else [env]
@@ -151,7 +152,7 @@ def comparisons(groups: Sequence[Group], ranking: Sequence[Score]) -> list[Compa
 
 
 def verdict(env: str, ranking: Sequence[Score], compared: Sequence[Comparison]) -> tuple[str, dict[str, list[str]]]:
-    """The best method of an environment, and the others by how far it can be told from them."""
+    """The best method of an environment, and the other methods by the strength of the evidence against them."""
     best = next(s.method for s in ranking if s.env == env and s.seeds)
     others: dict[str, list[str]] = {"clear": [], "unclear": [], "few": []}
     for c in compared:

@@ -1,7 +1,7 @@
-"""What is said of several seeds: interquartile means, intervals, probabilities of improvement.
+"""Statistics over seeds: interquartile means, bootstrap intervals, probabilities of improvement.
 
-After Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice".  Needs scipy:
-the extra ``report``.
+After Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice".  Requires scipy,
+by the extra ``report``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The mean over an axis without its lowest and highest quarter, each rounded down to whole values."""
+    """The mean over an axis without the lowest and highest quarter of values, each rounded down to whole values."""
     return np.asarray(stats.trim_mean(values, 0.25, axis=axis))
 
 
@@ -26,13 +26,14 @@ def stratified_mean(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def exceedance(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The share of pairs of x and y in which x is larger; a tie counts half.  Mann and Whitney's U over its maximum."""
+    """The fraction of pairs of x and y in which x is larger, ties counted half: the Mann-Whitney U over its maximum."""
     pairs = np.moveaxis(x, axis, -1)[..., :, None] - np.moveaxis(y, axis, -1)[..., None, :]
     return (np.sign(pairs).mean((-1, -2)) + 1) / 2
 
 
 def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-    """How probably one method's run scores higher than another's: the mean over tasks of P(X > Y) + P(X = Y) / 2.
+    """Probability that a run of one method scores higher than a run of another: the mean over tasks of
+    P(X > Y) + P(X = Y) / 2.
 
     samples: x and y of the first task, x and y of the second, and so on; values along ``axis``.
     """
@@ -42,10 +43,10 @@ def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarr
 def interval(
     statistic: Callable[..., np.ndarray], *strata: np.ndarray, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The 95% percentile bootstrap interval of a statistic, or None where a stratum has fewer than two values.
+    """The 95% percentile bootstrap interval of a statistic; None if a stratum has fewer than two values.
 
-    strata: each [n, ...], with n values, which are drawn again with replacement within their stratum.  ``statistic``
-    takes them all, and the axis that the values lie along.  The same data always give the same interval.
+    strata: each [n, ...], n values that are resampled with replacement within their stratum.  ``statistic`` takes all
+    strata and the axis of the values.  The resampling is seeded, so equal data give equal intervals.
     """
     if any(len(values) < 2 for values in strata):
         return None
@@ -63,13 +64,13 @@ def interval(
 
 
 def windowed(steps: np.ndarray, values: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """A curve whose rows lie at steps of its own, as weighted means over a window around each point of a grid.
+    """Resample a curve on a grid, by weighted means over a window around each point; returns [G].
 
-    steps, values, weights: [R], rising steps; row r stands for all since row r - 1.  grid: [G], within the steps, at
-    whose ends windows become one-sided.  Returns [G].
+    steps, values, weights: [R], in ascending steps; row r covers the steps since row r - 1.  grid: [G], within the
+    steps; windows are cut off at the ends.
     """
     edges = np.concatenate([[0.0], steps])
-    rate = weights / np.diff(edges)  # episodes per step, even within a row
+    rate = weights / np.diff(edges)  # episodes per step, constant within a row
     total = np.concatenate([[0.0], np.cumsum(rate * values * np.diff(edges))])
     count = np.concatenate([[0.0], np.cumsum(weights)])
     low, high = np.clip(grid - width / 2, 0.0, steps[-1]), np.clip(grid + width / 2, 0.0, steps[-1])
@@ -78,10 +79,11 @@ def windowed(steps: np.ndarray, values: np.ndarray, weights: np.ndarray, grid: n
 
 
 def center(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, str]:
-    """What is drawn of seeds' curves, each [G]: a middle, a band around it if there are two or more, and their names.
+    """Center of the curves of several seeds, each [G], lower and upper bound of a band if there are at least two, and
+    a description of both.
 
-    From four seeds on the interquartile mean with pointwise bootstrap intervals; fewer have no quarters to leave
-    out, and so little to draw from that their whole range says more.
+    With four seeds or more, the interquartile mean and pointwise bootstrap intervals; with fewer, which have no
+    quarters to leave out, the full range.
     """
     seeds = np.stack(curves)
     if len(seeds) >= 4:

@@ -1,4 +1,4 @@
-"""Checks of a user's own parts, for their tests."""
+"""Checks of users' algorithms, tasks and vector environments, for use in their tests."""
 
 from pgsuite.testing.algorithms import check_algorithm
 from pgsuite.testing.envs import check_vector_env, play, random_actions

@@ -1,4 +1,4 @@
-"""What every method owes the suite, as one check for your own tests."""
+"""Check of the ``Algorithm`` contract, for users' tests."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from pgsuite.testing.reads import NothingRead
 from pgsuite.testing.worlds import Point
 from pgsuite.types import Batch, Metrics, Rollout
 
-ENVS, LIMIT, HORIZON = 16, 12, 16  # episodes cross the borders of rollouts
+ENVS, LIMIT, HORIZON = 16, 12, 16  # episodes extend over rollout boundaries
 
 
 class World(NamedTuple):
-    """Where a method is tried."""
+    """Variant of the task and of the networks on which a method is checked."""
 
     actions: Literal["continuous", "discrete"]
     recurrent: Literal["none", "gru"] = "none"
@@ -45,7 +45,7 @@ WORLDS = (World("continuous"), World("discrete"), World("continuous", "gru"))
 
 
 class Run:
-    """A method of its own with its environments: one iteration after another, from one seed."""
+    """A new instance of a method with networks and environments, all from one seed."""
 
     def __init__(
         self,
@@ -76,13 +76,13 @@ class Run:
         except (TypeError, ValueError) as error:
             raise AssertionError(f"{cls.__name__} cannot be made for {world}: {error}") from error
         if isinstance(self.collector, EpisodeCollector):
-            self.collector.poll = self.collector.horizon  # its one read, every so many steps
+            self.collector.poll = self.collector.horizon  # steps between its reads from the device
 
     def iterate(self) -> Metrics:
         return self.algorithm.iterate(self.collector)
 
     def state(self) -> dict[str, Any]:
-        """What the next iteration depends on, copied."""
+        """A copy of the state on which the next iteration depends."""
         return copy.deepcopy({"algorithm": self.algorithm.state_dict(), "collector": self.collector.state_dict()})
 
     def load(self, state: dict[str, Any]) -> None:
@@ -90,27 +90,27 @@ class Run:
         self.collector.load_state_dict(copy.deepcopy(state["collector"]))
 
     def parameters(self) -> dict[str, Tensor]:
-        """Of everything that the method holds, copied, by name."""
+        """Copies of the parameters of all parts of the method, by name."""
         return {name: x.detach().clone() for name, x in _tensors(self.algorithm, buffers=False).items()}
 
 
 def check_algorithm(cls: type[Algorithm], *, learns: bool = True, **settings: Any) -> None:
-    """Raise AssertionError, saying what is wrong and where, unless a method does what the suite relies on.
+    """Raise AssertionError, naming the fault and its location, unless a method satisfies the contract of ``Algorithm``.
 
-    ``settings`` are its own, beside its defaults.  It is made for a small world of its own, with continuous and with
-    discrete actions, and with a memory; and must, in each of them:
+    ``settings`` are constructor arguments of the method.  It is run on a small task with continuous actions, with
+    discrete actions, and with recurrent networks.  In each of these the check requires:
 
-    - begin every update at the policy that acted, with importance ratios of one and statistics that have not moved,
-      and move the statistics afterwards;
-    - write parameters and buffers in place;
-    - give the same metrics each iteration: finite, zero-dimensional and without a gradient;
-    - read nothing back to the host, unless ``host_sync_reason`` says what it does read;
-    - draw from ``self.generator`` alone, so that a seed fixes a run bit for bit;
-    - hold its parts where ``state_dict`` finds them, so that a fresh instance goes on bit for bit from a saved state;
-    - train its policy, and its critics or have an optimizer for them.
+    - every update begins with an importance ratio of 1 and with the running statistics of the rollout, which move
+      after the update;
+    - parameters and buffers are written in place;
+    - every iteration returns the same metrics: finite, zero-dimensional and detached;
+    - nothing is read back to the host, unless ``host_sync_reason`` gives a reason;
+    - random numbers come only from ``self.generator``, so that a seed determines a run bit for bit;
+    - ``state_dict`` covers all parts, so that a new instance continues bit for bit from a saved state;
+    - the policy is trained, and each critic is trained or has an optimizer.
 
-    Without a memory, no bit may depend on what masked cells hold; each of its numbers may be given as a schedule; and,
-    unless ``learns`` is false, sixty iterations must raise the mean return by a clear margin.
+    With feed-forward networks, results may not depend on the contents of masked cells; every number of the method may
+    be given as a schedule; and, unless ``learns`` is false, sixty iterations must clearly raise the mean return.
     """
     for world in WORLDS:
         with blame(f"{cls.__name__} with {world}"):
@@ -124,12 +124,12 @@ def check_algorithm(cls: type[Algorithm], *, learns: bool = True, **settings: An
 
 
 def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts among the settings, such as estimators, are each method's own."""
+    """Deep copies, so that instances share no objects, such as estimators."""
     return copy.deepcopy(dict(settings))
 
 
 def _tensors(algorithm: Algorithm, *, buffers: bool = True) -> dict[str, Tensor]:
-    """Parameters, and buffers if these count too, of all parts, by name; those of two parts, once."""
+    """Parameters, and with ``buffers`` also buffers, of all parts by name; shared tensors appear once."""
     found: dict[int, tuple[str, Tensor]] = {}
     for part, module in algorithm.parts.items():
         inside = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
@@ -139,7 +139,7 @@ def _tensors(algorithm: Algorithm, *, buffers: bool = True) -> dict[str, Tensor]
 
 
 def _statistics(algorithm: Algorithm) -> dict[str, Tensor]:
-    """Running means and deviations of observations and rewards."""
+    """Running statistics of observations and rewards."""
     return {
         f"{part}.{name}.{key}": x
         for part, owner in algorithm.parts.items()
@@ -149,7 +149,7 @@ def _statistics(algorithm: Algorithm) -> dict[str, Tensor]:
     }
 
 
-# One run, its twin, and one that takes over
+# Iterations, seeds and resume
 
 
 def _check_iterations(cls: type[Algorithm], world: World, settings: Mapping[str, Any]) -> None:
@@ -172,11 +172,11 @@ def _check_iterations(cls: type[Algorithm], world: World, settings: Mapping[str,
 
 
 def _check_parts(algorithm: Algorithm) -> None:
-    """Every module and optimizer is where it is saved, restored, and counted."""
+    """Require that ``held`` contains every module and optimizer, so that ``state_dict`` saves it."""
     held = algorithm.held
     known = {id(x) for x in (*held.values(), *_tensors(algorithm).values())}
     for name, x in held.items():
-        saves_itself = hasattr(x, "state_dict") and not isinstance(x, Scheduled)  # which saves its schedules alone
+        saves_itself = hasattr(x, "state_dict") and not isinstance(x, Scheduled)  # whose state is its schedules only
         if saves_itself or isinstance(x, Kernel | MethodType):
             continue
         for key, inner in _inside(x):
@@ -189,7 +189,7 @@ def _check_parts(algorithm: Algorithm) -> None:
 
 
 def _inside(x: Any) -> list[tuple[str, Any]]:
-    """What an object holds, with what is in its lists and dictionaries, by name."""
+    """Attributes of an object, and the elements of those that are lists or dictionaries, by name."""
     found: list[tuple[str, Any]] = []
     for name, value in getattr(x, "__dict__", {}).items():
         inner = (
@@ -200,7 +200,8 @@ def _inside(x: Any) -> list[tuple[str, Any]]:
 
 
 def _watched(run: Run, names: Metrics | None = None) -> Metrics:
-    """The metrics of an iteration, in which updates begin as they should and no other stream is drawn from."""
+    """Metrics of an iteration; requires an importance ratio of 1 at its first update, and no use of the global random
+    streams."""
     algorithm, seen = run.algorithm, _Watcher(run.algorithm)
     streams = torch.get_rng_state(), random.getstate()
     with seen:
@@ -216,12 +217,12 @@ def _watched(run: Run, names: Metrics | None = None) -> Metrics:
 
 
 class _Watcher:
-    """What the policy says of the batch, and where statistics stand, when the first update of an iteration begins."""
+    """Records importance ratios and running statistics at the start of the first update of an iteration."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
         self.statistics = {name: x.clone() for name, x in _statistics(algorithm).items()}
-        self.ratio = 1.0  # the one farthest from one
+        self.ratio = 1.0  # the importance ratio farthest from one
         self.moved: str | None = None
 
     def __enter__(self) -> None:
@@ -312,7 +313,7 @@ def _check_seed(cls: type[Algorithm], world: World, settings: Mapping[str, Any],
 
 
 def _check_reads(run: Run, names: Metrics) -> None:
-    """An iteration that reads nothing back, where nothing is said of reads."""
+    """Require that an iteration reads nothing back to the host, unless ``host_sync_reason`` gives a reason."""
     if run.algorithm.host_sync_reason is not None:
         return
     with _guarded(NothingRead() if run.collector.host_sync_reason is None else nullcontext()):
@@ -336,7 +337,7 @@ def _guarded(guard: Any) -> Iterator[None]:
 def _check_resumed(
     cls: type[Algorithm], world: World, settings: Mapping[str, Any], half: dict[str, Any], end: dict[str, Any]
 ) -> None:
-    """A fresh instance of another seed, from the saved state to where the first run ended."""
+    """Load a saved state into a new instance with another seed, and require the final state of the first run."""
     twin = Run(cls, world, settings, seed=7)
     twin.load(half)
     if twin.algorithm.host_sync_reason is None:
@@ -351,7 +352,7 @@ def _check_resumed(
 
 
 def _difference(x: Any, y: Any, name: str = "") -> str | None:
-    """Where two states differ in any bit, or None."""
+    """Name of the first difference between two states; None if they are bitwise equal."""
     if isinstance(x, Mapping) and isinstance(y, Mapping):
         if x.keys() != y.keys():
             return f"{name}.{min(map(str, x.keys() ^ y.keys()))}".strip(".")
@@ -367,7 +368,7 @@ def _difference(x: Any, y: Any, name: str = "") -> str | None:
 
 
 def _check_masks(cls: type[Algorithm], world: World, settings: Mapping[str, Any]) -> None:
-    """Two runs whose rollouts differ in nothing but what cells hold that are masked."""
+    """Require equal results of two runs whose rollouts differ only in masked cells."""
     ends: list[tuple[dict[str, Tensor], Metrics]] = []
     for junk in (0.5, -7.0):
         run = Run(cls, world, settings)
@@ -391,7 +392,8 @@ def _check_masks(cls: type[Algorithm], world: World, settings: Mapping[str, Any]
 
 
 def _cut(rollout: Rollout, junk: float) -> Rollout:
-    """The rollout with each environment's last steps masked, after an end of its episode, and made of junk."""
+    """The rollout with the last steps of each environment masked, after the end of an episode, and filled with
+    ``junk``."""
     steps, envs = rollout.mask.shape
     last = steps - 2 - torch.arange(envs, device=rollout.mask.device) % (steps // 2)
     time = torch.arange(steps, device=last.device).unsqueeze(-1)
@@ -424,7 +426,7 @@ def _spoil(batch: Batch, junk: float) -> Batch:
 
 
 def _check_schedules(cls: type[Algorithm], world: World, settings: Mapping[str, Any]) -> None:
-    """Each number, held constant by a schedule, is the number."""
+    """Require that a constant schedule of each number gives the results of the number."""
     hints = get_type_hints(cls, include_extras=True)
     numbers = {f.name: settings.get(f.name, f.default) for f in fields(cls) if f.init and types.number(hints[f.name])}
     constant = {name: {"constant": x} for name, x in numbers.items() if isinstance(x, int | float)}
@@ -464,7 +466,7 @@ def _after_two(cls: type[Algorithm], world: World, settings: Mapping[str, Any]) 
 
 
 def _check_learning(cls: type[Algorithm], world: World, settings: Mapping[str, Any]) -> None:
-    """The mean return of five iterations comes to be 3 above that of the first three; best is about 11."""
+    """Require a mean return over five iterations 3 above that of the first three; the optimum is about 11."""
     run = Run(cls, world, settings, envs=32, hidden=64)
     returns: list[float] = []
     for i in range(60):

@@ -1,4 +1,4 @@
-"""Whose fault it is, and where, for what checks raise."""
+"""Names of the checked object and of the faulty line in errors of checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ NOT_AT_FAULT = tuple(str(Path(str(file)).parent) for file in (torch.__file__, __
 
 @contextmanager
 def blame(culprit: str) -> Iterator[None]:
-    """Have what a check complains of begin with the culprit; errors of its own code get a note of whose it is."""
+    """Prefix messages of AssertionErrors with the name of the checked object, and add a note with it to other
+    exceptions."""
     try:
         yield
     except AssertionError as error:
@@ -25,7 +26,7 @@ def blame(culprit: str) -> Iterator[None]:
 
 
 def place(error: BaseException) -> str:
-    """The innermost function, with its file and line, that an error passed through outside torch and the checks."""
+    """The innermost frame of an error's traceback outside torch and the checks: function, file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if not frame.filename.startswith(NOT_AT_FAULT)]
     frame = (inside or frames)[-1]

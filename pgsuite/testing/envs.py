@@ -1,4 +1,4 @@
-"""What every vector environment owes the suite, as checks for your own tests."""
+"""Check of the ``VectorEnv`` contract, for users' tests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from pgsuite.types import Obs, Step, map_obs
 
 
 def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200, *, seeded: bool = True) -> None:
-    """Raise AssertionError, saying what is wrong, unless environments from ``make(seed)`` keep the contract of
+    """Raise AssertionError, naming the fault, unless environments from ``make(seed)`` satisfy the contract of
     ``VectorEnv``.
 
-    Checked over ``steps`` random steps: shapes, types and device; that returned tensors are never written to again;
-    that no step is both terminated and truncated; that observations go on from true successors; that no episode
-    outlasts the limit; that a reset begins episodes anew; that a seed fixes everything, and, unless ``seeded`` is false
-    because nothing is random, that another seed changes something; and, where the state can be saved, that it restores
-    the future and that actions outside a Box are clipped to it.
+    Over ``steps`` random steps, the check requires:
+
+    - shapes, dtypes and device as declared;
+    - returned tensors are not written to later;
+    - no step is both terminated and truncated;
+    - within an episode, obs equals next_obs, the true successor;
+    - no episode is longer or shorter than the time limit, except by termination;
+    - reset starts new episodes;
+    - equal seeds give equal steps, and other seeds others, unless ``seeded`` is false for deterministic environments;
+    - if the state can be saved, loading it reproduces the steps that follow, and actions outside a Box are clipped.
     """
     env = make(0)
     actions = random_actions(env, steps)
@@ -36,12 +41,12 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200, *, seed
     if env.is_resumable:
         _check_state(make(3), actions)
     else:
-        env.load_state_dict(env.state_dict())  # and then begins anew
+        env.load_state_dict(env.state_dict())  # must not raise; the episodes start anew
         env.reset()
 
 
 def random_actions(env: VectorEnv, steps: int) -> list[Tensor]:
-    """Samples [N, *A] of the action space, the same every time; of discrete spaces counted from zero."""
+    """Samples [N, *A] of the action space, equal in every call; those of discrete spaces count from zero."""
     env.action_space.seed(0)
     first = torch.as_tensor(first_action(env.action_space))
     rows = [[torch.as_tensor(env.action_space.sample()) - first for _ in range(env.num_envs)] for _ in range(steps)]
@@ -49,7 +54,7 @@ def random_actions(env: VectorEnv, steps: int) -> list[Tensor]:
 
 
 def play(env: VectorEnv, actions: list[Tensor]) -> list[Step]:
-    """What a reset, as a step that nothing came before, and then each action brings; checks that nothing returned is
+    """The steps of a reset, with zero reward, and of each action.  Raises AssertionError if a returned tensor is
     written to later."""
     obs = env.reset()
     nothing = torch.zeros(env.num_envs, device=env.device)
@@ -120,7 +125,7 @@ def _check_lengths(env: VectorEnv, steps: list[Step]) -> None:
 
 
 def _check_reset(env: VectorEnv, actions: list[Tensor]) -> None:
-    """Half an episode, a reset, and then whole ones."""
+    """Reset after half an episode, and require that the next ones have their full length."""
     limit = env.max_episode_steps
     if limit is None or limit > len(actions):
         return

@@ -1,5 +1,4 @@
-"""A guard against reading tensors back to Python, and making them of what Python holds, which is what stalls an
-accelerator; it works on any device."""
+"""Detection of transfers between host and device, which stall an accelerator; works on any device."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NothingAsked(TorchFunctionMode):
-    """Forbids the calls that on a CPU read memory and tell no dispatcher."""
+    """Forbids calls that read a tensor of the CPU without passing through the dispatcher."""
 
     FORBIDDEN = ("tolist", "numpy", "__array__", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
 
@@ -25,12 +24,12 @@ class NothingAsked(TorchFunctionMode):
 
 
 class NothingRead(TorchDispatchMode):
-    """Forbids every way of a tensor's value, or of a shape that depends on one, to the host, and of lists and arrays to
-    the device.  Raises AssertionError, naming the operation."""
+    """Forbids reading values from the device, operations whose output shape depends on values, and copies of lists and
+    arrays to the device.  Raises AssertionError, naming the operation."""
 
     FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "argwhere")
     FORBIDDEN += ("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount")
-    MADE = "lift_fresh"  # by torch.tensor, new_tensor
+    MADE = "lift_fresh"  # called by torch.tensor and new_tensor
 
     def __enter__(self) -> NothingRead:
         self.asked = NothingAsked()

@@ -1,4 +1,4 @@
-"""What every task owes ``TaskEnv``, as one check for your own tests."""
+"""Check of the ``Task`` contract, for users' tests."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ SPACES = ("observation_space", "action_space")
 
 
 def check_task(make_task: Callable[[], Task], num_envs: int = 4, steps: int = 200) -> None:
-    """Raise AssertionError, saying what is wrong and where, unless tasks from ``make_task()``, such as a subclass of
-    ``Task`` itself, do what ``TaskEnv`` relies on.
+    """Raise AssertionError, naming the fault and its location, unless tasks from ``make_task()`` satisfy the contract
+    of ``Task``.  ``make_task`` may be a subclass of ``Task`` itself.
 
-    On the CPU, and on a CUDA device if there is one, ``num_envs`` worlds are played for ``steps`` random steps:
+    On the CPU, and on a CUDA device if there is one, ``num_envs`` environments take ``steps`` random steps.  The check
+    requires:
 
-    - nothing that a task must have is missing;
-    - observations [N, *O] have the shape of their space and lie within it, and are in memory of their own;
-    - ``advance`` returns reward [N], of floats, and terminated [N], of bools;
-    - ``reset`` starts the worlds of its mask, and leaves no bit of the others changed;
-    - randomness comes from the generator given to ``reset`` alone;
+    - all members of a task are defined;
+    - observations [N, *O] have the shape of their space, lie within it, and share no memory with the state;
+    - ``advance`` returns a floating-point reward [N] and a boolean terminated [N];
+    - ``reset`` restarts the environments of its mask, and leaves the others bitwise unchanged;
+    - random numbers come only from the generator given to ``reset``;
     - nothing is read back to the host, unless the task is ``on_host``;
-    - ``state_dict`` gives copies, and another task that takes it up goes on bit for bit;
-
-    and, as environments, they pass ``check_vector_env``.
+    - ``state_dict`` returns copies, and another task that loads it continues bit for bit;
+    - the tasks, as environments, pass ``check_vector_env``.
     """
     _check_complete(make_task)
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -50,7 +50,7 @@ def check_task(make_task: Callable[[], Task], num_envs: int = 4, steps: int = 20
 
 
 def _check_complete(make_task: Callable[[], Task]) -> None:
-    """Nothing is missing; what is, is named all at once."""
+    """Require all members of a task; one message names all that are missing."""
     cls = make_task if inspect.isclass(make_task) else None
     try:
         made = None if cls and inspect.isabstract(cls) else make_task()
@@ -59,13 +59,13 @@ def _check_complete(make_task: Callable[[], Task]) -> None:
     kind: Any = cls or type(made)
     assert issubclass(kind, Task), f"{kind.__name__} is no Task: derive it from pgsuite.envs.tasks.Task"
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
-    if kind.place is Task.place:  # where spaces may depend on options
+    if kind.place is Task.place:  # otherwise the spaces may be set there
         missing += [name for name in SPACES if not hasattr(made or kind, name)]
     assert not missing, f"{kind.__name__} lacks {', '.join(missing)}: see Task for what each of them is"
 
 
 class Play:
-    """A task by itself: reset, then one step after another."""
+    """A task without ``TaskEnv``, with fixed random actions."""
 
     def __init__(self, make_task: Callable[[], Task], num_envs: int, steps: int, device: str, seed: int = 0) -> None:
         self.task = make_task()
@@ -92,13 +92,13 @@ class Play:
         return self.task.advance(action)
 
     def restart(self, terminated: Tensor) -> None:
-        """As ``TaskEnv`` does, after each step."""
+        """Restart terminated environments, as ``TaskEnv`` does after each step."""
         if not self.task.on_host or bool(terminated.any()):
             self.reset(terminated)
 
 
 def _check_alone(make_task: Callable[[], Task], num_envs: int, steps: int, device: str) -> bool:
-    """Whether the task draws at all."""
+    """Check a task without ``TaskEnv``; returns whether it draws random numbers."""
     _check_reset(Play(make_task, num_envs, steps, device))
     play = Play(make_task, num_envs, steps, device)
     before = play.generator.get_state()
@@ -143,7 +143,7 @@ def _check_observation(task: Task, when: str) -> Tensor:
 
 
 def _check_step(play: Play, t: int) -> Tensor:
-    """The worlds [N] that the step terminates, before they are restarted."""
+    """Check one step; returns the environments [N] that it terminates, before they are restarted."""
     task, where = play.task, f"at step {t}"
     before = task.observe()
     kept = before.clone()
@@ -164,7 +164,7 @@ def _check_step(play: Play, t: int) -> Tensor:
 
 
 def _rows(task: Task) -> dict[str, Tensor]:
-    """Everything that has a row for each world, copied: the observation, and what the state holds."""
+    """Copies of the observation and of the tensors of the state that have a row for each environment, by name."""
     found = {"the observation": task.observe().clone()}
 
     def walk(name: str, x: Any) -> None:
@@ -179,7 +179,7 @@ def _rows(task: Task) -> dict[str, Tensor]:
 
 
 def _check_reset(play: Play) -> None:
-    """Some worlds, and then all, from where a few steps have led."""
+    """Check reset of no environments, of half of them, and of all, after a few steps."""
     play.reset()
     start = _check_observation(play.task, "after reset").clone()
     for t in range(3):
@@ -217,7 +217,7 @@ def _check_reads(play: Play) -> None:
 
 
 def _check_state(play: Play, other: Play) -> None:
-    """A second task, started otherwise, takes up the state of the first."""
+    """Load the state of a task into a second one with another seed, and require equal steps."""
     steps = min(len(play.actions), 20)
     for one in (play, other):
         one.reset()

@@ -1,4 +1,4 @@
-"""Worlds to try methods on: small, quick and easy to learn."""
+"""Small tasks that are quick to learn, for checks of algorithms."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pgsuite.settings import Count
 
 @dataclass(kw_only=True, eq=False)
 class Point(Task):
-    """Push a point to the origin of the plane; it is lost, and the episode over, where it leaves the square around it.
+    """Push a point to the origin of the plane; the episode terminates if it leaves the square of half-width 2.
 
-    Forces are continuous, or discrete: none, or full force along an axis.  State: position, velocity.
+    Actions are forces, continuous, or discrete: none, or full force along an axis.  Observations are position and
+    velocity.
     """
 
     observation_space = spaces.Box(-float("inf"), float("inf"), (4,))
