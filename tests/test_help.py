@@ -67,7 +67,7 @@ def test_training_shows_the_chosen_method_and_environment_and_all_groups(command
         assert f"\n  {group} " in out
     for said in (*CHOICES["algo"], *CHOICES["env"], *ESTIMATORS, "60 recipes", "python scripts/train.py env=CartPole"):
         assert said in out
-    assert "algo (TRPO): Natural gradient step" in out and "env (CartPole): Balance a pole" in out
+    assert "algo (TRPO): The natural step" in out and "env (CartPole): Balance a pole" in out
     assert "env.sutton_barto_reward" in out and "algo.clip" not in out
     (line,) = (line for line in out.splitlines() if line.startswith("  algo.max_kl "))
     assert line.split()[:2] == ["algo.max_kl", "0.03"] and "trust region" in line

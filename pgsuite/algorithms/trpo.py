@@ -14,7 +14,7 @@ from pgsuite.types import Metrics
 
 @dataclass(kw_only=True, eq=False)
 class TRPO(NPG):
-    """Natural gradient step with a backtracking line search (Schulman et al., 2015, appendix C).
+    """The natural step of NPG, with a backtracking line search (Schulman et al., 2015, appendix C).
 
     The line search takes the largest of the step lengths 1, backtrack_coef, backtrack_coef^2, ... at which the
     surrogate objective improves and the mean KL(old || new) is at most max_kl.  The sequential search stops at the

@@ -1,4 +1,4 @@
-"""List the environments that env= knows, with back ends, spaces and time limits: pgsuite envs"""
+"""List the environments of env=, with back ends, spaces and time limits: pgsuite envs"""
 
 import sys
 from typing import Any
