@@ -49,7 +49,8 @@ def make_component(
 ) -> T:
     """The component that the setting ``where`` chooses, made from args, parts and the settings beside its ``_target_``.
 
-    Raises ValueError for an unknown class or setting, a missing one, and a value of the wrong type.
+    Raises ValueError for an unknown class or setting, a missing one, a value of the wrong type, and a constructor that
+    does not take these arguments.
     """
     cls = component_class(choice, known, base, where)
     given = {key: x for key, x in choice.items() if key != "_target_"} if isinstance(choice, Mapping) else {}
@@ -64,7 +65,11 @@ def make_component(
             raise ValueError(
                 f"{where} needs the setting {name!r}: {{_target_: {cls.__module__}.{cls.__qualname__}, {name}: ...}}"
             )
-    hints = get_type_hints(cls.__init__, include_extras=True)
+    try:
+        hints = get_type_hints(cls.__init__, include_extras=True) if given else {}
+        inspect.signature(cls).bind(*args, **parts, **given)
+    except (NameError, TypeError) as error:  # of a name imported for type checkers only; of other parameters
+        raise ValueError(f"{where}: the constructor of {cls.__module__}.{cls.__qualname__}: {error}") from error
     for name, value in given.items():
         require(hints.get(name, Any), value, f"{where}.{name}")
     return cls(*args, **parts, **given)

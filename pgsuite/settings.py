@@ -125,6 +125,21 @@ def plain(hint: Any) -> Any:
     return hint if hint in (int, float, bool, str, type(None)) else Any
 
 
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name.  The class of a part, its ``_target_``, is the value of the part's own name, with
+    the module only if that is outside pgsuite."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif key != "_target_":
+            flat[f"{prefix}{key}"] = value
+        elif prefix:
+            path = str(value)
+            flat[prefix.removesuffix(".")] = path.rpartition(".")[2] if path.startswith("pgsuite.") else path
+    return flat
+
+
 def imported(name: str) -> types.ModuleType:
     """A module by its full name.  Raises ImportError if there is none."""
     if not name or name.startswith("."):

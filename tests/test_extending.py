@@ -22,6 +22,8 @@ from pgsuite.components import Component
 from pgsuite.nn.configs import MLPPolicyConfig
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.optim import make_optimizer
+from pgsuite.settings import flatten
+from pgsuite.training import checkpoint
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)
@@ -129,6 +131,44 @@ def test_mistakes_with_components_get_one_message(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make(**settings)
+
+
+def test_a_constructor_that_does_not_fit_is_told_of_by_name(package: Path) -> None:
+    (package / "my_misfits.py").write_text(
+        "from __future__ import annotations\n"
+        "from pgsuite.nn.network import Body\n"
+        "class Short(Body):\n    def __init__(self, obs_norm): ...\n"
+        "class Unknown(Body):\n    def __init__(self, obs_norm, name, generator, *, width: Cuont = 3): ...\n"
+    )
+    with pytest.raises(ValueError, match=r"policy.body: the constructor of my_misfits.Short: too many positional"):
+        policy(body="my_misfits.Short")
+    with pytest.raises(ValueError, match=r"constructor of my_misfits.Unknown: name 'Cuont' is not defined"):
+        policy(body={"_target_": "my_misfits.Unknown", "width": 3})
+
+
+def test_components_are_shown_by_help_and_among_hyperparameters(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["env=CartPole", "algo.optim={_target_: torch.optim.AdamW, weight_decay: 0.01}"]
+    run(monkeypatch, [*chosen, "--help"])
+    text = capsys.readouterr().out
+    assert "algo.optim" in text and "weight_decay: 0.01" in text and "the policy and its network" in text
+    flat = flatten(
+        {"algo": {"_target_": "pgsuite.algorithms.PPO", "optim": {"_target_": "torch.optim.AdamW", "eps": 1}}}
+    )
+    assert flat == {"algo": "PPO", "algo.optim": "torch.optim.AdamW", "algo.optim.eps": 1}
+
+
+def test_a_run_with_an_optimizer_of_torch_is_resumed_bit_for_bit(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["env=CartPole", "num_envs=8", "horizon=32", "algo.optim=torch.optim.AdamW", "algo.lr=1e-3"]
+    run(monkeypatch, [*short, "total_steps=1024", "hydra.run.dir=whole"])
+    run(monkeypatch, [*short, "total_steps=512", "hydra.run.dir=torn"])
+    run(monkeypatch, ["resume=torn", "total_steps=1024"])
+    one, two = (checkpoint.newest(package / name, print)[1]["algorithm"] for name in ("whole", "torn"))
+    assert all(torch.equal(x, two["policy"][name]) for name, x in one["policy"].items())
+    assert {"0.exp_avg", "0.step"} <= one["optimizer"].keys()
 
 
 def test_a_body_whose_features_are_of_another_size_is_refused(package: Path) -> None:

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pgsuite.app.recipes import written
 from pgsuite.app.schema import locate
+from pgsuite.components import is_component
 from pgsuite.errors import UserError, command
 from pgsuite.nn.schedules import Scheduled
 
@@ -70,6 +71,7 @@ GROUPS = {
     "algo": "the method",
     "algo/estimator": "the advantage estimator of the method",
     "env": "the environment",
+    "policy": "the policy and its network",
     "sweep": "how the runs of a sweep (-m) are started",
     "tuned": "a measured recipe, by default that of the method and environment; ~tuned leaves it out",
 }
@@ -164,7 +166,11 @@ def sections(plain: Mapping[str, Any], name: str = "", *, chosen: bool = False) 
         raise UserError(f"{name or 'the configuration'} names no class in _target_, so its settings are not known")
     cls, prefix = locate(plain["_target_"]), f"{name}." if name else ""
     hints = get_type_hints(cls, include_extras=True)
-    parts = {key: x for key, x in plain.items() if isinstance(x, dict) and "_target_" in x}
+    parts = {
+        key: x
+        for key, x in plain.items()
+        if isinstance(x, dict) and "_target_" in x and not is_component(hints.get(key))
+    }
     inner = {key: x for key, x in plain.items() if isinstance(x, dict) and _holds_parts(x)}
     own: list[Setting] = []
     for key in plain.keys() - parts.keys() - inner.keys() - {"_target_"}:

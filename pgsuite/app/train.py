@@ -29,6 +29,7 @@ from pgsuite.app.schema import Run
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
 from pgsuite.nn.configs import CriticConfig
+from pgsuite.settings import flatten
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
 from pgsuite.training.recovery import Recovery
@@ -180,7 +181,7 @@ def recorders(
     ``given`` from Python, checkpoints and summary.  begun: steps before the resume; None for a new run."""
     env, config = trainer.collector.env, facts["config"]
     names = {key: facts["choices"][key] for key in ("algo", "env")}
-    described = _flatten(config) | names
+    described = flatten(config) | names
     checkpoints = callbacks.Checkpoints(folder, facts, run.checkpoint)
     parts: list[Callback] = []
     logs: list[loggers.Logger] = []
@@ -270,17 +271,6 @@ def _recipe(hydra: HydraConf, choices: dict[str, Any]) -> list[str]:
 
 def short(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, without ``_target_``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif key != "_target_":
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def main() -> None:

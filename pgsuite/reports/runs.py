@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pgsuite.errors import UserError
-from pgsuite.settings import INCIDENTAL
+from pgsuite.settings import INCIDENTAL, flatten
 
 # Settings without effect on learning; runs that differ only in these are seeds of one group.
 IDLE = ("seed", *INCIDENTAL, "checkpoint_every", "wandb")
@@ -170,7 +170,7 @@ def read(folder: Path) -> Run:
         folder=folder,
         algo=str(summary.get("algo") or _last(target).lower()),
         env=str(task),
-        settings=_flat(config),
+        settings=flatten(config),
         facts={key: str(facts[key]) for key in FACTS if facts.get(key) is not None},
         origin=origin,
         seed=int(_number(config.get("seed")) or 0),
@@ -271,21 +271,6 @@ def _first_line(error: Exception) -> str:
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; the class of a part is a setting, with its module only if that is outside
-    pgsuite."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif key == "_target_":
-            ours = str(value).startswith("pgsuite.")
-            flat[prefix.removesuffix(".") or "run"] = _last(str(value)) if ours else str(value)
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def group(runs: list[Run]) -> tuple[list[Group], list[str]]:
