@@ -642,3 +642,33 @@ def test_parts_in_lists_and_dictionaries_are_saved_restored_checked_and_counted(
     assert bool(one.finite())
     next(one.twins[0].parameters()).data.view(-1)[0] = torch.nan
     assert not bool(one.finite())
+
+
+def test_a2c_tells_what_its_step_did() -> None:
+    """The improvement of the mean of ratio x advantage, and the KL from the acting policy, as estimated by hand."""
+    env = PointMass(16)
+    algorithm = build(A2C, env, lr=3e-3)
+    batch = first_batch(algorithm, env)
+    metrics = algorithm.update(batch)
+    with torch.no_grad():
+        ratio = (algorithm.policy.dist(batch).log_prob(batch.action) - batch.logp).exp()
+    improvement = ((ratio - 1) * batch.advantage)[batch.mask].mean()
+    assert float(metrics["surrogate_improvement"]) == pytest.approx(float(improvement), rel=1e-3) and improvement > 1e-3
+    kl = (ratio - 1 - ratio.log())[batch.mask].mean()
+    assert float(metrics["kl"]) == pytest.approx(float(kl), rel=1e-2) and kl > 1e-4
+    assert "policy_loss" not in metrics
+
+
+@pytest.mark.parametrize("cls", [NPG, TRPO])
+def test_a_run_that_is_slowed_down_takes_half_the_natural_step(cls: type[NPG]) -> None:
+    env, lengths = PointMass(16), []
+    for times in range(2):
+        algorithm = build(cls, env)
+        batch = first_batch(algorithm, env)
+        for _ in range(times):
+            algorithm.slow_down()
+        env = PointMass(16)
+        lengths.append(float(algorithm.update_policy(batch)["step_norm"]))
+        names = [name for name in algorithm.metrics(batch) if "learning_rate" in name]
+        assert names == ["critic_learning_rate"]
+    assert lengths[1] == pytest.approx(lengths[0] / 2, rel=1e-3)

@@ -198,6 +198,17 @@ def test_whole_episodes_are_refused() -> None:
     assert [cls for cls in ALL if not cls.supports_off_policy] == [Reinforce]
 
 
+@pytest.mark.parametrize("estimator", [TDLambda(), VTrace(rho_clip=1.1)])
+def test_advantages_are_weighted_up_to_the_estimators_clip(estimator: Any) -> None:
+    """V-trace's rho-bar bounds the weights that the objective sees; lambda returns leave them as they are."""
+    algorithm = build(A2C, env := PointMass(4), estimator=estimator)
+    rollout = collector(algorithm, env).collect(algorithm.policy)
+    weight = torch.linspace(0.5, 2.0, rollout.mask.numel()).view_as(rollout.reward)
+    batch = algorithm.compute_advantages(replace(rollout, extra={"weight": weight}))
+    assert torch.equal(batch.extra["weight"], weight.clamp(max=estimator.rho_clip))
+    assert (batch.extra["weight"].max() < 1.2) == isinstance(estimator, VTrace)
+
+
 @pytest.mark.parametrize("estimator", [TDLambda(lam=0.9), VTrace(lam=0.9)])
 def test_where_the_ratio_is_one_the_correction_is_none(estimator: Any) -> None:
     algorithm = build(A2C, env := PointMass(4), estimator=estimator)

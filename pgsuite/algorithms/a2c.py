@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic
 from pgsuite.components import Component
 from pgsuite.functional import objectives
@@ -40,13 +39,10 @@ class A2C(ActorCritic):
     def step_metrics(self, batch: Batch) -> Metrics:
         """Improvement of the surrogate objective by the step, and KL(behavior policy || new policy)."""
         logp = self.policy.dist(batch).log_prob(batch.action)
-        log_ratio = objectives.log_ratio(logp, batch.logp)
-        after = self.surrogate(self.ratio_of(log_ratio, batch.mask), batch.advantage)
         before = self.policy_objective(batch.advantage, batch.logp, batch)
-        improvement = self.policy_objective(after, logp, batch) - before
-        kl = self.importance_weighted(objectives.sampled_kl(log_ratio), batch)
-        means = masked_means({"surrogate_improvement": improvement, "kl": kl}, batch.mask)
-        return {name: distributed.mean(x) for name, x in means.items()}
+        improvement = self.surrogate_objective(logp, batch) - before
+        kl = self.importance_weighted(objectives.sampled_kl(objectives.log_ratio(logp, batch.logp)), batch)
+        return masked_means({"surrogate_improvement": improvement, "kl": kl}, batch.mask)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss [], policy loss + value_coef * value loss - entropy_coef * entropy, each a mean over real cells; and

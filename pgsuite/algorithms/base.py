@@ -324,6 +324,11 @@ class ActorCritic(Algorithm):
         """Importance ratio per cell [...]: of each action, or of its whole episode."""
         return (objectives.sequence_log_ratio(log_ratio, mask) if self.ratio == "sequence" else log_ratio).exp()
 
+    def surrogate_objective(self, logp: Tensor, batch: Batch) -> Tensor:
+        """Policy objective per cell [...] at a policy with the log-probabilities ``logp`` [...] of the actions."""
+        ratio = self.ratio_of(objectives.log_ratio(logp, batch.logp), batch.mask)
+        return self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch)
+
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         """Surrogate objective per cell [...], to maximize."""
         return objectives.surrogate(ratio, advantage)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic, CriticRegressionMixin
-from pgsuite.functional import objectives, trust_region
+from pgsuite.functional import trust_region
 from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
@@ -108,8 +108,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
                 return torch.vmap(evaluate_step)(vector)
             new = dist_at(vector)
             logp = new.log_prob(batch.action)
-            ratio = self.ratio_of(objectives.log_ratio(logp, batch.logp), batch.mask)
-            improvement = self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch) - before
+            improvement = self.surrogate_objective(logp, batch) - before
             return masked_mean(improvement, batch.mask), masked_mean(old.kl(new), batch.mask)
 
         theta = start.clone().requires_grad_()

@@ -116,9 +116,9 @@ class Trainer:
     stop: int = 0  # the same over all processes, agreed upon at the end of each iteration
 
     def __post_init__(self) -> None:
+        self.collector.validate(self.algorithm.policy)
         for percent in reversed(range(101)):  # scheduled settings must be valid throughout the run
             self.algorithm.update_schedules(percent / 100)
-            self.collector.validate(self.algorithm.policy)
             self.algorithm.validate(self.collector)
         env = self.collector.env
         self.tracker = EpisodeTracker(env.num_envs, env.device)
