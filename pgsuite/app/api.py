@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-WORD = re.compile(
-    r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECASE
-)  # strings that need no quotes in an override
+# Strings that need no quotes in an override.
+WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECASE)
 
 
 class Run:

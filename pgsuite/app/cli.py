@@ -62,9 +62,8 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             sys.exit(130)
         except MENDABLE as error:
             if distributed.size() > 1:
-                signal.signal(
-                    signal.SIGTERM, signal.SIG_IGN
-                )  # torchrun's, which would end the process before the message
+                # torchrun's, which would end the process before the message
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if verbose:
                 raise
             # An error of one process ends all of them; the first to notice prints the message.
@@ -112,9 +111,8 @@ def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], 
 
     def task(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        work(
-            instantiate(to_dict(cfg), config), folder, functools.partial(console().print, highlight=False, markup=False)
-        )
+        say = functools.partial(console().print, highlight=False, markup=False)
+        work(instantiate(to_dict(cfg), config), folder, say)
 
     main(task, config)
 

@@ -37,9 +37,8 @@ class Interface(nn.Module):
         super().__init__()
         public, apart = split(observation_space)
         seen, mask = tensor_space(observation_space), {k: v for k, v in apart.items() if k == ACTION_MASK}
-        both = (
-            OrderedDict({**public, **mask}) if isinstance(public, spaces.Dict) else {}
-        )  # gymnasium sorts the keys of other dictionaries
+        # Ordered, since gymnasium sorts the keys of other dictionaries.
+        both = OrderedDict({**public, **mask}) if isinstance(public, spaces.Dict) else {}
         self.observation_space = spaces.Dict(both) if both else public
         self.action_space = action_space
         bare = not isinstance(tensor_space(self.observation_space), spaces.Dict)

@@ -39,9 +39,8 @@ def replay(cfg: DictConfig) -> None:
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
         raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
-    trainer = build(
-        parse_run_config(bundle["config"] | {"execution": "eager"})
-    )  # compiled operations cannot be located in the source
+    # Compiled operations could not be located in the source.
+    trainer = build(parse_run_config(bundle["config"] | {"execution": "eager"}))
     algorithm, env = trainer.algorithm, trainer.collector.env
     say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
     algorithm.load_state_dict(bundle["state"]["algorithm"])

@@ -54,9 +54,8 @@ class TwoStageGraph:
         with torch.enable_grad():
             graph, nest = traced(lambda early, late: self.function(*early)(*late), (early, late))
         with torch.no_grad():
-            graph = make_fx(functionalize(graph))(
-                *given, *rest
-            )  # without mutations, or the second graph could overwrite results of the first
+            # Without mutations, or the second graph could overwrite results of the first.
+            graph = make_fx(functionalize(graph))(*given, *rest)
             first, second = split_graph(graph, len(rest))
             return compile_graph(first, given), compile_graph(second, [*first(*given), *rest]), nest
 

@@ -179,9 +179,8 @@ class Checkpoints(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         failed = trainer.steps < trainer.total_steps and not trainer.stop
-        alone = (
-            failed and distributed.size() > 1
-        )  # another process may not have failed and would not join the gathering
+        # Another process may not have failed and would not join the gathering.
+        alone = failed and distributed.size() > 1
         if trainer.steps > self.saved and not alone:
             self.save(trainer)
         elif distributed.rank() == 0 and self.saved:

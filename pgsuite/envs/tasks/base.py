@@ -39,9 +39,8 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         settings.check(self)
-        settings.require(
-            Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps"
-        )  # also if a subclass redeclares it
+        # Also if a subclass redeclares it with another type.
+        settings.require(Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps")
 
     @property
     def name(self) -> str:
