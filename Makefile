@@ -3,13 +3,17 @@ PYTHON ?= python3
 RUN = $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test check bench peers returns plots clean
+.PHONY: train test test-long check bench peers returns plots clean
 
 train: $(VENV)/.train
 	$(RUN) scripts/train.py algo=ppo env=HalfCheetah $(ARGS)
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+# The tests that take longer, too.
+test-long: $(VENV)/.dev
+	PGSUITE_LONG=1 $(RUN) -m pytest -n 2 -m long $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

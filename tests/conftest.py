@@ -14,6 +14,7 @@ from hydra._internal.hydra import Hydra
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 50)  # or garbage is looked for every 700 objects, of which importing torch made a million
 settings.register_profile(
     "same every time",
     deadline=None,
@@ -60,3 +61,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("long") and "PGSUITE_LONG" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="long: set PGSUITE_LONG=1, or make test-long"))

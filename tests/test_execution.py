@@ -32,20 +32,24 @@ CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     ),
     (Reinforce, {"baseline": "critic", "critic_minibatches": 2}, "inductor"),
     (TRPO, {"critic_epochs": 2, "critic_lr": {"linear": [1e-2, 0]}}, "aot_eager"),
-    (TRPO, {"critic_epochs": 2, "backtracking": "batched", "max_backtracks": 3, "fisher": "gauss-newton"}, "aot_eager"),
     (NPG, {"critic_epochs": 2, "max_kl": {"linear": [0.02, 0]}, "damping": {"linear": [0.1, 1.0]}}, "aot_eager"),
+    (A2C, {"lr": {"cosine": [1e-2, 1e-3]}, "entropy_coef": {"linear": [0.1, 0]}}, "aot_eager"),
+]
+LONG: list[tuple[type[Algorithm], dict[str, Any], str]] = [
+    (TRPO, {"critic_epochs": 2, "backtracking": "batched", "max_backtracks": 3, "fisher": "gauss-newton"}, "aot_eager"),
     (NPG, {"critic_epochs": 2, "fisher": "gauss-newton", "name": "CartPole", "shared": True}, "aot_eager"),
     (
         TRPO,
         {"critic_epochs": 1, "critic_minibatches": 1, "look": {"recurrent": "gru", "recurrent_size": 4}},
         "aot_eager",
     ),
-    (A2C, {"lr": {"cosine": [1e-2, 1e-3]}, "entropy_coef": {"linear": [0.1, 0]}}, "aot_eager"),
 ]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("method", "settings", "backend"), CASES)
+@pytest.mark.parametrize(
+    ("method", "settings", "backend"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
+)
 def test_compiled_learning_is_eager_learning(
     method: type[Algorithm], settings: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 """A policy taken elsewhere is the policy: as a file, and as an object to act with."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,11 +26,12 @@ from pgsuite.export.portable import Portable
 from pgsuite.nn.network import Features
 
 ROOT = Path(__file__).parents[1]
-LONG = bool(os.environ.get("PGSUITE_LONG"))  # every kind in both formats
 FORMATS = ["torch", "onnx"]
 FEW = {("torch", "images-lstm"), ("onnx", "dictionary-gru"), ("onnx", "masks-multicategorical")}
 CASES = [
-    (form, kind) for form in ("eager", *FORMATS) for kind in KINDS if LONG or form == "eager" or (form, kind) in FEW
+    pytest.param(form, kind, marks=[] if form == "eager" or (form, kind) in FEW else pytest.mark.long)
+    for form in ("eager", *FORMATS)
+    for kind in KINDS
 ]
 
 

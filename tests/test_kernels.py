@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_structure import ROOT, imports
 from torch import nn
-from toys import ALL, BRIEF, build, collector, compile_by
+from toys import ALL, BRIEF, build, collector, compile_by, mostly_long
 
-from pgsuite.algorithms import NPG, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
 from pgsuite.execution.modes import execute
 from pgsuite.kernel import Kernel
@@ -54,7 +54,7 @@ def test_every_kernel_of_a_run_is_listed(cls: type[Algorithm]) -> None:
 
 
 @compiler
-@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("cls", mostly_long(ALL, PPO, A2C, NPG))
 def test_a_run_whose_kernels_are_reset_is_as_written_to_the_last_bit(
     cls: type[Algorithm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,7 @@ def test_kernels_run_under_vmap_over_runs() -> None:
 
 
 @compiler
-@pytest.mark.parametrize("cls", [PPO, TRPO])
+@pytest.mark.parametrize("cls", mostly_long([PPO, TRPO], PPO))
 def test_a_compiled_run_is_profiled_and_learns_the_same(
     cls: type[Algorithm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

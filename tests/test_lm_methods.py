@@ -9,6 +9,7 @@ import pytest
 import torch
 from lm_worlds import Letters, build, collector, world
 from torch import Tensor
+from toys import mostly_long
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo
@@ -135,7 +136,7 @@ LEARNING: dict[str, tuple[type[Algorithm], int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", LEARNING)
+@pytest.mark.parametrize("way", mostly_long(LEARNING, "rloo", "ppo", "npg"))
 def test_each_method_comes_within_two_percent_of_the_optimum(way: str) -> None:
     """pi_ref exp(r / beta), normalized, whose objective is beta log E_ref exp(r / beta)."""
     cls, iterations, fields = LEARNING[way]
@@ -289,7 +290,7 @@ def test_a_line_search_in_one_batch_finds_what_one_step_at_a_time_finds() -> Non
 
 
 @pytest.mark.parametrize("penalty", ["reward", "loss"])
-@pytest.mark.parametrize("cls", [Reinforce, A2C, PPO, NPG, TRPO])
+@pytest.mark.parametrize("cls", mostly_long([Reinforce, A2C, PPO, NPG, TRPO], PPO, NPG))
 def test_every_method_goes_on_from_its_state_as_if_nothing_had_been(cls: type[Algorithm], penalty: str) -> None:
     from toys import resume_alike
 

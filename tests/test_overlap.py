@@ -1,7 +1,6 @@
 """Collecting beside learning: one update behind, corrected, and as reproducible as one after the other."""
 
 import copy
-import os
 import shutil
 import threading
 from dataclasses import replace
@@ -87,7 +86,7 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type[Algorithm], r
         put_back_alike(one, two, tmp_path / "x.pt")
 
 
-@pytest.mark.skipif("PGSUITE_LONG" not in os.environ, reason="long: PGSUITE_LONG=1")
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert not kills.survive("ppo-overlap", 1, tmp_path)
 

@@ -16,7 +16,7 @@ import kills
 import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
-from toys import ALL, PointMass, build, collector
+from toys import ALL, PointMass, build, collector, mostly_long
 
 from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
@@ -24,7 +24,6 @@ from pgsuite.distributed import LostProcessError
 from pgsuite.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
-LONG = bool(os.environ.get("PGSUITE_LONG"))  # every method from end to end
 RUN = ["env=CartPole", "num_envs=4", "horizon=16", "total_steps=640", "checkpoint.every=128", "hydra.run.dir=run"]
 LINUX = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
 
@@ -173,11 +172,10 @@ ENDS = {
     "ppo": [*kills.CASES["ppo"], "scale_reward=true", "algo.target_kl=0.01"],
     "trpo": kills.CASES["trpo"],
 }
-ENDS |= {case: arguments for case, arguments in kills.CASES.items() if LONG and case not in ENDS}
-ENDS.pop("ppo-overlap", None)  # which is for one process
+ENDS |= {case: kills.CASES[case] for case in kills.CASES if case not in ENDS and case != "ppo-overlap"}
 
 
-@pytest.mark.parametrize("case", ENDS)
+@pytest.mark.parametrize("case", mostly_long(ENDS, "ppo"))
 def test_two_processes_make_one_run_and_go_on_with_it_bit_for_bit(tmp_path: Path, case: str) -> None:
     codes, said = train(tmp_path, *ENDS[case], "hydra.run.dir=run")
     assert codes == [0, 0], said
@@ -272,7 +270,7 @@ def test_a_restart_goes_on_by_itself(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.skipif(not LONG, reason="starts python three times each")
+@pytest.mark.long
 @pytest.mark.parametrize("algo", kills.METHODS)
 def test_torchrun_trains_with_every_method(tmp_path: Path, algo: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

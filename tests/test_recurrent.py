@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from test_algorithms import flat
 from torch import Tensor
-from toys import ALL, BRIEF, PointMass, Toy, build, collector
+from toys import ALL, BRIEF, PointMass, Toy, build, collector, mostly_long
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.functional import trust_region as tr
@@ -163,7 +163,7 @@ def remembered(cls: type[Algorithm], kind: Any, iterations: int = 120) -> float:
     return sum(returns[-10:]) / 10
 
 
-@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("cls", mostly_long(ALL, PPO, NPG))
 def test_every_method_learns_to_remember(cls: type[Algorithm]) -> None:
     assert remembered(cls, "gru") > 0.9
 

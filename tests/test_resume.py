@@ -11,7 +11,7 @@ import kills
 import pytest
 import torch
 from test_cli import TINY, Cli, command, finished, own_run  # noqa: F401
-from toys import ALL, BRIEF, PointMass, build, collector, put_back_alike
+from toys import ALL, BRIEF, PointMass, build, collector, mostly_long, put_back_alike
 
 from pgsuite.algorithms import PPO
 from pgsuite.errors import UserError
@@ -22,7 +22,7 @@ from pgsuite.training.trainer import Trainer
 RUN = ["env=CartPole", "hydra.run.dir=run", *TINY, "checkpoint.every=250"]
 
 
-@pytest.mark.parametrize("case", kills.METHODS)
+@pytest.mark.parametrize("case", mostly_long(kills.METHODS, "ppo", "npg"))
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path, case: str) -> None:
     """A handful of the trials of kills.py."""
     assert not kills.survive(case, kills.METHODS.index(case), tmp_path)

@@ -54,7 +54,7 @@ def test_jobs_train_side_by_side_and_the_same_command_makes_no_run_again(sweep: 
     assert runs() == made
 
 
-@pytest.mark.skipif("PGSUITE_LONG" not in os.environ, reason="long: PGSUITE_LONG=1")
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
 def test_a_sweep_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
     """Launcher and workers end in the middle; the same command again leaves what is finished and makes no run twice."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
-from toys import ALL, BRIEF
+from toys import ALL, BRIEF, mostly_long
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
@@ -26,12 +26,15 @@ from pgsuite.types import Batch, Metrics, Rollout, masked_mean
 
 @pytest.mark.parametrize(
     ("cls", "settings"),
-    [
-        *((cls, BRIEF[cls]) for cls in ALL),
-        (Reinforce, BRIEF[Reinforce] | {"baseline": "critic"}),
-        (TRPO, BRIEF[TRPO] | {"backtracking": "batched"}),
-        (PPO, BRIEF[PPO] | {"target_kl": 0.02, "early_stop": "masked", "recompute_advantage": True}),
-    ],
+    mostly_long(
+        [
+            *(brief := [(cls, BRIEF[cls]) for cls in ALL]),
+            (Reinforce, BRIEF[Reinforce] | {"baseline": "critic"}),
+            (TRPO, BRIEF[TRPO] | {"backtracking": "batched"}),
+            (PPO, BRIEF[PPO] | {"target_kl": 0.02, "early_stop": "masked", "recompute_advantage": True}),
+        ],
+        *brief,
+    ),
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
 def test_every_method_does_what_the_suite_relies_on(cls: type[Algorithm], settings: dict[str, Any]) -> None:

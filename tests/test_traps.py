@@ -48,9 +48,35 @@ def test_a_setting_that_a_method_inherits_and_does_not_use_is_none_of_its_own(co
     assert code == 1 and "no setting 'dual_clip' in algo" in err
 
 
-def test_settings_of_a_critic_that_shares_the_policys_network_are_refused(command: Cli) -> None:  # noqa: F811
-    code, _, err = command("train", *SHORT, "critic.shared=true", "critic.hidden=[8]")
-    assert code == 1 and "critic.hidden would have no effect with critic.shared=true" in err
+@pytest.mark.parametrize(
+    ("given", "unused", "reason"),
+    [
+        (["critic.shared=true"], "critic.hidden=[8]", "critic.shared=true"),
+        (["critic.shared=true"], "critic.body=my.Body", "critic.shared=true"),
+        ([], "reference.penalty=loss", "reference.coef=null"),
+        (["reference.coef=0.1"], "reference.horizon=5", "reference.target=null"),
+        (["standardize_obs=false"], "clip_obs=5", "standardize_obs=false"),
+        (["scale_reward=false"], "clip_reward=5", "scale_reward=false"),
+        (["algo=reinforce", "horizon=null"], "critic.hidden=[8]", "algo.baseline=leave-one-out"),
+        (["algo=reinforce", "horizon=null", "algo.baseline=none"], "algo.critic_lr=0.1", "algo.baseline=none"),
+    ],
+)
+def test_settings_that_another_leaves_without_effect_are_refused(
+    command: Cli,  # noqa: F811
+    given: list[str],
+    unused: str,
+    reason: str,
+) -> None:
+    code, _, err = command("train", *SHORT, *given, unused, "hydra.run.dir=run")
+    assert code == 1 and f"{unused.partition('=')[0]} would have no effect with {reason}: leave it out" in err
+    assert not (command.folder / "run").exists()
+
+
+def test_settings_that_take_effect_together_are_not_refused(command: Cli) -> None:  # noqa: F811
+    together = ["algo=reinforce", "algo.baseline=critic", "algo.critic_lr=0.1", "critic.hidden=[8]", "horizon=null"]
+    together += ["whiten_reward=true", "scale_reward=false", "clip_reward=5", "reference.coef=0.1"]
+    code, _, err = command("train", *SHORT, *together, "reference.penalty=loss", "env.max_episode_steps=8")
+    assert code == 0, err
 
 
 def test_a_dictionary_can_be_given_on_the_command_line(command: Cli) -> None:  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ BRIEF: dict[type[Algorithm], dict[str, Any]] = {
     NPG: {"critic_epochs": 2, "critic_minibatches": 2},
     TRPO: {"critic_epochs": 2, "critic_minibatches": 2},
 }
+
+
+def mostly_long(cases: Iterable[Any], *short: Any) -> list[Any]:
+    """Parameters of a test that are marked as long, but for the ``short`` ones."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*x, marks=[] if x in short or x[0] in short else pytest.mark.long) for x in values]
 
 
 class Toy:

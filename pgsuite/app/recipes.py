@@ -12,9 +12,9 @@ from hydra import compose
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pgsuite.app.build import to_dict
 from pgsuite.errors import UserError
 
 GROUP = re.compile(r"[+~]*tuned(@[^=]*)?(=|$)")  # overrides that select the recipe
@@ -22,26 +22,25 @@ NAMED_BARE = ("", "algo.")  # prefixes that messages leave out, as in "8 minibat
 
 
 @contextmanager
-def naming(hydra: HydraConf) -> Iterator[None]:
+def naming(hydra: HydraConf, config: dict[str, Any]) -> Iterator[None]:
     """Add to a UserError raised within whether the setting that it names comes from the recipe, and how to leave it
     out."""
     try:
         yield
     except UserError as error:
         message = str(error)
-        if (more := _origin(message, hydra)) is None:
+        if (more := _origin(message, hydra, config)) is None:
             raise
         raise UserError(f"{message.removesuffix(': leave it out')}; {more}") from error
 
 
-def given_by_recipe(hydra: HydraConf) -> dict[str, tuple[Any, Any]]:
+def given_by_recipe(hydra: HydraConf, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings whose value comes from the recipe, by dotted name: that value, and the value without the recipe.
     Settings that the user also gave are not included.
 
     Raises the errors of Hydra and OmegaConf for overrides that cannot be composed without the recipe."""
-    task = list(hydra.overrides.task)
-    without = [override for override in task if not GROUP.match(override)]
-    ours, theirs = (_flat(OmegaConf.to_container(compose("train", x))) for x in (task, [*without, "~tuned"]))
+    without = [override for override in hydra.overrides.task if not GROUP.match(override)]
+    ours, theirs = _flat(config), _flat(to_dict(compose("train", [*without, "~tuned"])))
     return {name: (x, theirs.get(name)) for name, x in ours.items() if x != theirs.get(name)}
 
 
@@ -50,13 +49,13 @@ def written(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
 
 
-def _origin(message: str, hydra: HydraConf) -> str | None:
+def _origin(message: str, hydra: HydraConf, config: dict[str, Any]) -> str | None:
     """Which of the settings that a message names come from the recipe, and how to leave them out; None if none do."""
     recipe = hydra.runtime.choices.get("tuned")
     if recipe is None or not GlobalHydra.instance().is_initialized():
         return None
     try:
-        given = given_by_recipe(hydra)
+        given = given_by_recipe(hydra, config)
     except (HydraException, OmegaConfBaseException):
         return None  # the original message suffices
     found = {name: values for name, values in given.items() if _names(message, name)}

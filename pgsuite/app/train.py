@@ -102,7 +102,6 @@ def _run(
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     config = to_dict(cfg)
     settings = parse_run_config(config)
-    _refuse_unused(settings, given)
     folder = distributed.broadcast(folder)  # that of the first process, for messages
     before = find_run_to_resume(config, hydra, say)
     if before is not None:
@@ -115,8 +114,10 @@ def _run(
     else:
         settings = measured(settings, say)
         config |= {"torch_threads": settings.torch_threads, "env_threads": settings.env_threads}
-    with recipes.naming(hydra) if before is None else nullcontext():  # a resumed run keeps its settings
+    with recipes.naming(hydra, to_dict(cfg)) if before is None else nullcontext():  # a resumed run keeps its settings
         trainer = build(settings)
+    if before is None:
+        _refuse_unused(settings, trainer.algorithm, given)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
@@ -153,19 +154,32 @@ def _run(
     return Outcome(folder, trainer.steps)
 
 
-def _refuse_unused(run: Run, given: Sequence[str]) -> None:
+def _refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
     """Raise UserError for settings of the command line that have no effect because of another setting."""
-    if run.resume is not None:
-        return
-    critic = {f.name for f in fields(CriticConfig)}
-    layers = critic - {"body", "shared", "zero_init"}
-    pairs = [("critic.shared=true", run.critic.shared, "critic", critic - {"shared", "zero_init"})]
+    rewards_as_they_are = not run.scale_reward and not run.whiten_reward
+    critic = [f"critic.{f.name}" for f in fields(CriticConfig)]
+    own = [f"algo.{f.name}" for f in fields(algorithm) if f.name.startswith("critic_")]
+    layers = [f.name for f in fields(CriticConfig) if f.name not in ("body", "shared", "zero_init")]
+    without_critic = "a method that has no critic"
+    if hasattr(algorithm, "baseline"):
+        without_critic = f"algo.baseline={algorithm.baseline}"
+    unused: list[tuple[str, bool, list[str]]] = [
+        (without_critic, getattr(algorithm, "critic", None) is None, [*critic, *own]),
+        ("critic.shared=true", run.critic.shared, [f"critic.{x}" for x in ("body", *layers)]),
+        (
+            "reference.coef=null",
+            run.reference.coef is None,
+            ["reference." + x for x in ("penalty", "target", "horizon")],
+        ),
+        ("reference.target=null", run.reference.target is None, ["reference.horizon"]),
+        ("standardize_obs=false", not run.standardize_obs, ["clip_obs"]),
+        ("scale_reward=false", rewards_as_they_are, ["clip_reward"]),
+    ]
     for name, network in (("policy", run.policy), ("critic", run.critic)):
-        pairs += [(f"{name}.body", getattr(network, "body", None) is not None, name, layers)]
-    for reason, chosen, network, names in pairs:
-        unused = [x for x in given if x.partition(".")[0] == network and x.partition(".")[2] in names]
-        if chosen and unused:
-            raise UserError(f"{', '.join(unused)} would have no effect with {reason}: leave it out")
+        unused.append((f"{name}.body", getattr(network, "body", None) is not None, [f"{name}.{x}" for x in layers]))
+    for reason, holds, names in unused:
+        if holds and (found := [x for x in given if x in names]):
+            raise UserError(f"{', '.join(found)} would have no effect with {reason}: leave it out")
 
 
 def recorders(
