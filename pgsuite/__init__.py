@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgsuite.errors import UserError
+from pgsuite.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pgsuite.app.api import Run, evaluate, report, train
     from pgsuite.app.policy_io import Actor
     from pgsuite.envs.make import make
 
-__version__ = "0.1.0"
 __all__ = ["Run", "UserError", "evaluate", "load", "make", "report", "train"]
 # Imported when they are first used, so that importing the package stays cheap.
 _HOMES = {"make": "pgsuite.envs.make"} | dict.fromkeys(("Run", "evaluate", "report", "train"), "pgsuite.app.api")

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 FLOORS = [
-    {"errors", "settings", "seeding", "distributed", "kernel"},
+    {"errors", "settings", "seeding", "distributed", "kernel", "version"},
     {"components"},
     {"types"},
     {"functional"},

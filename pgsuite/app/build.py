@@ -17,7 +17,6 @@ from gymnasium import spaces
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import pgsuite
 from pgsuite import distributed, seeding
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.reference import Reference
@@ -33,8 +32,9 @@ from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import OverlappedCollector
 from pgsuite.settings import closest
-from pgsuite.training.loggers import Logger
+from pgsuite.training.run_dir import Logger
 from pgsuite.training.trainer import Callback, Trainer
+from pgsuite.version import __version__
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _activation(network: Network, settings: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages on which results depend."""
-    found = {"python": platform.python_version(), "pgsuite": pgsuite.__version__}
+    found = {"python": platform.python_version(), "pgsuite": __version__}
     others = ("mujoco-warp", "warp-lang", "envpool", "ale-py", "transformers")
     for package in ("torch", "gymnasium", "mujoco", "numpy", *others):
         with suppress(PackageNotFoundError):
@@ -271,7 +271,7 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Commit of the git checkout that this code runs from, with a plus if the code differs from it; None if this is not
     a checkout."""
-    root = Path(pgsuite.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # installed, perhaps inside another repository
         return None
     git = ["git", "-C", str(root)]

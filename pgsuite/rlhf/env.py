@@ -15,7 +15,7 @@ from pgsuite import seeding, settings
 from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
 from pgsuite.envs.dotted import find, make
 from pgsuite.errors import UserError, install
-from pgsuite.rollout import Collector
+from pgsuite.rlhf.generation import GenerationCollector
 from pgsuite.settings import Count, NonNegative
 from pgsuite.types import Step
 
@@ -163,13 +163,7 @@ class LanguageEnv:
     """
 
     backend, is_resumable = "language", True
-
-    @property
-    def collector(self) -> type[Collector]:
-        """The collector of these environments, which generates complete responses instead of steps."""
-        from pgsuite.rlhf.generation import GenerationCollector  # circular at module level
-
-        return GenerationCollector
+    collector = GenerationCollector
 
     def __init__(
         self,

@@ -13,8 +13,7 @@ from pgsuite.nn.policy import Policy
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.generation import GenerationCollector
 from pgsuite.settings import Count
-from pgsuite.training.loggers import Logger
-from pgsuite.training.run_dir import RunDir
+from pgsuite.training.run_dir import Logger, RunDir
 from pgsuite.training.trainer import Callback, Report, Trainer
 from pgsuite.types import Rollout
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 from pgsuite.envs.base import VectorEnv
 from pgsuite.kernel import phase
 from pgsuite.nn.policy import Policy
-from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.policy import TokenBody
 from pgsuite.rollout.collect import Collector
 from pgsuite.types import Rollout
@@ -58,6 +57,23 @@ def generate(
     return Generated(tokens, logp, written)
 
 
+@runtime_checkable
+class PromptEnv(Protocol):
+    """Vector environments that give prompts and score responses to them, beside what every VectorEnv has."""
+
+    length: int  # the greatest number of tokens of a response
+    stop: int  # the token that ends a response
+    pad: int  # the token that fills prompts up and follows the end of a response
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """The prompts [P, N] of the next N responses, and the mask of real tokens."""
+        ...
+
+    def score(self, tokens: Tensor, written: Tensor) -> Tensor:
+        """The reward [L, N] of each response token in texts [P + L, N]; ``written`` [L, N] is the mask of real ones."""
+        ...
+
+
 class GenerationCollector(Collector):
     """Collects a response to each of N prompts, as an episode: steps are the positions of a text, observations its
     tokens, and actions the next tokens.
@@ -70,13 +86,13 @@ class GenerationCollector(Collector):
 
     whole_episodes = True
     supports_overlap = False
-    env: LanguageEnv
 
     def __init__(self, env: VectorEnv, horizon: int, seed: int = 0) -> None:
-        """Raises ValueError unless env is a LanguageEnv and the horizon its number of positions."""
+        """Raises ValueError unless env is a PromptEnv and the horizon its number of positions."""
         super().__init__(env, horizon, seed)
-        if not isinstance(env, LanguageEnv):
+        if not isinstance(env, PromptEnv):
             raise ValueError(f"responses are generated for prompts, and {env.name} has none")
+        self.prompt_env: PromptEnv = env
         if horizon != env.max_episode_steps:
             raise ValueError(f"the texts of {env.name} have {env.max_episode_steps} positions: leave horizon out")
 
@@ -85,7 +101,7 @@ class GenerationCollector(Collector):
             raise ValueError(f"{self.env.name}: responses are written by language models: give policy=language_model")
 
     def _collect(self, policy: Policy) -> Rollout:
-        env, began = self.env, perf_counter()
+        env, began = self.prompt_env, perf_counter()
         prompts, real = env.prompts()
         drawn = perf_counter()
         with phase("generate"):

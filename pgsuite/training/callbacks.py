@@ -21,7 +21,7 @@ from pgsuite import distributed
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Checked, Count, Positive
 from pgsuite.training import checkpoint
-from pgsuite.training.loggers import Logger
+from pgsuite.training.run_dir import Logger
 from pgsuite.training.trainer import Callback, Report, Trainer, slots
 
 

@@ -1,7 +1,8 @@
-"""The run directory, which callbacks and loggers are set up with."""
+"""The run directory, which callbacks and loggers are set up with; its CSV files, and the base class of loggers."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,83 @@ from typing import Any
 from rich.console import Console
 
 from pgsuite import distributed
-from pgsuite.training.loggers import Csv, Logger
+from pgsuite.errors import UserError
+from pgsuite.settings import Checked
+from pgsuite.training.video import Gif
+
+
+@dataclass(kw_only=True)
+class Logger(Checked):
+    """Base class of loggers.  If a subclass is a dataclass, its fields are its settings under ``loggers.<name>``.
+
+    Only the first process has loggers.
+    """
+
+    def setup(self, run: RunDir) -> None:
+        """Called once, before training: open files or connections.  Raises UserError if that fails."""
+
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        """Log named scalars at a number of environment steps."""
+        raise NotImplementedError
+
+    def log_text(self, name: str, text: str, steps: int) -> None:
+        """Log Markdown; ignored by default."""
+
+    def log_video(self, film: Gif, steps: int) -> None:
+        """Log a video; ignored by default."""
+
+    def close(self, results: Mapping[str, float]) -> None:
+        """Log the results of the run, which are empty unless it finished, and close files."""
+
+
+class Csv(Logger):
+    """A CSV file, flushed after each row.  A new column makes the whole file be rewritten."""
+
+    def __init__(self, path: Path, after: int | None = None) -> None:
+        """``after`` is the number of steps from which the run is resumed; later rows are dropped.
+
+        Raises UserError if an existing file is no table with a column of steps.
+        """
+        self.path = path
+        self.columns: list[str] = ["steps"]
+        self.rows: list[dict[str, Any]] = []
+        if after is not None and path.is_file():
+            try:
+                with path.open(newline="") as file:
+                    reader = csv.DictReader(file)
+                    self.columns = list(reader.fieldnames or self.columns)
+                    rows = [row for row in reader if (row.get("steps") or "").isdecimal()]
+                if "steps" not in self.columns or any(None in row for row in rows):
+                    raise ValueError("its first line does not name its columns")
+            except (ValueError, csv.Error) as error:
+                raise UserError(
+                    f"{path} is damaged ({error}), so the run cannot go on with it: move it away, and another begins"
+                ) from error
+            self.rows = [row for row in rows if int(row["steps"]) <= after]
+        self.replace()
+
+    def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        row = {"steps": steps} | dict(scalars)
+        self.rows.append(row)
+        if new := [name for name in row if name not in self.columns]:
+            self.columns += new
+            self.file.close()
+            self.replace()
+        else:
+            csv.DictWriter(self.file, self.columns).writerow(row)
+            self.file.flush()
+
+    def replace(self) -> None:
+        temporary = self.path.with_suffix(".writing")
+        with temporary.open("w", newline="") as file:
+            table = csv.DictWriter(file, self.columns)
+            table.writeheader()
+            table.writerows(self.rows)
+        temporary.replace(self.path)
+        self.file = self.path.open("a", newline="")
+
+    def close(self, results: Mapping[str, float]) -> None:
+        self.file.close()
 
 
 @dataclass
