@@ -81,7 +81,7 @@ def save(folder: Path, kind: str, hidden: tuple[int, ...] = (16,)) -> Path:
     policy = build_policy(tensor_space(observation), action, run, generator)
     state = {name: x.clone() for name, x in policy.state_dict().items()}
     for name, x in state.items():
-        if name.endswith(("moments.mean", "log_sigma", "bias")):
+        if name.endswith(("moments.center", "log_sigma", "bias")):
             x.normal_(generator=generator)
         elif name.endswith("out.weight"):
             x.normal_(std=x.shape[1] ** -0.5, generator=generator)

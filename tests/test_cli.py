@@ -537,7 +537,7 @@ class KLPPO(PPO):
         return ratio * advantage - self.beta * sampled_kl(ratio.log())
 '''
 CONFIG = """# @package _global_
-defaults: [/schema/my_methods.KLPPO@algo, /algo/estimator@algo.estimator: gae]
+defaults: [/schema/my_methods.KLPPO@algo, /algo/estimator: gae]
 horizon: 16
 """
 

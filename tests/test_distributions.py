@@ -122,6 +122,20 @@ def test_beta_agrees_with_torch() -> None:
     assert ((x > LOW) & (x < HIGH)).all()
 
 
+@pytest.mark.parametrize("concentration", [1e2, 1e3, 1e4, 1e5])
+def test_a_concentrated_beta_is_as_exact_as_float32_is(concentration: float) -> None:
+    """KL, entropy and log-probability, against float64."""
+    shape = 1 + concentration * torch.rand(4, 5, 3)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        a, b, c, d = (x.to(dtype) for x in (shape[0], shape[1], shape[0] * 1.001, shape[1] * 0.999))
+        p, q = (Beta(*x, LOW.to(dtype), HIGH.to(dtype)) for x in ((a, b), (c, d)))
+        found.append((p.kl(q), p.entropy(), p.log_prob(p.mode())))
+        assert all(x.dtype is dtype for x in found[-1])
+    for single, double in zip(*found, strict=True):
+        assert torch.allclose(single.double(), double, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize(("log_sigma", "tolerance"), [(-3.0, 1e-9), (-1.0, 1e-7), (0.0, 1e-4), (1.0, 2e-3)])
 def test_entropy_of_a_squashed_gaussian_is_its_integral(log_sigma: float, tolerance: float) -> None:
     """A fine sum over the Gaussian's own variable."""

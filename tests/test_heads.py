@@ -140,3 +140,95 @@ def test_no_method_does_what_is_not_allowed(cls: Any) -> None:
         allowed = rollout.obs["action_mask"].gather(-1, rollout.action.unsqueeze(-1)).squeeze(-1)
         assert allowed[rollout.mask].all() and not rollout.obs["action_mask"].all()
     assert isinstance(algorithm.policy.head, Head)
+
+
+# Boxes that are not [-1, 1]
+
+
+class Elsewhere(PointMass):
+    """The same task with its forces in another Box."""
+
+    def __init__(self, num_envs: int, low: float, high: float) -> None:
+        super().__init__(num_envs)
+        self.action_space, self.low, self.high = spaces.Box(low, high, (2,)), low, high
+
+    def move(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().move((action - (self.low + self.high) / 2) / ((self.high - self.low) / 2))
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize(("low", "high"), [(4.0, 12.0), (-0.25, 0.25), (0.0, 256.0)])
+def test_every_method_learns_the_same_in_any_box(cls: Any, low: float, high: float) -> None:
+    found = []
+    for env in (PointMass(4), Elsewhere(4, low, high)):
+        algorithm = build(cls, env)
+        rollouts = collector(algorithm, env)
+        metrics = [algorithm.iterate(rollouts) for _ in range(3)][-1]
+        found.append((torch.cat([x.flatten() for x in algorithm.policy.parameters()]), metrics))
+    assert torch.allclose(found[0][0], found[1][0], atol=2e-4)
+    for name in ("sigma", "action_clip_fraction"):
+        assert torch.allclose(found[0][1][name], found[1][1][name], atol=1e-3), name
+
+
+def test_a_gaussian_acts_in_units_of_half_the_width_from_the_middle_of_its_box() -> None:
+    low, high = np.array([5.0, -0.4], np.float32), np.array([35.0, 0.4], np.float32)
+    head, unit = make_head(spaces.Box(low, high)), make_head(BOX)
+    off: Any = make_head(spaces.Box(low, high), normalize_actions=False)
+    numbers, noise = torch.randn(50, 2), torch.randn(50, 2)
+    dist, plain = head(numbers), unit(numbers)
+    assert torch.allclose(
+        dist.from_noise(noise), torch.tensor([20.0, 0.0]) + torch.tensor([15.0, 0.4]) * plain.from_noise(noise)
+    )
+    assert torch.allclose(
+        dist.log_prob(dist.from_noise(noise)), plain.log_prob(plain.from_noise(noise)) - np.log(15 * 0.4), atol=1e-4
+    )
+    assert torch.equal(off(numbers).mean, numbers)
+    action = torch.tensor([[20.0, 0.5], [36.0, -0.5], [4.0, 0.0], [9e9, 9e9]])
+    share = head.metrics(action, torch.tensor([True, True, True, False]))["action_clip_fraction"]
+    assert float(share) == pytest.approx((0.5 + 1 + 0.5) / 3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "middle", "half_width"),
+    [
+        (0.0, np.inf, 1.0, 1.0),
+        (-np.inf, 3.0, 2.0, 1.0),
+        (-np.inf, np.inf, 0.0, 1.0),
+        (2.0, 2.0, 2.0, 1.0),
+        (np.finfo(np.float32).min, np.finfo(np.float32).max, 0.0, 1.0),
+        (0.0, 255.0, 127.5, 127.5),
+    ],
+)
+def test_boxes_that_are_open_or_of_one_value(low: float, high: float, middle: float, half_width: float) -> None:
+    dist: Any = make_head(spaces.Box(low, high, (1,)), log_sigma=0.0)(torch.zeros(1, 1))
+    assert float(dist.mean.detach()) == middle and float(dist.log_sigma.detach().exp()) == pytest.approx(half_width)
+
+
+@pytest.mark.parametrize("distribution", ["squashed", "beta"])
+def test_a_dimension_of_one_value_is_refused_by_name_where_a_distribution_needs_a_width(distribution: str) -> None:
+    space = spaces.Box(np.array([-1.0, 2.0], np.float32), np.array([1.0, 2.0], np.float32))
+    with pytest.raises(ValueError, match=r"dimension 1 of actions .* has the single value 2, .* low < high"):
+        make_head(space, distribution)
+
+
+class Price(PointMass):
+    """Name a price: ten steps, each of which pays minus its distance from 21."""
+
+    obs_size, action_space = 1, spaces.Box(5.0, 35.0, (1,))
+
+    def fresh(self) -> torch.Tensor:
+        return torch.ones(self.num_envs, 1)
+
+    def move(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.state, -(action.clamp(5, 35) - 21).abs().squeeze(-1), torch.zeros(self.num_envs, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("cls", [PPO, TRPO])
+def test_a_box_away_from_zero_is_explored(cls: Any) -> None:
+    """A policy that begins at zero stays at the lower bound, at -160."""
+    env = Price(16, max_episode_steps=10)
+    algorithm = build(cls, env, lr=1e-2) if cls is PPO else build(cls, env)
+    rollouts = collector(algorithm, env, 32)
+    for _ in range(40):
+        algorithm.iterate(rollouts)
+    assert 10 * float(rollouts.collect(algorithm.policy).reward.mean()) > -60

@@ -1,5 +1,6 @@
 """Running statistics, against those of everything at once."""
 
+import pytest
 import torch
 from gymnasium import spaces
 
@@ -13,8 +14,32 @@ def test_moments_of_parts_are_moments_of_the_whole() -> None:
     for part, mask in zip(parts, masks, strict=True):
         moments.update(part, mask)
     seen = torch.cat([p[m] for p, m in zip(parts, masks, strict=True)])
-    assert torch.allclose(moments.mean, seen.mean(0), rtol=1e-4)
-    assert torch.allclose(moments.var, seen.var(0, correction=0), rtol=1e-2)
+    assert torch.allclose(moments.mean, seen.double().mean(0), rtol=1e-12)
+    assert torch.allclose(moments.var, seen.double().var(0, correction=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5, 1e6, 1e7, -1e7])
+def test_a_unit_deviation_around_any_offset_is_standardized_to_one(offset: float) -> None:
+    """Float32 itself rounds numbers near 1e7 to whole ones, which adds a twelfth to the variance."""
+    norm, mask = Standardize(spaces.Box(-1, 1, (2,)), clip=None), torch.ones(64, 32, dtype=torch.bool)
+    obs = torch.randn(64, 32, 2) + offset
+    for _ in range(20):
+        norm.update(obs, mask)
+        obs = torch.randn(64, 32, 2) + offset
+    found = norm(obs)
+    assert torch.allclose(found.std((0, 1)), torch.ones(2), atol=0.05)
+    assert torch.allclose(found.mean((0, 1)), torch.zeros(2), atol=0.1)
+    exact = (obs.double() - obs.double().mean((0, 1))) / obs.double().std((0, 1), correction=0)
+    first = Standardize(spaces.Box(-1, 1, (2,)), clip=None)
+    first.update(obs, mask)
+    assert torch.allclose(first(obs).double(), exact, atol=1e-5), "the first batch is taken as it is"
+
+
+def test_what_never_changes_is_standardized_to_zero_and_what_then_does_is_finite() -> None:
+    norm, mask = Standardize(spaces.Box(-1, 1, (1,)), clip=None), torch.ones(8, dtype=torch.bool)
+    norm.update(torch.full((8, 1), 0.1), mask)
+    assert torch.equal(norm(torch.full((8, 1), 0.1)), torch.zeros(8, 1))
+    assert float(norm(torch.full((1, 1), 1.1))) == pytest.approx(1.0)
 
 
 def test_masked_cells_are_not_seen_whatever_they_hold() -> None:
@@ -30,7 +55,7 @@ def test_masked_cells_are_not_seen_whatever_they_hold() -> None:
 def test_nothing_seen_changes_nothing() -> None:
     moments = RunningMoments((2,))
     moments.update(torch.randn(3, 2), torch.zeros(3, dtype=torch.bool))
-    assert torch.equal(moments.mean, torch.zeros(2)) and torch.equal(moments.var, torch.ones(2))
+    assert not moments.mean.any() and not moments.count and (moments.var == 1).all() and (moments.scale == 1).all()
 
 
 def test_standardize_is_the_identity_until_update_and_clips() -> None:
@@ -52,7 +77,7 @@ def test_reward_scale_is_the_deviation_of_discounted_returns_across_rollouts() -
         carry = r + 0.9 * carry * ~s
         sums.append(carry)
     deviation = torch.stack(sums).std(correction=0)
-    assert torch.allclose(scale(reward, mask), reward / deviation, rtol=1e-3)
+    assert torch.allclose(scale(reward, mask), reward / deviation, rtol=1e-6)
     assert not torch.allclose(scale(reward, mask), reward)
 
 

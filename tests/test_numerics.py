@@ -314,7 +314,7 @@ SWITCHES: list[tuple[type[Algorithm], dict[str, Any]]] = [
     (PPO, {"recompute_advantage": True}),
     (PPOPenalty, {"value_clip": 0.2}),
     (NPG, {"estimator": VTrace()}),
-    *((Reinforce, {"baseline": b, "normalize_advantage": True}) for b in ("none", "leave-one-out", "critic")),
+    *((Reinforce, {"baseline": b, "normalize_advantage": "batch"}) for b in ("none", "leave-one-out", "critic")),
 ]
 
 

@@ -56,7 +56,10 @@ def train(folder: Path, *arguments: str) -> tuple[list[int], str]:
 
 CASES: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     **{cls.__name__: (cls, {}) for cls in ALL},
-    "REINFORCE with a critic": (Reinforce, {"baseline": "critic", "normalize_advantage": True, "max_grad_norm": 0.1}),
+    "REINFORCE with a critic": (
+        Reinforce,
+        {"baseline": "critic", "normalize_advantage": "batch", "max_grad_norm": 0.1},
+    ),
     "PPO that stops early": (PPO, {"target_kl": 1e-4, "lr": {"adaptive": {"start": 3e-3, "kl": 1e-3}}}),
     "PPO, remembering": (PPO, {"recurrent": "lstm"}),
     "TRPO, remembering": (TRPO, {"recurrent": "gru"}),

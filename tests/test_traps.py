@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_cli import Cli, command  # noqa: F401
 
 from pgsuite import errors
@@ -82,7 +83,7 @@ def test_settings_that_take_effect_together_are_not_refused(command: Cli) -> Non
 def test_a_dictionary_can_be_given_on_the_command_line(command: Cli) -> None:  # noqa: F811
     (command.folder / "configs" / "algo").mkdir(parents=True)
     (command.folder / "configs" / "algo" / "mine.yaml").write_text(
-        f"defaults:\n  - /schema/{__name__}.Weighted@algo\n  - /algo/estimator@algo.estimator: gae\n".join(
+        f"defaults:\n  - /schema/{__name__}.Weighted@algo\n  - /algo/estimator: gae\n".join(
             ["# @package _global_\n", ""]
         )
     )
@@ -137,3 +138,14 @@ def test_a_resumed_run_tells_of_its_own_recipe(command: Cli) -> None:  # noqa: F
     assert command("train", "algo=a2c", "env=CartPole", "num_envs=8", "total_steps=1000", "hydra.run.dir=run")[0] == 0
     code, out, _ = command("train", "resume=run", "total_steps=2000")
     assert code == 0 and "recipe a2c-CartPole" in out
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "npg", "trpo", "reinforce"])
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_advantages_within_groups_are_not_standardized_again(command: Cli, algo: str, estimator: str) -> None:  # noqa: F811
+    arguments = [f"algo={algo}", f"algo/estimator={estimator}", "env=rlhf", "env.samples=8"]
+    algo_of = yaml.safe_load(command("train", *arguments, "--cfg", "job")[1])["algo"]
+    assert algo_of["normalize_advantage"] == "none"
+    assert algo_of["estimator"]["_target_"].lower().endswith(f".{estimator}")
+    again = yaml.safe_load(command("train", *arguments, "algo.normalize_advantage=batch", "--cfg", "job")[1])["algo"]
+    assert again["normalize_advantage"] == "batch"

@@ -59,8 +59,8 @@ class Algorithm(Scheduled, ABC):
     def train_on(self, rollout: Rollout) -> Metrics:
         """Update the policy, and the critics if there are any, on a rollout.
 
-        Running statistics and the critics' hidden states move last, so the importance ratio is exactly 1 when the
-        update begins.
+        Running statistics of observations and the critics' hidden states move last, so the importance ratio is exactly
+        1 when the update begins.
         """
         prepared = self.preprocess(rollout)
         metrics = self.learn(prepared)
@@ -70,8 +70,10 @@ class Algorithm(Scheduled, ABC):
 
     @is_phase("preprocess")
     def preprocess(self, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probabilities and KL penalty, with scaled rewards, if these are
-        configured, and with the critics' hidden states."""
+        """The rollout with the reference's log-probabilities and KL penalty, with rewards scaled by statistics that
+        include it, if these are configured, and with the critics' hidden states."""
+        if self.reward_scale is not None:
+            self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
         if self.reference is not None:
             rollout = self.reference.compare(rollout)
         if self.reward_scale is not None:
@@ -128,13 +130,11 @@ class Algorithm(Scheduled, ABC):
 
     @is_phase("update_statistics")
     def update_statistics(self, rollout: Rollout) -> None:
-        """Update running statistics and the critics' hidden states; called after the update, before the next
-        rollout."""
+        """Update the running statistics of observations and the critics' hidden states; called after the update,
+        before the next rollout."""
         self.policy.update_statistics(rollout)
         for critic in self.critics:
             critic.update_statistics(rollout)
-        if self.reward_scale is not None:
-            self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
 
     @is_phase("metrics")
     def metrics(self, batch: Batch) -> Metrics:
@@ -149,7 +149,7 @@ class Algorithm(Scheduled, ABC):
         if (weight := batch.extra.get("weight")) is not None:  # Kish, 1965
             mean, variance = moments(weight, batch.mask)
             metrics["effective_sample_fraction"] = mean**2 / (mean**2 + variance)
-        return metrics | self.policy.metrics()
+        return metrics | self.policy.metrics(batch.action, batch.mask)
 
     @torch.no_grad()
     def kl_from_behavior(self, seen: Rollout | Batch) -> Tensor:

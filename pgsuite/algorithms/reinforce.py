@@ -32,7 +32,7 @@ class Reinforce(CriticRegressionMixin):
     returns: Literal["to-go", "total"] = "to-go"  # return from each action on, or of the whole episode
     baseline: Literal["none", "leave-one-out", "critic"] = "leave-one-out"  # what is subtracted from returns
     estimator: Estimator | None = None  # advantage estimator in place of returns and baseline; null uses none
-    normalize_advantage: bool = False  # standardize advantages to zero mean and unit variance over the batch
+    normalize_advantage: Literal["none", "batch"] = "none"  # standardize advantages to zero mean and unit variance
     optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
     lr: Positive = 1e-3  # learning rate
     max_grad_norm: Positive | None = None  # gradients of a greater norm are scaled down to it; null does not clip
@@ -63,7 +63,7 @@ class Reinforce(CriticRegressionMixin):
         advantage = returns - value
         if self.estimator is not None:
             advantage, returns = self.estimator(rollout, value, value, None, gamma=self.gamma)
-        advantage = standardize(advantage, rollout.mask) if self.normalize_advantage else advantage
+        advantage = standardize(advantage, rollout.mask) if self.normalize_advantage == "batch" else advantage
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 
     def update(self, batch: Batch) -> Metrics:

@@ -57,6 +57,7 @@ class MLPPolicyConfig(NetworkConfig, PolicyConfig):
     distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
     log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null is -0.5
     sigma: Sigma = "free"  # of Gaussian policies: a free parameter, or state-dependent
+    normalize_actions: bool = True  # Gaussian policies in units of half the width of the Box, from its middle
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> Policy:
         body = None if self.body is None else make_body(self.body, obs_norm, "policy", generator)
@@ -67,6 +68,7 @@ class MLPPolicyConfig(NetworkConfig, PolicyConfig):
             distribution=self.distribution,
             log_sigma=self.log_sigma,
             sigma=self.sigma,
+            normalize_actions=self.normalize_actions,
             **self.shape(self.recurrent, generator),
         )
 

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pgsuite import distributed
 from pgsuite.components import Component, component_class, make_component
 from pgsuite.nn.distributions import (
     HERMITE,
@@ -26,7 +27,7 @@ from pgsuite.nn.distributions import (
     MultiCategorical,
     Squashed,
 )
-from pgsuite.types import Metrics
+from pgsuite.types import Metrics, masked_mean
 
 Sigma = Literal["free", "state"]
 FORBIDDEN = -1e8  # logit of a masked action: its probability is zero, and gradients stay finite
@@ -46,8 +47,8 @@ class Head(nn.Module, ABC):
         """The action distribution for network outputs [..., inputs].  ``allowed`` is the mask of discrete actions, in
         the order of the logits."""
 
-    def metrics(self) -> Metrics:
-        """Diagnostics of the distribution's own parameters."""
+    def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
+        """Diagnostics of the distribution's own parameters, and of actions [..., *A] where mask [...] is true."""
         return {}
 
     def refuse(self, wanted: str, space: spaces.Space[Any]) -> ValueError:
@@ -57,18 +58,41 @@ class Head(nn.Module, ABC):
 
 class GaussianHead(Head):
     """A diagonal Gaussian.  Its log standard deviation is a free parameter; with ``sigma="state"`` the network's output
-    is added to it."""
+    is added to it.
 
-    def __init__(self, space: spaces.Space[Any], log_sigma: float = -0.5, sigma: Sigma = "free") -> None:
+    With ``normalize_actions``, mean and standard deviation are in units of half the width of the Box, from its middle,
+    so that a policy begins in the middle and explores the same share of any Box.  The environment clips actions to the
+    Box.
+    """
+
+    middle: Tensor
+    half_width: Tensor
+
+    def __init__(
+        self,
+        space: spaces.Space[Any],
+        log_sigma: float = -0.5,
+        sigma: Sigma = "free",
+        normalize_actions: bool = True,
+    ) -> None:
         super().__init__(space)
         if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
             raise self.refuse("a Box of floats", space)
         size = math.prod(space.shape)
         self.state_dependent, self.inputs = sigma == "state", size * (1 + (sigma == "state"))
         self.log_sigma = nn.Parameter(torch.full((size,), log_sigma))
+        self.bounds = Bounds(space)
+        middle, half_width = normalization(space)
+        self.normalize_actions = normalize_actions and bool((middle != 0).any() or (half_width != 1).any())
+        for name, x in (("middle", middle), ("half_width", half_width)):
+            self.register_buffer(name, x, persistent=False)
 
     def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
-        return self.gaussian(numbers)
+        gaussian = self.gaussian(numbers)
+        if not self.normalize_actions:
+            return gaussian
+        mean = torch.addcmul(self.middle, gaussian.mean, self.half_width)
+        return Gaussian(mean, gaussian.log_sigma + self.half_width.log())
 
     def gaussian(self, numbers: Tensor) -> Gaussian:
         if not self.state_dependent:
@@ -76,8 +100,10 @@ class GaussianHead(Head):
         mean, more = numbers.chunk(2, -1)
         return Gaussian(mean, self.log_sigma + more)
 
-    def metrics(self) -> Metrics:
-        return {"sigma": self.log_sigma.detach().exp().mean()}
+    def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
+        outside = (action < self.bounds.low) | (action > self.bounds.high)
+        clipped = distributed.mean(masked_mean(outside.to(self.log_sigma.dtype).mean(-1), mask))
+        return {"sigma": self.log_sigma.detach().exp().mean(), "action_clip_fraction": clipped}
 
 
 class Bounds(nn.Module):
@@ -93,8 +119,32 @@ class Bounds(nn.Module):
             self.register_buffer(name, torch.as_tensor(getattr(space, name)).flatten().clone(), persistent=False)
 
 
+def normalization(space: spaces.Box) -> tuple[Tensor, Tensor]:
+    """The middle and half the width [A] of a Box, by dimension.
+
+    A dimension without bounds has middle 0 and half width 1, and one with a single bound lies one beyond it.  A
+    dimension of a single value keeps half width 1, since it is clipped to that value.  Bounds beyond +-1e9 count as
+    none: they stand for any number.
+    """
+    low, high = (torch.as_tensor(x).flatten().double() for x in (space.low, space.high))
+    has_low, has_high = low > -1e9, high < 1e9
+    only_one = torch.where(has_low, low + 1, torch.where(has_high, high - 1, 0.0))
+    middle = torch.where(has_low & has_high, (low + high) / 2, only_one)
+    half_width = torch.where(has_low & has_high & (high > low), (high - low) / 2, 1.0)
+    return middle.to(torch.get_default_dtype()), half_width.to(torch.get_default_dtype())
+
+
 def bounded(space: spaces.Space[Any]) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype.kind == "f" and space.is_bounded()
+    """Whether every dimension of a Box of floats has two bounds.  Raises ValueError for a dimension of one value."""
+    if not (isinstance(space, spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
+        return False
+    if (same := (space.high <= space.low).flatten().nonzero()[0]).size:
+        value = float(space.low.flat[same[0]])
+        raise ValueError(
+            f"dimension {same[0]} of actions {space} has the single value {value:g}, and a distribution on its bounds "
+            "needs low < high: take policy.distribution=gaussian, or leave that dimension out of the action space"
+        )
+    return True
 
 
 class SquashedHead(GaussianHead):
@@ -106,11 +156,13 @@ class SquashedHead(GaussianHead):
         super().__init__(space, log_sigma, sigma)
         if not bounded(space):
             raise self.refuse("a bounded Box", space)
-        self.bounds = Bounds(space)
         self.register_buffer("quadrature", HERMITE.float(), persistent=False)
 
     def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
         return Squashed(self.gaussian(numbers), self.bounds.low, self.bounds.high, self.quadrature)
+
+    def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
+        return {"sigma": self.log_sigma.detach().exp().mean()}
 
 
 class BetaHead(Head):
@@ -199,7 +251,7 @@ def make_head(space: spaces.Space[Any], distribution: Component = "auto", **opti
             )
         (distribution,) = names
     cls = component_class(distribution, HEADS, Head, "policy.distribution")
-    given = {name: value for name, value in options.items() if value is not None and value != "free"}
+    given = {name: x for name, x in options.items() if x is not None and x is not True and x != "free"}
     if given and not issubclass(cls, GaussianHead):
         name = distribution if isinstance(distribution, str) else distribution["_target_"]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Running statistics.  Only ``update`` changes them, so they are constant during collection and learning."""
+"""Running statistics, which only ``update`` changes."""
 
 from __future__ import annotations
 
@@ -13,33 +13,46 @@ from pgsuite.types import ACTION_MASK, Obs, moments
 
 
 class RunningMoments(nn.Module):
-    """Running mean and variance of all inputs of ``update`` over all processes (Chan et al., 1979)."""
+    """Running mean and variance of all inputs of ``update`` over all processes, in float64 (Chan et al., 1979).
+
+    Until the first update the mean is zero and the variance one.  Float32 cannot hold a large mean to a fraction of a
+    small deviation, so ``standardize`` subtracts the mean in two parts.
+    """
 
     mean: Tensor
     var: Tensor
-    scale: Tensor  # reciprocal of the standard deviation
-    count: Tensor
+    count: Tensor  # inputs so far
+    center: Tensor  # the mean in the precision of the network
+    shift: Tensor  # what is left of the mean, in negative standard deviations
+    scale: Tensor  # reciprocal of the standard deviation; one where that is zero
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        for name, value in {"mean": torch.zeros(shape), "var": torch.ones(shape), "count": torch.zeros(())}.items():
+            self.register_buffer(name, value.double())
+        for name, value in {"center": torch.zeros, "shift": torch.zeros, "scale": torch.ones}.items():
+            self.register_buffer(name, value(shape))
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor) -> None:
         """Include x [..., *shape] where mask [...] is true."""
         weight = mask.reshape(-1, *[1] * self.mean.ndim)
-        x = x.reshape(-1, *self.mean.shape).where(weight, 0.0)
+        x = x.reshape(-1, *self.mean.shape).to(self.mean.dtype).where(weight, 0.0)
         n = distributed.total(mask.sum().double())
         mean = distributed.total(x.sum(0)) / n.clamp(min=1.0)
         var = distributed.total(((x - mean) ** 2).where(weight, 0.0).sum(0)) / n.clamp(min=1.0)
-        total, delta = self.count + n, mean - self.mean
-        self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
-        self.scale.copy_((self.var + 1e-8).rsqrt())
-        self.mean.add_(delta * n / total)
+        total = self.count + n
+        share, delta = n / total.clamp(min=1.0), mean - self.mean
+        self.var.add_(share * (var - self.var + delta**2 * (1 - share)))
+        self.mean.add_(share * delta)
         self.count.copy_(total)
+        self.center.copy_(self.mean)
+        self.scale.copy_(torch.where(self.var > 0, self.var, 1.0).rsqrt())
+        self.shift.copy_((self.center - self.mean) * self.scale)
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """x [..., *shape] minus the mean, divided by the standard deviation."""
+        return torch.addcmul(self.shift, x - self.center, self.scale)
 
 
 def is_image(space: spaces.Space[Any]) -> bool:
@@ -65,7 +78,7 @@ class Standardize(nn.Module):
             return {key: self.parts[key](x) for key, x in obs.items()}
         if self.moments is None:
             return obs
-        return clip_to((obs - self.moments.mean) * self.moments.scale, self.clip)
+        return clip_to(self.moments.standardize(obs), self.clip)
 
     def update(self, obs: Obs, mask: Tensor) -> None:
         """Include observations [..., *O] where mask [...] is true in the statistics."""
@@ -87,7 +100,8 @@ class RewardScale(nn.Module):
     scale.
 
     The sum of each environment continues across rollouts and restarts with each episode.  No mean is subtracted, since
-    that would change the optimal policy (Engstrom et al., 2020, section 3).
+    that would change the optimal policy (Engstrom et al., 2020, section 3).  A rollout is included before it is scaled,
+    so that multiplying all rewards by a constant changes nothing.
     """
 
     discounted_return: Tensor  # [N], of the current episodes
@@ -117,7 +131,8 @@ class WhitenReward(RewardScale):
 
     def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
         mean, variance = moments(reward, mask)
-        return clip_to((mean + (reward - mean) * (variance + 1e-8).rsqrt()).where(mask, 0.0), self.clip)
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        return clip_to((mean + (reward - mean) * scale).where(mask, 0.0), self.clip)
 
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
         """Do nothing: each rollout is whitened by its own statistics."""

@@ -45,9 +45,11 @@ class Policy(Network):
         distribution: Component = "auto",
         log_sigma: float | None = None,
         sigma: Sigma = "free",
+        normalize_actions: bool = True,
         **shape: Unpack[Shape],
     ) -> None:
-        head = head or make_head(action_space, distribution, log_sigma=log_sigma, sigma=sigma)
+        given = {"log_sigma": log_sigma, "sigma": sigma, "normalize_actions": normalize_actions}
+        head = head or make_head(action_space, distribution, **given)
         body = body or Features(obs_norm, "policy", privileged=False, **shape)
         super().__init__(body, head.inputs, 0.01, shape.get("generator"))
         self.head = head
@@ -101,9 +103,9 @@ class Policy(Network):
         """A copy without gradients, which later updates of this policy do not change."""
         return copy.deepcopy(self).requires_grad_(False)
 
-    def metrics(self) -> Metrics:
-        """Diagnostics of the action distribution."""
-        return self.head.metrics()
+    def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
+        """Diagnostics of the action distribution, and of actions [..., *A] where mask [...] is true."""
+        return self.head.metrics(action, mask)
 
 
 class Critic(Network):

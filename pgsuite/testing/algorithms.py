@@ -138,13 +138,13 @@ def _tensors(algorithm: Algorithm, *, buffers: bool = True) -> dict[str, Tensor]
     return dict(found.values())
 
 
-def _statistics(algorithm: Algorithm) -> dict[str, Tensor]:
-    """Running statistics of observations and rewards."""
+def _statistics(algorithm: Algorithm, *, rewards: bool = False) -> dict[str, Tensor]:
+    """Running statistics of observations, and with ``rewards`` also those of rewards, which move before an update."""
     return {
         f"{part}.{name}.{key}": x
         for part, owner in algorithm.parts.items()
         for name, module in owner.named_modules()
-        if isinstance(module, RunningMoments)
+        if isinstance(module, RunningMoments) and (rewards or not isinstance(owner, RewardScale))
         for key, x in module.named_buffers()
     }
 
@@ -381,7 +381,7 @@ def _check_masks(cls: type[Algorithm], world: World, settings: Mapping[str, Any]
         run.algorithm.update = spoiled
         metrics = run.algorithm.training_step(_cut(run.collector.collect(run.algorithm.policy), junk))
         del run.algorithm.update
-        ends.append(({**run.parameters(), **_statistics(run.algorithm)}, metrics))
+        ends.append(({**run.parameters(), **_statistics(run.algorithm, rewards=True)}, metrics))
     (one, metrics), (two, others) = ends
     for what, x, y in (("", one, two), ("the metric ", metrics, others)):
         if name := _difference(x, y):
