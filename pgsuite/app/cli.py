@@ -27,6 +27,7 @@ from pgsuite.envs.base import BrokenEnvError
 from pgsuite.errors import UserError, install
 from pgsuite.settings import closest
 from pgsuite.training.callbacks import console
+from pgsuite.training.run_lock import RunLock
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
@@ -51,7 +52,8 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     schema.register()
-    given = list(sys.argv)
+    given, stdout = list(sys.argv), sys.stdout
+    sys.stdout = console().file
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
     composed = False
 
@@ -100,19 +102,24 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     try:
         guarded(together)
     finally:
-        sys.argv[:] = given
+        sys.argv[:], sys.stdout = given, stdout
         if not verbose:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # child processes that start later would show tracebacks
 
 
 def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], config: str) -> None:
-    """Run ``work(settings, folder, say)`` in a new run directory, with the dataclass that the named configuration
-    describes."""
+    """Run ``work(settings, folder, say)`` in a run directory that no other process uses, with the dataclass that the
+    named configuration describes."""
 
     def task(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        say = functools.partial(console().print, highlight=False, markup=False)
-        work(instantiate(to_dict(cfg), config), folder, say)
+        say = console().print
+        settings, lock = instantiate(to_dict(cfg), config), RunLock()
+        lock.take(folder)
+        try:
+            work(settings, folder, say)
+        finally:
+            lock.release()
 
     main(task, config)
 

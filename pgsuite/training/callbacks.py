@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pgsuite import distributed
+from pgsuite.files import write_text
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Checked, Count, Positive
 from pgsuite.training import checkpoint
 from pgsuite.training.run_dir import Logger
+from pgsuite.training.run_lock import CONFIG, RunLock
 from pgsuite.training.trainer import Callback, Report, Trainer, slots
 
 
@@ -133,7 +137,7 @@ class ProgressBar(Callback):
         # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
@@ -152,7 +156,7 @@ class ProgressBar(Callback):
             self.bar.update(self.task, completed=report.steps, description=line)
         elif report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps:
             left = max(0.0, (trainer.total_steps - report.steps) / max(speed, 1e-9))
-            self.console.print(f"{line} | {left:,.0f} s left", highlight=False)
+            self.console.print(f"{line} | {left:,.0f} s left")
             self.said = report.steps
 
     def on_end(self, trainer: Trainer) -> None:
@@ -295,11 +299,57 @@ class Summary(Callback):
             "evaluation": evaluations[0].last | {"best": evaluations[0].best} if evaluations else None,
             "recoveries": trainer.recoveries,
         }
-        temporary = self.path.with_suffix(".writing")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        temporary.replace(self.path)
+        write_text(self.path, json.dumps(summary, indent=2) + "\n")
+
+
+class KeepRunDir(Callback):
+    """Makes the run directory again where it is deleted or moved during the run, so that what is saved from then on is
+    not lost."""
+
+    def __init__(self, lock: RunLock, settings: str, say: Callable[[str], None]) -> None:
+        self.lock, self.settings, self.say = lock, settings, say
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        folder = self.lock.folder
+        if folder is None or (folder / CONFIG).exists():
+            return
+        self.lock.take(folder)
+        write_text(folder / CONFIG, self.settings)
+        self.say(
+            f"{folder} was deleted or moved while the run was at {report.steps:,} steps; it is made again, without "
+            "earlier checkpoints and without TensorBoard's events, and the run goes on"
+        )
+
+
+class Output:
+    """A text stream that drops what it can no longer write, as after ``| head``, instead of raising OSError."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError as error:
+            with suppress(OSError):  # Python writes at its end what is left in the buffer, and would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+            with suppress(OSError):
+                print(f"standard output is lost ({error.strerror}); going on without it", file=sys.stderr, flush=True)
 
 
 def console() -> Console:
-    """The console that a run prints to."""
-    return Console(file=sys.stdout, soft_wrap=True)
+    """The console that commands print to.  Text is printed as it is: markup, emoji codes and numbers in it are not
+    interpreted."""
+    stream: Any = sys.stdout if sys.stdout is None or isinstance(sys.stdout, Output) else Output(sys.stdout)
+    return Console(file=stream, soft_wrap=True, markup=False, emoji=False, highlight=False)
