@@ -26,7 +26,7 @@ from pgsuite.app.replay import replay
 from pgsuite.app.train import train
 from pgsuite.errors import UserError
 from pgsuite.export.command import export
-from pgsuite.training import checkpoint
+from pgsuite.training import checkpoint, recovery
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.trainer import Trainer
 
@@ -439,7 +439,7 @@ def test_a_run_that_diverges_stops_says_where_and_can_be_replayed(command: Cli) 
     wild = ["env=Pendulum", "algo.lr=1e30", "algo.max_grad_norm=null", "recover.attempts=2", "hydra.run.dir=run"]
     code, out, err = command("train", *wild, *TINY)
     assert code == 1 and "training diverged" in err and "not finite at 64 steps, after 2 recoveries" in err
-    assert out.count("back at 0 steps with half the learning rate") == 2
+    assert out.count("back at 0 steps with half the learning rate") == 2 and "policy_loss = nan" in err
     summary = json.loads((command.folder / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["recoveries"]) == ("failed", 0, 2)
     bundle = checkpoint.load(command.folder / "run" / "crash.pt")
@@ -483,14 +483,61 @@ def test_an_environment_that_breaks_is_named_and_the_last_good_state_is_kept(par
     assert len(said) == 1 and "at step 6, in the rollout that ended at 240 steps" in said[0]
 
 
-def test_a_run_goes_on_from_the_last_good_state_at_half_the_learning_rate(tmp_path: Path) -> None:
+def test_an_environment_that_breaks_once_does_not_change_the_learning_rate(tmp_path: Path) -> None:
     env = Breaking("reward", last=47)
     algorithm, said = build(PPO, env, lr=1e-3), []
     trainer = Trainer(algorithm, collector(algorithm, env), 800, failure_handler=Recovery(tmp_path, {}, 3, said.append))
     trainer.fit()
     assert trainer.steps == 800 and trainer.recoveries == 1 and bool(algorithm.finite())
-    assert "back at 160 steps" in said[0]
-    assert float(algorithm.optimizer.lr * algorithm.optimizer.lr_scale) == pytest.approx(5e-4)
+    assert "gave the reward [inf]" in said[0] and "back at 160 steps with other actions (attempt 1 of 3)" in said[0]
+    assert float(algorithm.optimizer.lr * algorithm.optimizer.lr_scale) == pytest.approx(1e-3)
+
+
+def test_attempts_are_counted_anew_after_enough_finite_iterations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "ENOUGH", 3)
+
+    class Rarely(PointMass):
+        count, every = 0, 6 * 20  # six rollouts
+
+        def step(self, action: torch.Tensor) -> Any:
+            step, self.count = super().step(action), self.count + 1
+            if self.count % self.every == 0:
+                step.reward[1] = math.nan
+            return step
+
+    env, said = Rarely(4), []
+    algorithm = build(PPO, env)
+    handler = Recovery(tmp_path, {}, 1, said.append)
+    trainer = Trainer(algorithm, collector(algorithm, env), 3000, failure_handler=handler)
+    trainer.fit()
+    assert trainer.recoveries == len(said) > 3 and all("attempt 1 of 1" in line for line in said)
+    env.every = 20
+    trainer.total_steps = 6000
+    with pytest.raises(UserError, match=r"gave the reward \[nan\].*after 1 recoveries.*observations must be finite"):
+        trainer.fit()
+
+
+def test_a_large_observation_that_breaks_at_a_reset_is_named_in_few_words(tmp_path: Path) -> None:
+    class Large(PointMass):
+        obs_size = 400
+
+        def fresh(self) -> torch.Tensor:
+            state = torch.nn.functional.pad(super().fresh(), (0, 396))
+            state[2, 7:9] = math.nan
+            return state
+
+        def move(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return self.state.nan_to_num(), torch.ones(4), torch.ones(4, dtype=torch.bool)
+
+    env = Large(4)
+    algorithm = build(PPO, env)
+    trainer = Trainer(algorithm, collector(algorithm, env), 800, failure_handler=Recovery(tmp_path, {}, 0, print))
+    with pytest.raises(UserError) as refused:
+        trainer.fit()
+    what = "environment 2 gave the first observation of 400 numbers, 2 of them not finite, the first nan at [7] at step"
+    assert what in str(refused.value) and "learning rate" not in str(refused.value)
 
 
 def test_an_interrupted_run_is_saved(command: Cli) -> None:

@@ -111,6 +111,8 @@ class Trainer:
     steps: int = 0
     execution: str = "eager"  # mode of execution, for display
     recoveries: int = 0  # number of restorations by the failure handler
+    attempts: int = 0  # those of them that count towards its limit
+    finite_iterations: int = 0  # since the last one
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
     asked: int = 0  # number of the signal by which this process was asked to stop
     stop: int = 0  # the same over all processes, agreed upon at the end of each iteration
@@ -218,6 +220,8 @@ class Trainer:
         return {
             "steps": self.steps,
             "recoveries": self.recoveries,
+            "attempts": self.attempts,
+            "finite_iterations": self.finite_iterations,
             "algorithm": self.algorithm.state_dict(),
             "collector": self.collector.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -227,6 +231,7 @@ class Trainer:
         """Restore a training state: ``exact``; at ``episode`` borders, with environments that start new episodes; or
         the ``weights`` only, with new random streams as well."""
         self.steps, self.recoveries = state["steps"], state["recoveries"]
+        self.attempts, self.finite_iterations = state.get("attempts", 0), state.get("finite_iterations", 0)
         self.algorithm.load_state_dict(state["algorithm"], weights_only=level == "weights")
         if level != "weights":
             self.collector.load_state_dict(state["collector"])
