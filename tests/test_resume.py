@@ -135,6 +135,21 @@ def test_what_may_not_change_where_a_run_goes_on_is_refused_by_name(command: Cli
     assert not (command.folder / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("env.options.level=2", "env.options.level cannot change where a run goes on, only total_steps, checkpoint"),
+        ("env.id=Pendulum-v1", "env.id cannot change where a run goes on"),
+        ("algo/estimator=none", "algo/estimator cannot change where a run goes on"),
+        ("evaluation.evry=3", "no setting 'evry' in evaluation; did you mean every"),
+        ("policy=[0]", "policy=[0]: a group takes the name"),
+    ],
+)
+def test_settings_of_a_resumed_run_are_not_held_to_another_environment(command: Cli, change: str, words: str) -> None:  # noqa: F811
+    code, _, err = command("train", "resume=a_run_of_gym", change)  # composed with HalfCheetah, which has no options
+    assert code == 1 and f"error: {words}" in err and "ctrl_cost_weight" not in err
+
+
 def test_auto_goes_on_with_the_newest_run_of_the_same_settings_or_begins_one(command: Cli) -> None:  # noqa: F811
     plain = [*RUN[:1], *RUN[2:], "resume=auto"]
     assert "resumed" not in command("train", *plain)[1]

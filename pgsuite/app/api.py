@@ -252,10 +252,8 @@ def _compose(overrides: list[str]) -> tuple[DictConfig, HydraConf]:
         whole = compose("train", parts, return_hydra_config=True)
         HydraConfig.instance().set_config(whole)  # for ${hydra:...} in the directory's name
         folder = os.path.abspath(whole.hydra.run.dir)
-    except cli.MENDABLE as error:
-        raise UserError(cli.shorten(cli.explain(error))) from error
-    except cli.UNCOMPOSABLE as error:
-        raise UserError(cli.uncomposable(error)) from error
+    except (*cli.MENDABLE, *cli.UNCOMPOSABLE) as error:
+        raise UserError(cli.shorten(cli.uncomposable(error, parts))) from error
     with read_write(whole.hydra.runtime):
         whole.hydra.runtime.output_dir = folder
     HydraConfig.instance().set_config(whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -100,14 +101,26 @@ def named(config: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable
             new = OmegaConf.select(cfg, key)
             same = new == OmegaConf.select(own, key)
         if not same and key.split(".")[0] not in FREE:
-            raise UserError(
-                f"{key} cannot change where a run goes on, only {', '.join(FREE)}: leave {override.input_line} out, "
-                "or begin another run"
-            )
+            raise UserError(_fixed(override))
         if not same:
             OmegaConf.update(own, key, new)
     assert isinstance(own, DictConfig)
     return ResumePoint(checkpoint.run_of(path), to_dict(own), state)
+
+
+def _fixed(override: Override) -> str:
+    return (
+        f"{override.key_or_group} cannot change where a run goes on, only {', '.join(FREE)}: leave "
+        f"{override.input_line} out, or begin another run"
+    )
+
+
+def misplaced(overrides: Sequence[Override], reason: str) -> str | None:
+    """What is wrong with overrides that cannot be composed for this reason, if they resume a run: they are composed
+    with the default method and environment, and so are refused by the settings of those."""
+    resumes = any(x.key_or_group == "resume" and x.value() not in (None, "auto") for x in overrides)
+    fixed = [x for x in overrides if x.key_or_group.split(".")[0] not in (*FREE, "resume", "hydra")]
+    return next((_fixed(x) for x in fixed if resumes and x.key_or_group in reason), None)
 
 
 def newest_like(
