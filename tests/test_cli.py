@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from toys import PointMass, build, collector, mostly_long
 
+import pgsuite
 from pgsuite.algorithms import PPO
 from pgsuite.app import cli
 from pgsuite.app.evaluate import evaluate
@@ -33,6 +36,21 @@ from pgsuite.training.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs/tuned").glob("*-[A-Z]*.yaml"))
 TINY = ["num_envs=4", "horizon=16", "total_steps=1000", "algo.epochs=1"]  # PPO or a method of its kind
+
+
+class Pole(gymnasium.Env[Any, Any]):
+    """Pays one at every step, and ends by its time limit alone."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces.Discrete(2)
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+gymnasium.register("Pole-v0", Pole)  # pyright: ignore[reportArgumentType]
 
 
 class Cli:
@@ -127,7 +145,10 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
 
     summary = json.loads((run / "summary.json").read_text())
     facts = "algo env seed backend device processes resume versions commit status steps total_steps seconds "
-    assert " ".join(summary) == facts + "steps_per_second return_mean return_std episodes evaluation recoveries"
+    assert (
+        " ".join(summary)
+        == facts + "steps_per_second return_mean return_std return_window episodes evaluation recoveries"
+    )
     assert summary["status"] == "finished" and summary["resume"] == "exact"
     assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
     assert summary["steps"] >= 1000 and summary["episodes"] > 0
@@ -171,6 +192,33 @@ def test_return_mean_is_over_the_last_tenth(command: Cli) -> None:
     summary = json.loads(path.read_text())
     assert summary["return_mean"] == 5 and summary["return_std"] == 0
     assert summary["steps"] == 1024 and summary["episodes"] in range(20, 33)  # 4 environments, about 124 steps
+    assert summary["return_window"] == "last tenth"
+
+
+LAST = "the last 4 episodes, which ended before the last 16 steps"
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps", "mean", "window", "words"),
+    [
+        (5, 160, 5.0, "last tenth", "{} episodes of the last 16 steps"),
+        (25, 160, 25.0, "last episodes", LAST),
+        (500, 64, 16.0, "unfinished episodes", "4 unfinished episodes, since none has ended"),
+    ],
+)
+def test_one_return_is_shown_with_its_window(
+    command: Cli, limit: int, steps: int, mean: float, window: str, words: str
+) -> None:
+    """Every step of Pole pays one, and nothing but the limit ends an episode."""
+    task = ["env=gym", "env.import=test_cli", "env.id=Pole-v0", f"env.max_episode_steps={limit}", "num_envs=4"]
+    code, out, err = command("train", "algo=a2c", *task, "horizon=4", f"total_steps={steps}", "hydra.run.dir=run")
+    assert code == 0, err
+    summary = json.loads((command.folder / "run" / "summary.json").read_text())
+    assert (summary["return_mean"], summary["return_std"], summary["return_window"]) == (mean, 0, window)
+    said = words.format(summary["episodes"])
+    *_, progress, last = out.strip().splitlines()
+    assert f"return {mean:.1f} over {said} | " in progress and f"return {mean:.1f} +- 0.0 over {said} | " in last
+    assert f"return {mean:.1f} +- 0.0" in repr(pgsuite.Run("run"))
 
 
 def test_a_seed_fixes_a_run_bit_for_bit(command: Cli) -> None:

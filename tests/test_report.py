@@ -202,6 +202,15 @@ def test_unfinished_runs_have_no_score_and_are_named(tmp_path: Path) -> None:
     assert "failed, at 400 of 1,000 steps" in said and "flatter" in said and "still runs, or was killed" in said
 
 
+def test_a_score_of_other_episodes_is_remarked_on(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", seed=3, summary={"return_window": "unfinished episodes"})
+    make_run(tmp_path / "b", seed=4)
+    (only,), remarks = group(find([str(tmp_path)])[0])
+    assert list(only.scores) == [10.0, 10.0]
+    (line,) = (line for line in remarks if "last tenth" in line)
+    assert "seed 3: the score is the mean return of the unfinished episodes" in line
+
+
 def test_runs_that_record_no_status_and_no_clock_are_reported(tmp_path: Path) -> None:
     make_run(tmp_path / "a", summary={"status": None}, columns=False)
     (run,) = find([str(tmp_path)])[0]

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Contents of summary.json: status, steps, return_mean, versions, ...; empty before the end of the run."""
+        """Contents of summary.json: status, steps, return_mean, return_window, ...; empty before the end of the run."""
         return summary_of(self.folder)
 
     @property

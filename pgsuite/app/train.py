@@ -52,8 +52,8 @@ def train(cfg: DictConfig) -> float | None:
     """Train, and write config.yaml, TensorBoard events, metrics.csv, checkpoints and summary.json to Hydra's run
     directory, or to that of the resumed run.
 
-    Returns the objective of sweeps: the return of the last evaluation, or without evaluations the mean return over the
-    last tenth of the steps.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
+    Returns the objective of sweeps: the return of the last evaluation, or without evaluations the ``return_mean`` of
+    the run.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
     """
     outcome = run(cfg, HydraConfig.get(), resume_with=_resume_command)
     if outcome.stopped:
@@ -149,9 +149,9 @@ def _run(
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
         return Outcome(folder, trainer.steps, trainer.stop)
     seconds = trainer.seconds["total"]
-    outcome = f"return {trainer.return_mean:,.1f} +- {trainer.return_std:,.1f} over {len(trainer.recent)} episodes"
+    recent = trainer.recent_returns
     say(
-        f"{outcome if trainer.recent else 'no episode finished in the last tenth'} | {trainer.steps:,} steps in "
+        f"return {recent.mean:,.1f} +- {recent.std:,.1f} over {recent} | {trainer.steps:,} steps in "
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
     )
     return Outcome(folder, trainer.steps)
@@ -276,7 +276,7 @@ def finished(folder: Path) -> bool:
 
 
 def objective(folder: Path) -> float | None:
-    """The return of the last evaluation, or without evaluations the mean return over the last tenth of the steps."""
+    """The return of the last evaluation, or without evaluations the ``return_mean`` of the run."""
     summary = summary_of(folder)
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 

@@ -26,6 +26,7 @@ IDLE = ("seed", *INCIDENTAL, "checkpoint_every", "wandb")
 ENV_VERSIONS = ("gymnasium", "mujoco", "mujoco-warp", "envpool", "ale-py")
 FACTS = ("backend", "device", "processes", *ENV_VERSIONS)
 WORDS = 3  # maximum number of settings in the name of a group
+LAST_TENTH = "last tenth"  # the usual window of a score
 FEW = 5  # seeds; groups with fewer get a remark
 
 
@@ -58,6 +59,7 @@ class Run:
     steps: int
     total_steps: int | None
     score: float | None  # mean return of the training episodes in the last tenth of the steps
+    window: str  # the episodes of the score
     evaluation: float | None
     speed: float | None  # steps per second
     training: Curve | None
@@ -178,6 +180,7 @@ def read(folder: Path) -> Run:
         steps=int(steps),
         total_steps=None if total is None else int(total),
         score=_number(summary.get("return_mean")),
+        window=str(summary.get("return_window") or LAST_TENTH),
         evaluation=evaluation,
         speed=_number(summary.get("steps_per_second")),
         training=training,
@@ -376,6 +379,12 @@ def _shortcomings(g: Group) -> list[str]:
     if silent := [str(r.seed) for r in g.runs if r.finished and r.score is None]:
         lines.append(
             f"No episode of {g.name} ended in the last tenth of the steps with seed {listed(silent)}: no score."
+        )
+    for window in sorted({r.window for r in g.runs if r.finished and r.score is not None} - {LAST_TENTH}):
+        seeds = [str(r.seed) for r in g.runs if r.finished and r.window == window]
+        lines.append(
+            f"No episode of {g.name} ended in the last tenth of the steps with seed {listed(seeds)}: the score is the "
+            f"mean return of the {window}."
         )
     if bare := [str(r.seed) for r in g.runs if r.training is None]:
         lines.append(f"{g.name} has no learning curve with seed {listed(bare)}.")

@@ -124,14 +124,13 @@ class MetricLogger(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows steps, speed, mean return of the last hundred episodes and remaining time: as a bar in a terminal or a
-    notebook, otherwise as lines of text."""
+    """Shows steps, speed, mean of the recent returns and remaining time: as a bar in a terminal or a notebook,
+    otherwise as lines of text."""
 
     def __init__(self, console: Console, lines: int = 20) -> None:
         self.console, self.lines = console, lines
 
     def on_start(self, trainer: Trainer) -> None:
-        self.returns: list[float] = []
         self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
         self.bar: Progress | None = None
         # In a notebook, rich needs ipywidgets for a bar.
@@ -147,14 +146,16 @@ class ProgressBar(Callback):
             self.bar.start()
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        self.returns = (self.returns + report.returns)[-100:]
         elapsed = max(perf_counter() - self.began, 1e-9)
         speed = (report.steps - self.first) / elapsed
-        mean = f"{sum(self.returns) / len(self.returns):,.1f}" if self.returns else "none yet"
-        line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {mean}"
+        due = report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps
+        if self.bar is None and not due:
+            return
+        recent = trainer.recent_returns
+        line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {recent.mean:,.1f} over {recent}"
         if self.bar is not None:
             self.bar.update(self.task, completed=report.steps, description=line)
-        elif report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps:
+        else:
             left = max(0.0, (trainer.total_steps - report.steps) / max(speed, 1e-9))
             self.console.print(f"{line} | {left:,.0f} s left")
             self.said = report.steps
@@ -284,7 +285,7 @@ class Summary(Callback):
 
     def write(self, trainer: Trainer) -> None:
         self.at = perf_counter()
-        mean, std = (None if math.isnan(x) else x for x in (trainer.return_mean, trainer.return_std))
+        recent = trainer.recent_returns
         seconds = trainer.seconds["total"]
         evaluations = [part for part in trainer.callbacks if isinstance(part, Evaluate) and part.last]
         summary = self.facts | {
@@ -293,9 +294,10 @@ class Summary(Callback):
             "total_steps": trainer.total_steps,
             "seconds": seconds,
             "steps_per_second": trainer.steps / seconds if seconds else 0.0,
-            "return_mean": mean,
-            "return_std": std,
-            "episodes": len(trainer.recent),
+            "return_mean": recent.mean if recent.values else None,
+            "return_std": recent.std if recent.values else None,
+            "return_window": recent.window,
+            "episodes": len(recent.values),
             "evaluation": evaluations[0].last | {"best": evaluations[0].best} if evaluations else None,
             "recoveries": trainer.recoveries,
         }
