@@ -361,7 +361,7 @@ def test_names_from_the_outside_are_text(tmp_path: Path) -> None:
 
 STRANGE = {
     "_x": r"| \_x |",
-    "$x_{": r"| \$x\_{ |",
+    "$x_{$": r"| \$x\_{\$ |",  # which is no formula
     "a$b$c": r"| a\$b\$c |",
     "*a* [b](c) `d` _e_ f_g": r"| \*a\* \[b\](c) \`d\` \_e\_ f_g |",
     "\ue000\0": "| ?? |",
