@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from toys import PointMass, build, collector, mostly_long
 
+import pgsuite
 from pgsuite.algorithms import PPO
 from pgsuite.app import cli
 from pgsuite.app.evaluate import evaluate
@@ -26,13 +29,28 @@ from pgsuite.app.replay import replay
 from pgsuite.app.train import train
 from pgsuite.errors import UserError
 from pgsuite.export.command import export
-from pgsuite.training import checkpoint
+from pgsuite.training import checkpoint, recovery
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs/tuned").glob("*-[A-Z]*.yaml"))
 TINY = ["num_envs=4", "horizon=16", "total_steps=1000", "algo.epochs=1"]  # PPO or a method of its kind
+
+
+class Pole(gymnasium.Env[Any, Any]):
+    """Pays one at every step, and ends by its time limit alone."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+gymnasium.register("Pole-v0", Pole)  # pyright: ignore[reportArgumentType]
 
 
 class Cli:
@@ -127,7 +145,8 @@ def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> No
 
     summary = json.loads((run / "summary.json").read_text())
     facts = "algo env seed backend device processes resume versions commit status steps total_steps seconds "
-    assert " ".join(summary) == facts + "steps_per_second return_mean return_std episodes evaluation recoveries"
+    facts += "steps_per_second return_mean return_std return_window episodes evaluation recoveries"
+    assert " ".join(summary) == facts
     assert summary["status"] == "finished" and summary["resume"] == "exact"
     assert (summary["algo"], summary["env"], summary["seed"], summary["backend"]) == (algo, "Pendulum", 3, "torch")
     assert summary["steps"] >= 1000 and summary["episodes"] > 0
@@ -171,6 +190,33 @@ def test_return_mean_is_over_the_last_tenth(command: Cli) -> None:
     summary = json.loads(path.read_text())
     assert summary["return_mean"] == 5 and summary["return_std"] == 0
     assert summary["steps"] == 1024 and summary["episodes"] in range(20, 33)  # 4 environments, about 124 steps
+    assert summary["return_window"] == "last tenth"
+
+
+LAST = "the last 4 episodes, which ended before the last 16 steps"
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps", "mean", "window", "words"),
+    [
+        (5, 160, 5.0, "last tenth", "{} episodes of the last 16 steps"),
+        (25, 160, 25.0, "last episodes", LAST),
+        (500, 64, 16.0, "unfinished episodes", "4 unfinished episodes, since none has ended"),
+    ],
+)
+def test_one_return_is_shown_with_its_window(
+    command: Cli, limit: int, steps: int, mean: float, window: str, words: str
+) -> None:
+    """Every step of Pole pays one, and nothing but the limit ends an episode."""
+    task = ["env=gym", "env.import=test_cli", "env.id=Pole-v0", f"env.max_episode_steps={limit}", "num_envs=4"]
+    code, out, err = command("train", "algo=a2c", *task, "horizon=4", f"total_steps={steps}", "hydra.run.dir=run")
+    assert code == 0, err
+    summary = json.loads((command.folder / "run" / "summary.json").read_text())
+    assert (summary["return_mean"], summary["return_std"], summary["return_window"]) == (mean, 0, window)
+    said = words.format(summary["episodes"])
+    *_, progress, last = out.strip().splitlines()
+    assert f"return {mean:.1f} over {said} | " in progress and f"return {mean:.1f} +- 0.0 over {said} | " in last
+    assert f"return {mean:.1f} +- 0.0" in repr(pgsuite.Run("run"))
 
 
 def test_a_seed_fixes_a_run_bit_for_bit(command: Cli) -> None:
@@ -313,7 +359,15 @@ WRONG: list[tuple[list[str], str]] = [
     (["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
     (["num_envs=1.5"], "num_envs: Value '1.5' of type 'float' could not be converted to Integer"),
     (["algo.estimator={kl: 1}"], "PPO.estimator must be of class Estimator, got {'kl': 1}"),
-    (["tuned=null"], "Got NoneType; a group takes the name of one of its choices"),
+    (["tuned=null"], "tuned=null: a group takes the name of one of its choices, as in algo=ppo"),
+    (["policy=[0]"], "policy=[0]: a group takes the name of one of its choices, as in algo=ppo: one of: language_mod"),
+    (["algo=[ppo]"], "algo=[ppo]: a group takes the name of one of its choices"),
+    (["algo/estimator=3"], "algo/estimator=3: a group takes the name of one of its choices, as in algo=ppo: one of: g"),
+    (["-m", "seed=1,2", "policy=null"], "policy=null: a group takes the name of one of its choices"),
+    (["hydra.run.dir=q[/y]"], "in quotes, within the shell's: 'hydra.run.dir=\"q[/y]\"'"),
+    (["env=gym", "env.id=&x"], "in quotes, within the shell's: 'env.id=\"&x\"'"),
+    (["env.id='x"], "in quotes, within the shell's: 'env.id=\"...\"'"),
+    (["algo.lr[0]=1"], "'algo.lr[0]' is no name of a setting"),
     (["algo.clip=0"], "PPO.clip must be a number greater than 0, got 0"),
     (["algo.clip=-1"], "PPO.clip must be a number greater than 0, got -1"),
     (["algo.gamma=1.5"], "PPO.gamma must be a number from 0 to 1, got 1.5"),
@@ -439,7 +493,7 @@ def test_a_run_that_diverges_stops_says_where_and_can_be_replayed(command: Cli) 
     wild = ["env=Pendulum", "algo.lr=1e30", "algo.max_grad_norm=null", "recover.attempts=2", "hydra.run.dir=run"]
     code, out, err = command("train", *wild, *TINY)
     assert code == 1 and "training diverged" in err and "not finite at 64 steps, after 2 recoveries" in err
-    assert out.count("back at 0 steps with half the learning rate") == 2
+    assert out.count("back at 0 steps with half the learning rate") == 2 and "policy_loss = nan" in err
     summary = json.loads((command.folder / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["recoveries"]) == ("failed", 0, 2)
     bundle = checkpoint.load(command.folder / "run" / "crash.pt")
@@ -483,14 +537,61 @@ def test_an_environment_that_breaks_is_named_and_the_last_good_state_is_kept(par
     assert len(said) == 1 and "at step 6, in the rollout that ended at 240 steps" in said[0]
 
 
-def test_a_run_goes_on_from_the_last_good_state_at_half_the_learning_rate(tmp_path: Path) -> None:
+def test_an_environment_that_breaks_once_does_not_change_the_learning_rate(tmp_path: Path) -> None:
     env = Breaking("reward", last=47)
     algorithm, said = build(PPO, env, lr=1e-3), []
     trainer = Trainer(algorithm, collector(algorithm, env), 800, failure_handler=Recovery(tmp_path, {}, 3, said.append))
     trainer.fit()
     assert trainer.steps == 800 and trainer.recoveries == 1 and bool(algorithm.finite())
-    assert "back at 160 steps" in said[0]
-    assert float(algorithm.optimizer.lr * algorithm.optimizer.lr_scale) == pytest.approx(5e-4)
+    assert "gave the reward [inf]" in said[0] and "back at 160 steps with other actions (attempt 1 of 3)" in said[0]
+    assert float(algorithm.optimizer.lr * algorithm.optimizer.lr_scale) == pytest.approx(1e-3)
+
+
+def test_attempts_are_counted_anew_after_enough_finite_iterations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "ENOUGH", 3)
+
+    class Rarely(PointMass):
+        count, every = 0, 6 * 20  # six rollouts
+
+        def step(self, action: torch.Tensor) -> Any:
+            step, self.count = super().step(action), self.count + 1
+            if self.count % self.every == 0:
+                step.reward[1] = math.nan
+            return step
+
+    env, said = Rarely(4), []
+    algorithm = build(PPO, env)
+    handler = Recovery(tmp_path, {}, 1, said.append)
+    trainer = Trainer(algorithm, collector(algorithm, env), 3000, failure_handler=handler)
+    trainer.fit()
+    assert trainer.recoveries == len(said) > 3 and all("attempt 1 of 1" in line for line in said)
+    env.every = 20
+    trainer.total_steps = 6000
+    with pytest.raises(UserError, match=r"gave the reward \[nan\].*after 1 recoveries.*observations must be finite"):
+        trainer.fit()
+
+
+def test_a_large_observation_that_breaks_at_a_reset_is_named_in_few_words(tmp_path: Path) -> None:
+    class Large(PointMass):
+        obs_size = 400
+
+        def fresh(self) -> torch.Tensor:
+            state = torch.nn.functional.pad(super().fresh(), (0, 396))
+            state[2, 7:9] = math.nan
+            return state
+
+        def move(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return self.state.nan_to_num(), torch.ones(4), torch.ones(4, dtype=torch.bool)
+
+    env = Large(4)
+    algorithm = build(PPO, env)
+    trainer = Trainer(algorithm, collector(algorithm, env), 800, failure_handler=Recovery(tmp_path, {}, 0, print))
+    with pytest.raises(UserError) as refused:
+        trainer.fit()
+    what = "environment 2 gave the first observation of 400 numbers, 2 of them not finite, the first nan at [7] at step"
+    assert what in str(refused.value) and "learning rate" not in str(refused.value)
 
 
 def test_an_interrupted_run_is_saved(command: Cli) -> None:

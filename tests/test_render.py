@@ -197,7 +197,7 @@ def test_a_film_in_tensorboard_moves(command: Cli) -> None:  # noqa: F811
 def test_what_cannot_be_written_is_said_before_anything_is_filmed(tmp_path: Path) -> None:
     (tmp_path / "taken.gif").mkdir()
     for name in ("film.mp4", "film.gif"):
-        (tmp_path / f".{name.replace('.', '.writing.')}").mkdir()  # root may write everywhere else
+        (tmp_path / f".{name.replace('.', f'.{os.getpid()}.writing.')}").mkdir()  # root may write everywhere else
     env = make("CartPole", 1)
     for name, message in (("taken.gif", "is a directory"), ("film.mp4", "cannot write"), ("film.gif", "cannot write")):
         with pytest.raises(UserError, match=message), record_video(env, str(tmp_path / name), lambda film: None):
@@ -206,12 +206,14 @@ def test_what_cannot_be_written_is_said_before_anything_is_filmed(tmp_path: Path
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
 def test_a_film_that_does_not_fit_on_the_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".film.writing.mp4").symlink_to("/dev/full")
     env = make("CartPole", 1)
     with (
         pytest.raises(UserError, match=r"cannot write video=.*film\.mp4: ffmpeg failed"),
         record_video(env, str(tmp_path / "film.mp4"), lambda film: None) as watch,
     ):
+        (unfinished,) = tmp_path.iterdir()
+        unfinished.unlink()
+        unfinished.symlink_to("/dev/full")
         watch()
     assert not list(tmp_path.iterdir())
 

@@ -3,19 +3,22 @@
 import csv
 import itertools
 import json
+import os
 import runpy
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import malformed
 import numpy as np
 import pytest
 import yaml
 from scipy import stats
 
 from pgsuite.errors import UserError
-from pgsuite.reports import report, statistics
+from pgsuite.reports import report, runs, statistics
 from pgsuite.reports.runs import find, group
 from pgsuite.reports.scores import ALL, comparisons, overall, scores
 from pgsuite.reports.statistics import interquartile_mean, interval, probability_of_improvement
@@ -202,6 +205,15 @@ def test_unfinished_runs_have_no_score_and_are_named(tmp_path: Path) -> None:
     assert "failed, at 400 of 1,000 steps" in said and "flatter" in said and "still runs, or was killed" in said
 
 
+def test_a_score_of_other_episodes_is_remarked_on(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", seed=3, summary={"return_window": "unfinished episodes"})
+    make_run(tmp_path / "b", seed=4)
+    (only,), remarks = group(find([str(tmp_path)])[0])
+    assert list(only.scores) == [10.0, 10.0]
+    (line,) = (line for line in remarks if "last tenth" in line)
+    assert "seed 3: the score is the mean return of the unfinished episodes" in line
+
+
 def test_runs_that_record_no_status_and_no_clock_are_reported(tmp_path: Path) -> None:
     make_run(tmp_path / "a", summary={"status": None}, columns=False)
     (run,) = find([str(tmp_path)])[0]
@@ -228,6 +240,46 @@ def test_damaged_and_foreign_directories_are_skipped_with_a_line(tmp_path: Path)
     assert {Path(line.split(":")[0]).name for line in skipped} == {
         *("json", "yaml", "list", "bytes", "bare", "foreign", "empty")
     }
+
+
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_malformed_directories_are_read_or_skipped(seed: int) -> None:
+    """A few of the trials of malformed.py."""
+    result = malformed.trial(seed)
+    assert malformed.right(result), result
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "words"),
+    [
+        ("config.yaml", os.mkfifo, "its config.yaml is no regular file"),
+        ("metrics.csv", os.mkfifo, "its metrics.csv is no regular file"),
+        ("summary.json", Path.mkdir, "its summary.json is no regular file"),
+        ("config.yaml", "algo: &x {_target_: a.B, y: *x}\nenv: {}", "its config.yaml has aliases"),
+        ("config.yaml", "[" * 5000, "its config.yaml cannot be read (maximum recursion"),
+        ("summary.json", "[" * 100_000, "its summary.json cannot be read (maximum recursion"),
+        ("metrics.csv", "steps,episode/return\n5,1e308", "it holds the number 1e+308, and none above 1e+30 can be"),
+        ("config.yaml", "algo: {_target_: a.B}\nenv: {x: [{[1, 2]: 3}]}", "found unhashable key"),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_skipped_with_the_reason(
+    tmp_path: Path, name: str, harm: Any, words: str
+) -> None:
+    make_run(tmp_path / "good")
+    path = make_run(tmp_path / "bad") / name
+    path.unlink()
+    path.write_text(harm) if isinstance(harm, str) else harm(path)
+    found, (line,) = find([str(tmp_path)])
+    assert [run.folder.name for run in found] == ["good"] and words in line
+
+
+def test_whatever_reading_raises_skips_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "good")
+    make_run(tmp_path / "bad", seed=7)
+    flatten = runs.flatten
+    monkeypatch.setattr(runs, "flatten", lambda tree: flatten(tree) | {"x": 1 // (7 - tree["seed"])})
+    found, (line,) = find([str(tmp_path)])
+    assert len(found) == 1 and line.startswith(f"{tmp_path / 'bad'}: ZeroDivisionError: ")
 
 
 def test_nothing_to_report_on_is_an_error(tmp_path: Path) -> None:
@@ -305,6 +357,28 @@ def test_names_from_the_outside_are_text(tmp_path: Path) -> None:
     Page((tmp_path / "out" / "index.html").read_text())
     assert all(path.parent == tmp_path / "out" for path in tmp_path.rglob("*.png"))
     assert r"\|x" in (tmp_path / "out" / "table.md").read_text()
+
+
+STRANGE = {
+    "_x": r"| \_x |",
+    "$x_{$": r"| \$x\_{\$ |",  # which is no formula
+    "a$b$c": r"| a\$b\$c |",
+    "*a* [b](c) `d` _e_ f_g": r"| \*a\* \[b\](c) \`d\` \_e\_ f_g |",
+    "\ue000\0": "| ?? |",
+    "x" * 3000: "xxx ... |",
+}
+
+
+@pytest.mark.parametrize("env", STRANGE, ids=lambda env: repr(env[:30]))
+def test_strange_names_are_drawn_and_written_as_they_are(tmp_path: Path, env: str) -> None:
+    for algo, seed in itertools.product((f"_{env}", "ppo"), (0, 1)):
+        folder = tmp_path / "runs" / f"{algo == 'ppo'}{seed}"
+        make_run(folder, algo="ppo", seed=seed, settings={"env.id": env}, summary={"algo": algo})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as matplotlib's on a label that it leaves out
+        assert "4 runs in 2 groups" in report([str(tmp_path / "runs")], tmp_path / "out", "")
+    Page((tmp_path / "out" / "index.html").read_text())
+    assert STRANGE[env] in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_the_table_holds_the_statistics(tmp_path: Path) -> None:

@@ -66,9 +66,13 @@ def test_going_back_takes_everything_back_but_the_pace_and_the_actions_to_come(c
         next(iter(algorithm.policy.parameters())).flatten()[0] = torch.nan
     trainer.step()
     paces = {"/algorithm/optimizer/lr_scale", "/algorithm/critic_optimizer/lr_scale"}
-    allowed = {f"{path} differs" for path in (*paces, "/collector/generator")} | {"/recoveries: 0 is not 1"}
+    allowed = {f"{path} differs" for path in (*paces, "/collector/generator")} | {
+        "/recoveries: 0 is not 1",
+        "/attempts: 0 is not 1",
+        "/finite_iterations: 2 is not 0",
+    }
     changed = set(kills.differences(before, trainer.training_state()))
-    assert changed <= allowed and len(changed) == 2 + len(algorithm.optimizers) and len(said) == 1
+    assert changed <= allowed and len(changed) == 4 + len(algorithm.optimizers) and len(said) == 1
     assert not kills.differences(trainer.training_state(), failure_handler.good)
     trainer.step()
     assert trainer.steps > before["steps"] and bool(algorithm.finite())
@@ -129,6 +133,21 @@ def test_what_may_not_change_where_a_run_goes_on_is_refused_by_name(command: Cli
     code, out, _ = command("train", "resume=run")
     assert code == 0 and "has made all its 1,536 steps" in out
     assert not (command.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("env.options.level=2", "env.options.level cannot change where a run goes on, only total_steps, checkpoint"),
+        ("env.id=Pendulum-v1", "env.id cannot change where a run goes on"),
+        ("algo/estimator=none", "algo/estimator cannot change where a run goes on"),
+        ("evaluation.evry=3", "no setting 'evry' in evaluation; did you mean every"),
+        ("policy=[0]", "policy=[0]: a group takes the name"),
+    ],
+)
+def test_settings_of_a_resumed_run_are_not_held_to_another_environment(command: Cli, change: str, words: str) -> None:  # noqa: F811
+    code, _, err = command("train", "resume=a_run_of_gym", change)  # composed with HalfCheetah, which has no options
+    assert code == 1 and f"error: {words}" in err and "ctrl_cost_weight" not in err
 
 
 def test_auto_goes_on_with_the_newest_run_of_the_same_settings_or_begins_one(command: Cli) -> None:  # noqa: F811

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 FLOORS = [
-    {"errors", "settings", "seeding", "distributed", "kernel", "version"},
+    {"errors", "settings", "seeding", "distributed", "kernel", "version", "files"},
     {"components"},
     {"types"},
     {"functional"},

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Contents of summary.json: status, steps, return_mean, versions, ...; empty before the end of the run."""
+        """Contents of summary.json: status, steps, return_mean, return_window, ...; empty before the end of the run."""
         return summary_of(self.folder)
 
     @property
@@ -148,7 +148,7 @@ def train(
     threads = torch.get_num_threads()
     try:
         with _hydra_of_its_own():
-            cfg, hydra = _compose([override(key, x) for key, x in given.items()], fresh=folder is None)
+            cfg, hydra = _compose([override(key, x) for key, x in given.items()])
             outcome = _as_user_errors(
                 lambda: run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
             )
@@ -243,30 +243,19 @@ def _hydra_of_its_own() -> Iterator[None]:
         instances.update(kept)
 
 
-def _compose(overrides: list[str], *, fresh: bool) -> tuple[DictConfig, HydraConf]:
-    """Compose train.yaml with overrides and create the run directory, as ``hydra.main`` does; returns the configuration
-    and its ``hydra`` node.  fresh: take another name if the directory exists."""
+def _compose(overrides: list[str]) -> tuple[DictConfig, HydraConf]:
+    """Compose train.yaml with overrides, as ``hydra.main`` does; returns the configuration and its ``hydra`` node."""
     schema.register()
     parts = [part for each in overrides for part in cli.replacing(each)]
     try:
         initialize_config_dir(str(cli.CONFIGS), job_name="train", version_base="1.3")
         whole = compose("train", parts, return_hydra_config=True)
         HydraConfig.instance().set_config(whole)  # for ${hydra:...} in the directory's name
-        folder = wanted = Path(os.path.abspath(whole.hydra.run.dir))
-    except cli.MENDABLE as error:
-        raise UserError(cli.shorten(cli.explain(error))) from error
-    except cli.UNCOMPOSABLE as error:
-        raise UserError(cli.uncomposable(error)) from error
-    count = 1
-    while fresh and folder.exists():  # two runs of one seed within a second
-        count += 1
-        folder = wanted.with_name(f"{wanted.name}-{count}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(cli.explain(error)) from error
+        folder = os.path.abspath(whole.hydra.run.dir)
+    except (*cli.MENDABLE, *cli.UNCOMPOSABLE) as error:
+        raise UserError(cli.shorten(cli.uncomposable(error, parts))) from error
     with read_write(whole.hydra.runtime):
-        whole.hydra.runtime.output_dir = str(folder)
+        whole.hydra.runtime.output_dir = folder
     HydraConfig.instance().set_config(whole)
     cfg = copy.deepcopy(whole)
     with read_write(cfg), open_dict(cfg):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -20,13 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pgsuite import distributed
 from pgsuite.app import help as help_page
-from pgsuite.app import schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
+from pgsuite.app import resume, schema, sweeps  # noqa: F401  (its resolvers, in every process of a sweep)
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.distributed import LostProcessError
 from pgsuite.envs.base import BrokenEnvError
 from pgsuite.errors import UserError, install
 from pgsuite.settings import closest
 from pgsuite.training.callbacks import console
+from pgsuite.training.run_lock import RunLock
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
@@ -34,7 +38,6 @@ LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
 # Errors that Hydra raises for command lines that it cannot compose.
 UNCOMPOSABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
-UNNAMED = "; a group takes the name of one of its choices, as in algo=ppo, and ~tuned leaves the recipe out"
 LOST = (
     "a process of this run was lost ({}), so all of them end. Whatever was saved is intact: the same command with "
     "resume=auto goes on from there, and torchrun --max-restarts=3 has it do so by itself"
@@ -51,7 +54,8 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     schema.register()
-    given = list(sys.argv)
+    given, stdout = list(sys.argv), sys.stdout
+    sys.stdout = console().file
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
     composed = False
 
@@ -67,11 +71,12 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             if verbose:
                 raise
             # An error of one process ends all of them; the first to notice prints the message.
-            sys.exit(f"error: {shorten(explain(error))}" if distributed.first("error") else 1)
+            words = explain(error) if composed else uncomposable(error, sys.argv[1:])
+            sys.exit(f"error: {shorten(words)}" if distributed.first("error") else 1)
         except UNCOMPOSABLE as error:
             if verbose or composed:
                 raise
-            sys.exit(f"error: {uncomposable(error)}")
+            sys.exit(f"error: {shorten(uncomposable(error, sys.argv[1:]))}")
 
     # The task is guarded too, since Hydra prints a line about any exception that passes through it.
     @functools.wraps(task)
@@ -100,19 +105,24 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     try:
         guarded(together)
     finally:
-        sys.argv[:] = given
+        sys.argv[:], sys.stdout = given, stdout
         if not verbose:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # child processes that start later would show tracebacks
 
 
 def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], config: str) -> None:
-    """Run ``work(settings, folder, say)`` in a new run directory, with the dataclass that the named configuration
-    describes."""
+    """Run ``work(settings, folder, say)`` in a run directory that no other process uses, with the dataclass that the
+    named configuration describes."""
 
     def task(cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        say = functools.partial(console().print, highlight=False, markup=False)
-        work(instantiate(to_dict(cfg), config), folder, say)
+        say = console().print
+        settings, lock = instantiate(to_dict(cfg), config), RunLock()
+        lock.take(folder)
+        try:
+            work(settings, folder, say)
+        finally:
+            lock.release()
 
     main(task, config)
 
@@ -151,10 +161,44 @@ def replacing(argument: str) -> list[str]:
     )
 
 
-def uncomposable(error: BaseException) -> str:
-    """Message for an error of ``UNCOMPOSABLE`` while a configuration is composed."""
-    remedy = UNNAMED if "group override" in str(error) else ""  # Hydra's message names no remedy
-    return f"no configuration can be composed of that: {shorten(str(error))}{remedy}"
+def uncomposable(error: BaseException, arguments: Sequence[str]) -> str:
+    """Message for an error while a configuration is composed of these command line arguments."""
+    parser, overrides = OverridesParser.create(), list[Override]()
+    for argument in arguments:
+        if not argument.startswith("-"):
+            try:
+                overrides.append(parser.parse_override(argument))
+            except HydraException as reason:
+                return _unparsed(argument, str(reason))
+    said = str(error)
+    if (mistake := resume.misplaced(overrides, said)) is not None:
+        return mistake
+    if "Could not override" not in said:  # a single setting, which the message names
+        for override in overrides:
+            group, value = CONFIGS / override.key_or_group, override.value()
+            named = isinstance(value, str | dict) or override.is_delete() or override.is_sweep_override()
+            if group.is_dir() and not named:
+                choices = [path.stem for path in group.glob("*.yaml")]
+                leave = "; ~tuned leaves the recipe out" if group.name == "tuned" else ""
+                return (
+                    f"{override.input_line}: a group takes the name of one of its choices, as in algo=ppo: "
+                    f"{closest(str(value), choices)}{leave}"
+                )
+    return explain(error) if isinstance(error, MENDABLE) else f"no configuration can be composed of that: {said}"
+
+
+def _unparsed(argument: str, reason: str) -> str:
+    """Message for an argument that is no override in Hydra's grammar."""
+    setting, given, value = argument.partition("=")
+    if not given:
+        return f"{argument!r} is no setting, which are written as algo.lr=1e-3 ({reason})"
+    if re.search(r"[^\w./@+~-]", setting):
+        return f"{argument!r}: {setting!r} is no name of a setting: they are of letters, digits, dots and slashes"
+    quoted = shlex.quote(f'{setting}="{value}"') if not set("\"'\\") & set(value) else f"'{setting}=\"...\"'"
+    return (
+        f"{argument!r} cannot be read ({reason.partition(' expecting ')[0]}): lists are written as [1, 2], "
+        f"dictionaries as {{a: 1}}, and other text with such characters in quotes, within the shell's: {quoted}"
+    )
 
 
 def shorten(message: str) -> str:

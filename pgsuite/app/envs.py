@@ -30,7 +30,7 @@ def main() -> None:
         size = f"{(env.observation_space.shape or (0,))[0]} numbers"
         limit = f"{env.max_episode_steps} steps"
         table.add_row(name, cls.gymnasium_id, " ".join(cls.backends), size, actions(env.action_space), limit)
-    Console(width=110).print(table)
+    Console(width=110, markup=False, emoji=False).print(table)
     print(f"\nenv=gym env.id=<id>: any of the {len(gymnasium.registry)} that gymnasium knows here")
     print("env=gym env.import=<package> env.id=<id>: any that a package of yours registers")
     print(f"env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: {install('atari')}")

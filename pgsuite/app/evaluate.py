@@ -18,6 +18,7 @@ from pgsuite.app.build import build_env, instantiate, parse_run_config, to_dict,
 from pgsuite.app.policy_io import restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
+from pgsuite.files import write_text
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Count, Natural
 from pgsuite.training import checkpoint
@@ -95,11 +96,12 @@ def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> 
     own = replace(run, seed=seeding.number(run.seed, stream))
 
     def place(steps: int) -> str:
-        return "tensorboard" if wanted.video == "tensorboard" else str(folder / f"{steps:012d}.{wanted.video}")
+        if wanted.video == "tensorboard":
+            return "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder / f"{steps:012d}.{wanted.video}")
 
     if wanted.video_every is not None:
-        if wanted.video != "tensorboard":
-            folder.mkdir(exist_ok=True)
         open_camera(make_eval_env(own, 1, film=True), place(0))
 
     def play_both(policy: Policy, steps: int, film: bool) -> dict[str, float]:
@@ -127,7 +129,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Evaluate the newest checkpoint of a run and write evaluation.json to the run directory.  Raises UserError."""
     say = console().print
     _, line = evaluate_policy(instantiate(to_dict(cfg), "the evaluation"), say)
-    say(line, highlight=False)
+    say(line)
 
 
 def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warnings.warn) -> tuple[dict[str, Any], str]:
@@ -165,7 +167,7 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
         "backend": env.backend,
         "versions": versions(),
     }
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     how = "deterministic" if wanted.deterministic else "stochastic"
     return result, (
         f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "

@@ -42,24 +42,24 @@ def replay(cfg: DictConfig) -> None:
     # Compiled operations could not be located in the source.
     trainer = build(parse_run_config(bundle["config"] | {"execution": "eager"}))
     algorithm, env = trainer.algorithm, trainer.collector.env
-    say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}", highlight=False)
+    say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}")
     algorithm.load_state_dict(bundle["state"]["algorithm"])
     algorithm.update_schedules(bundle["steps"] / trainer.total_steps)
     rollout = Rollout(**bundle["rollout"]).map(lambda x: x.to(env.device))
     before = [*nonfinite_parameters(algorithm), *filter(None, [find_nonfinite(rollout)])]
-    say(f"before the update: {'; '.join(before) or 'everything is finite'}", highlight=False)
+    say(f"before the update: {'; '.join(before) or 'everything is finite'}")
     with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
         try:
             metrics = algorithm.train_on(rollout)
         except RuntimeError as error:
-            say(f"in the update: {error}", highlight=False)
+            say(f"in the update: {error}")
             for line in filter(None, map(origin, told)):
-                say(line, highlight=False)
+                say(line)
             return
     for name, value in metrics.items():
-        say(f"{'  ' if bool(value.isfinite()) else '! '}{name} = {float(value):.6g}", highlight=False)
+        say(f"{'  ' if bool(value.isfinite()) else '! '}{name} = {float(value):.6g}")
     after = nonfinite_parameters(algorithm)
-    say(f"after it: {', '.join(after)} not finite" if after else "after it: everything is finite", highlight=False)
+    say(f"after it: {', '.join(after)} not finite" if after else "after it: everything is finite")
 
 
 def origin(told: warnings.WarningMessage) -> str | None:

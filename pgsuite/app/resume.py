@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pgsuite import distributed
@@ -17,6 +19,7 @@ from pgsuite.app.build import to_dict, versions
 from pgsuite.errors import UserError
 from pgsuite.settings import INCIDENTAL
 from pgsuite.training import checkpoint
+from pgsuite.training.run_lock import RunLock
 from pgsuite.training.trainer import Level, Trainer, slots
 
 # Settings that may change when a run is resumed.
@@ -41,16 +44,20 @@ class ResumePoint:
         return self.state["steps"]
 
 
-def find_run_to_resume(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint | None:
-    """The run that the setting ``resume`` selects; None to start a new one.  Only the first process searches.
+def find_run_to_resume(
+    config: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable[[str], None]
+) -> ResumePoint | None:
+    """The run that the setting ``resume`` selects, whose directory is then held; None to start a new one.  Only the
+    first process searches.
 
-    Raises UserError for a run that does not exist or has no undamaged checkpoint, and for settings that may not change.
+    Raises UserError for a run that does not exist, has no undamaged checkpoint or is in use, and for settings that may
+    not change.
     """
     found: ResumePoint | UserError | None = None
     if config["resume"] is not None and distributed.rank() == 0:
         try:
-            home = Path(hydra.runtime.output_dir)
-            found = newest_like(config, home, say) if config["resume"] == "auto" else named(config, hydra, say)
+            search = newest_like if config["resume"] == "auto" else named
+            found = search(config, hydra, lock, say)
         except UserError as error:
             found = error
     found = distributed.broadcast(found)
@@ -59,9 +66,29 @@ def find_run_to_resume(config: dict[str, Any], hydra: HydraConf, say: Callable[[
     return found
 
 
-def named(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) -> ResumePoint:
+def named_by_time(hydra: HydraConf) -> bool:
+    """Whether the name of the run directory contains the time, so that any other name would do as well."""
+    where: Any = hydra.sweep if hydra.mode is RunMode.MULTIRUN else hydra.run
+    return any("${now:" in str(part) for part in OmegaConf.to_container(where, resolve=False).values())  # pyright: ignore
+
+
+def new_run_dir(config: dict[str, Any], hydra: HydraConf, lock: RunLock) -> Path:
+    """Make and hold the directory of a new run.  Raises UserError for a given one that holds a run or is in use."""
+    folder = Path(hydra.runtime.output_dir)
+    if named_by_time(hydra):
+        return lock.claim(folder)
+    lock.take(folder)
+    if holds_another(folder, config):
+        raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
+    return folder
+
+
+def named(config: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable[[str], None]) -> ResumePoint:
     """The run, or the checkpoint of a run, that ``resume`` names."""
-    path, state = checkpoint.newest(Path(config["resume"]), say)
+    given = Path(config["resume"])
+    if (run := checkpoint.run_of(given) if given.suffix == ".pt" else given).is_dir():
+        lock.take(run)  # before its checkpoints are read, which another process might be writing
+    path, state = checkpoint.newest(given, say)
     cfg = OmegaConf.create(config)
     own, choices = OmegaConf.create(state["config"]), hydra.runtime.choices
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
@@ -74,28 +101,45 @@ def named(config: dict[str, Any], hydra: HydraConf, say: Callable[[str], None]) 
             new = OmegaConf.select(cfg, key)
             same = new == OmegaConf.select(own, key)
         if not same and key.split(".")[0] not in FREE:
-            raise UserError(
-                f"{key} cannot change where a run goes on, only {', '.join(FREE)}: leave {override.input_line} out, "
-                "or begin another run"
-            )
+            raise UserError(_fixed(override))
         if not same:
             OmegaConf.update(own, key, new)
     assert isinstance(own, DictConfig)
     return ResumePoint(checkpoint.run_of(path), to_dict(own), state)
 
 
-def newest_like(wanted: dict[str, Any], home: Path, say: Callable[[str], None]) -> ResumePoint | None:
-    """The newest run with equal settings, in or beside the directory that a new run would have; None if there is
-    none."""
-    beside = home.parent.iterdir() if home.parent.is_dir() else []
+def _fixed(override: Override) -> str:
+    return (
+        f"{override.key_or_group} cannot change where a run goes on, only {', '.join(FREE)}: leave "
+        f"{override.input_line} out, or begin another run"
+    )
+
+
+def misplaced(overrides: Sequence[Override], reason: str) -> str | None:
+    """What is wrong with overrides that cannot be composed for this reason, if they resume a run: they are composed
+    with the default method and environment, and so are refused by the settings of those."""
+    resumes = any(x.key_or_group == "resume" and x.value() not in (None, "auto") for x in overrides)
+    fixed = [x for x in overrides if x.key_or_group.split(".")[0] not in (*FREE, "resume", "hydra")]
+    return next((_fixed(x) for x in fixed if resumes and x.key_or_group in reason), None)
+
+
+def newest_like(
+    wanted: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable[[str], None]
+) -> ResumePoint | None:
+    """The newest run with equal settings: in the given directory, or beside the one that is named by the time; None if
+    there is none."""
+    home = Path(hydra.runtime.output_dir)
+    beside = home.parent.iterdir() if named_by_time(hydra) and home.parent.is_dir() else []
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
         config = written(path)
         if identity(config) != identity(same := with_threads_of(config, wanted)):
             continue
+        lock.take(path.parent)
         try:
             _, state = checkpoint.newest(path.parent, say)
         except (UserError, OSError):
+            lock.release()
             continue  # it has no checkpoint to resume from
         return ResumePoint(path.parent, same, state)
     return None

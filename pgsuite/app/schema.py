@@ -59,7 +59,7 @@ class Reference(Checked):
 class Recover(Checked):
     """Recovery from non-finite numbers."""
 
-    attempts: Natural = 3  # times to restore the last finite state and halve the learning rate
+    attempts: Natural = 3  # times to restore the last finite state, counted anew after 100 finite iterations
 
 
 @dataclass(kw_only=True)

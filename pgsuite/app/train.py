@@ -8,9 +8,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,16 +23,18 @@ from pgsuite import distributed
 from pgsuite.app import recipes
 from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
 from pgsuite.app.evaluate import make_evaluator
-from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
+from pgsuite.app.resume import find_run_to_resume, new_run_dir, resume_trainer
 from pgsuite.app.schema import Run
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
+from pgsuite.files import write_text
 from pgsuite.nn.configs import CriticConfig
 from pgsuite.settings import flatten
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.run_dir import RunDir
+from pgsuite.training.run_lock import CONFIG, RunLock
 from pgsuite.training.trainer import Callback, Trainer
 from pgsuite.training.video import Gif
 
@@ -51,8 +52,8 @@ def train(cfg: DictConfig) -> float | None:
     """Train, and write config.yaml, TensorBoard events, metrics.csv, checkpoints and summary.json to Hydra's run
     directory, or to that of the resumed run.
 
-    Returns the objective of sweeps: the return of the last evaluation, or without evaluations the mean return over the
-    last tenth of the steps.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
+    Returns the objective of sweeps: the return of the last evaluation, or without evaluations the ``return_mean`` of
+    the run.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
     """
     outcome = run(cfg, HydraConfig.get(), resume_with=_resume_command)
     if outcome.stopped:
@@ -70,26 +71,30 @@ def _resume_command(folder: Path) -> str:
 def run(
     cfg: DictConfig, hydra: HydraConf, *, resume_with: Callable[[Path], str], callbacks: Sequence[Callback] = ()
 ) -> Outcome:
-    """Train with a composed configuration, in ``hydra.runtime.output_dir`` or in the directory of the resumed run.
+    """Train with a composed configuration, in ``hydra.runtime.output_dir`` or in the directory of the resumed run,
+    which no other process may use meanwhile.  A directory that is named by the time takes another name where it is
+    taken.
 
     hydra: Hydra's node of the configuration, with the choices, overrides and config sources of this run.
     resume_with: the command that resumes a run directory, for the message after a signal.  callbacks: in addition to
     those of the configuration.  Raises UserError.
     """
-    made = Path(hydra.runtime.output_dir)
+    made, lock = Path(hydra.runtime.output_dir), RunLock()
     try:
-        return _run(cfg, hydra, made, resume_with, callbacks)
+        return _run(cfg, hydra, lock, resume_with, callbacks)
     finally:
-        made_here = (made, *made.parents[:2]) if distributed.rank() == 0 else ()
-        for folder in made_here:  # Hydra created them; they are removed if the run did not start here
-            if folder.is_dir() and not any(folder.iterdir()) and not Path.cwd().is_relative_to(folder):
-                folder.rmdir()
+        made_here = (lock.folder or made, made, *made.parents[:2]) if distributed.rank() == 0 else ()
+        lock.release()
+        for folder in made_here:  # Hydra and the lock created them; they are removed if the run did not start here
+            if not Path.cwd().is_relative_to(folder):
+                with suppress(OSError):  # unless it is empty
+                    folder.rmdir()
 
 
 def _run(
     cfg: DictConfig,
     hydra: HydraConf,
-    folder: Path,
+    lock: RunLock,
     resume_with: Callable[[Path], str],
     callbacks_given: Sequence[Callback],
 ) -> Outcome:
@@ -97,21 +102,19 @@ def _run(
 
     def say(line: str) -> None:
         if distributed.rank() == 0:
-            console.print(line, highlight=False)
+            console.print(line)
 
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     config = to_dict(cfg)
     settings = parse_run_config(config)
-    folder = distributed.broadcast(folder)  # that of the first process, for messages
-    before = find_run_to_resume(config, hydra, say)
+    before = find_run_to_resume(config, hydra, lock, say)
     if before is not None:
         folder, config, settings = before.folder, before.config, parse_run_config(before.config)
         if before.steps >= settings.total_steps and distributed.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
             return Outcome(folder, before.steps)
-    elif distributed.rank() == 0 and holds_another(folder, config):
-        raise UserError(f"{folder} already holds a run: go on with resume={folder}, or give another hydra.run.dir=")
     else:
+        folder = distributed.broadcast(new_run_dir(config, hydra, lock) if distributed.rank() == 0 else None)
         settings = measured(settings, say)
         config |= {"torch_threads": settings.torch_threads, "env_threads": settings.env_threads}
     with recipes.naming(hydra, to_dict(cfg)) if before is None else nullcontext():  # a resumed run keeps its settings
@@ -126,7 +129,7 @@ def _run(
     there = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         begun = before.steps if before else None
-        trainer.callbacks = recorders(trainer, settings, folder, facts, begun, console, callbacks_given)
+        trainer.callbacks = recorders(trainer, settings, lock, folder, facts, begun, console, callbacks_given)
     except UserError:
         if before is None and distributed.rank() == 0:  # a refused run leaves no files
             for path in set(folder.iterdir()) - there:
@@ -146,9 +149,9 @@ def _run(
         say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
         return Outcome(folder, trainer.steps, trainer.stop)
     seconds = trainer.seconds["total"]
-    outcome = f"return {trainer.return_mean:,.1f} +- {trainer.return_std:,.1f} over {len(trainer.recent)} episodes"
+    recent = trainer.recent_returns
     say(
-        f"{outcome if trainer.recent else 'no episode finished in the last tenth'} | {trainer.steps:,} steps in "
+        f"return {recent.mean:,.1f} +- {recent.std:,.1f} over {recent} | {trainer.steps:,} steps in "
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
     )
     return Outcome(folder, trainer.steps)
@@ -185,6 +188,7 @@ def _refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
 def recorders(
     trainer: Trainer,
     run: Run,
+    lock: RunLock,
     folder: Path,
     facts: dict[str, Any],
     begun: int | None,
@@ -200,9 +204,11 @@ def recorders(
     parts: list[Callback] = []
     logs: list[loggers.Logger] = []
     if writes := distributed.rank() == 0:
-        if begun is None and (folder / "config.yaml").exists():
+        if begun is None and (folder / CONFIG).exists():
             begun = -1  # the run was killed before its first checkpoint
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        described_as = OmegaConf.to_yaml(config)
+        write_text(folder / CONFIG, described_as)
+        parts.append(callbacks.KeepRunDir(lock, described_as, console.print))
         # W&B first: it may raise, and TensorBoard's thread writes at any time.
         online = [loggers.WandB(folder, described, run.logging.wandb)] if run.logging.wandb.project is not None else []
         logs = [loggers.Csv(folder / "metrics.csv", begun), loggers.TensorBoard(folder, described, begun), *online]
@@ -211,9 +217,9 @@ def recorders(
     if writes:
         for logger in run.loggers.values():
             logger.setup(about)
-        parts = [callbacks.MetricLogger(logs, run.logging.points), callbacks.ProgressBar(console)]
+        parts += [callbacks.MetricLogger(logs, run.logging.points), callbacks.ProgressBar(console)]
         if run.profile:
-            parts.append(Profile(folder, partial(console.print, highlight=False)))
+            parts.append(Profile(folder, console.print))
     if run.evaluation.every is not None:
 
         def show(film: Gif, steps: int) -> None:
@@ -270,7 +276,7 @@ def finished(folder: Path) -> bool:
 
 
 def objective(folder: Path) -> float | None:
-    """The return of the last evaluation, or without evaluations the mean return over the last tenth of the steps."""
+    """The return of the last evaluation, or without evaluations the ``return_mean`` of the run."""
     summary = summary_of(folder)
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 

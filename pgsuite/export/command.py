@@ -23,6 +23,7 @@ from pgsuite.app.policy_io import Restored, restore
 from pgsuite.envs.spaces import native_action
 from pgsuite.errors import UserError, install
 from pgsuite.export.portable import Named, Portable, nested, parameters, with_noise
+from pgsuite.files import replacing
 from pgsuite.settings import Natural, Positive
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
@@ -64,8 +65,7 @@ def export(cfg: DictConfig) -> None:
     if not path.parent.is_dir():
         raise UserError(f"no directory {path.parent} to write {path.name} in")
     portable = Portable(restored).eval()
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with replacing(path) as temporary:
         with quiet():
             write(portable, portable.metadata(restored), temporary, wanted.format)
         found = compare(portable, restored, runner(temporary, wanted.format), wanted.seed)
@@ -74,13 +74,10 @@ def export(cfg: DictConfig) -> None:
                 f"the file that {wanted.format} made of {restored.path} differs from it by more than tolerance="
                 f"{wanted.tolerance}: {found}; nothing was written"
             )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     inputs = ", ".join(f"{name} {shape_of(x)}" for name, x in with_noise(portable, portable.example(2)).items())
-    console().print(f"{path} | takes {inputs} | {restored.steps:,} steps | {found}", highlight=False, soft_wrap=True)
+    console().print(f"{path} | takes {inputs} | {restored.steps:,} steps | {found}")
     if portable.law is None:
-        console().print("its samples are no function of noise: draw from the parameters that it gives", highlight=False)
+        console().print("its samples are no function of noise: draw from the parameters that it gives")
 
 
 def shape_of(x: Tensor) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pgsuite.errors import UserError, install
+from pgsuite.files import replacing
 
 REMEDY = install("report")
 
@@ -28,7 +29,8 @@ def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (out / name).write_bytes(content)
+            with replacing(out / name) as temporary:
+                temporary.write_bytes(content)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     pictures = sum(name.endswith(".png") for name in files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -173,7 +174,11 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
     )
     every = [*score_pictures, *chances, *(p for some in curves.values() for p in some)]
     markdown = _markdown(title, ranking, compared, words)
-    return {"index.html": page.encode(), "table.md": markdown.encode()} | {p.name: p.png for p in every}
+    return {"index.html": _bytes(page), "table.md": _bytes(markdown)} | {p.name: p.png for p in every}
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")  # a file name may hold what is no character
 
 
 def count(n: int, what: str) -> str:
@@ -407,29 +412,32 @@ def _markdown(title: str, ranking: Sequence[Score], compared: Sequence[Compariso
         "",
         f"| environment | method | {' | '.join(columns)} |",
         f"|---|---|{'---:|' * len(columns)}",
-        *(f"| {' | '.join(map(_pipe, (_heading(s.env), s.method, *row)))} |" for s, row in rows),
+        *(f"| {' | '.join((*map(_plain, (_heading(s.env), s.method)), *row))} |" for s, row in rows),
     ]
     if compared:
         lines += ["", "Probability that a run of the first method scores higher than one of the second:", ""]
         lines += ["| environment | first | second | probability | 95% interval |", "|---|---|---|---:|---:|"]
         lines += [
-            f"| {' | '.join(map(_pipe, (c.env, c.x, c.y, percent(c.probability), percents(c.ends))))} |"
+            f"| {' | '.join((*map(_plain, (c.env, c.x, c.y)), percent(c.probability), percents(c.ends)))} |"
             for c in compared
         ]
     if words:
-        lines += ["", *(f"- {line}" for line in words)]
+        lines += ["", *(f"- {_plain(line)}" for line in words)]
     return "\n".join([*lines, ""])
 
 
-def _pipe(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _plain(text: str) -> str:
+    """Markdown that shows this text as it is.  An underscore within a word is no markup."""
+    return re.sub(r"([\\`*<>\[\]|$~#]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 
 # --- pictures
 
 
 def _file(kind: str, env: str) -> str:
-    return f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', env)}.png"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", env)[:80]
+    unique = "" if name == env.replace(" ", "_") else f"-{hashlib.sha256(env.encode()).hexdigest()[:8]}"
+    return f"{kind}-{name}{unique}.png"
 
 
 def _curve_pictures(groups: Sequence[Group], look: Look, of: str, against: str) -> list[Picture]:

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from pgsuite.reports import statistics
@@ -20,6 +21,7 @@ from pgsuite.reports.runs import Curve, Group
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 LINES = ("-", "--", ":", "-.")
 POINTS = 150
+LABEL = 60  # characters in a line of the legend
 WIDTH = 0.03  # width of a curve's averaging window, as a fraction of the run
 
 STYLE: Any = {
@@ -34,6 +36,7 @@ STYLE: Any = {
     "xtick.color": "#555555",
     "ytick.color": "#555555",
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
 }
 
 Look = dict[str, tuple[str, str]]  # colour and line style by method
@@ -43,6 +46,7 @@ def looks(methods: Sequence[str]) -> Look:
     return {m: (COLORS[i % len(COLORS)], LINES[i // len(COLORS) % len(LINES)]) for i, m in enumerate(methods)}
 
 
+@mpl.rc_context(STYLE)
 def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tuple[bytes, str] | None:
     """Return over steps or seconds, one line per method: the figure as PNG, and its caption.
 
@@ -50,7 +54,7 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
     """
     figure, axes = _figure(3.5)
     shown: dict[str, list[str]] = {}
-    last = 0.0
+    last, handles, labels = 0.0, list[Line2D](), list[str]()
     for group in groups:
         found: list[Curve] = [c for run in group.runs if (c := getattr(run, of)) is not None]
         if against == "seconds":
@@ -76,7 +80,8 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
         axes.plot(x, middle, color=color, linestyle=line, marker=mark, linewidth=1.9, alpha=1 if done else 0.5)
         if low is not None and high is not None:
             axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
-        axes.plot([], [], color=color, linestyle=line, linewidth=1.9, label=_label(group, len(found), done))
+        handles += axes.plot([], [], color=color, linestyle=line, linewidth=1.9)
+        labels.append(_label(group, len(found), done))
         shown.setdefault(kind, []).append(group.method)
         last = max(last, float(x[-1]))
     if not shown:
@@ -91,10 +96,11 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
     axes.set_xlim(left=0)
     axes.set_title(groups[0].env, loc="left", fontsize=11, fontweight="bold")
     axes.grid(axis="y")
-    _legend(figure, axes)
+    _legend(figure, handles, labels)
     return _png(figure), "; ".join(f"{kind}: {', '.join(m)}" if len(shown) > 1 else kind for kind, m in shown.items())
 
 
+@mpl.rc_context(STYLE)
 def intervals(
     title: str,
     rows: Sequence[tuple[str, str, float, tuple[float, float] | None]],
@@ -128,15 +134,16 @@ def intervals(
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, height), layout="constrained")
-        return figure, figure.add_subplot()
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
     columns = 2 if max(map(len, labels)) < 28 and len(labels) > 1 else 1
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    numbers = [str(i) for i in range(len(labels))]
+    legend = figure.legend(handles, numbers, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(textwrap.fill(label, LABEL))  # a label with a leading underscore would be left out above
 
 
 def _label(group: Group, count: int, done: bool) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from pgsuite.errors import UserError
 from pgsuite.settings import INCIDENTAL, flatten
@@ -25,7 +25,11 @@ IDLE = ("seed", *INCIDENTAL, "checkpoint_every", "wandb")
 # Facts that may change the task or the speed; runs that differ in these form separate groups.
 ENV_VERSIONS = ("gymnasium", "mujoco", "mujoco-warp", "envpool", "ale-py")
 FACTS = ("backend", "device", "processes", *ENV_VERSIONS)
+LARGEST = 1e30  # number that a report computes with
+LONGEST = 1 << 28  # bytes of a file
+WIDEST = 100  # characters of a name
 WORDS = 3  # maximum number of settings in the name of a group
+LAST_TENTH = "last tenth"  # the usual window of a score
 FEW = 5  # seeds; groups with fewer get a remark
 
 
@@ -58,6 +62,7 @@ class Run:
     steps: int
     total_steps: int | None
     score: float | None  # mean return of the training episodes in the last tenth of the steps
+    window: str  # the episodes of the score
     evaluation: float | None
     speed: float | None  # steps per second
     training: Curve | None
@@ -114,15 +119,15 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
             folder = match if match.is_dir() else match.parent
             inside = list(_beneath(folder))
             if not inside:
-                skipped.append(f"{folder}: no run in it")
+                skipped.append(f"{printable(str(folder))}: no run in it")
             for each in inside:
                 if (real := each.resolve()) in seen:
                     continue
                 seen.add(real)
                 try:
                     runs.append(read(each))
-                except DamagedError as error:
-                    skipped.append(f"{each}: {error}")
+                except Exception as error:  # whatever is wrong with one directory, the others are reported
+                    skipped.append(f"{printable(str(each))}: {_reason(error)}")
     if not runs:
         raise UserError("no run to report on; skipped " + "; skipped ".join(skipped))
     return runs, skipped
@@ -150,7 +155,7 @@ def read(folder: Path) -> Run:
         raise DamagedError("its config.yaml is not one of pgsuite's: it names no algo and env")
     env = config["env"]
     # Choices such as gym have many tasks, distinguished by their id.
-    task = env.get("id") or env.get("entry") or summary.get("env") or _last(str(env.get("_target_")))
+    task = env.get("id") or env.get("entry") or summary.get("env") or _last(str(env.get("_target_"))) or "unnamed"
     training = _curve(folder / "metrics.csv", "episode/return", "episode/count")
     evaluations = _curve(folder / "evaluation.csv", "evaluation/return")
     total = _number(config.get("total_steps"))
@@ -168,9 +173,9 @@ def read(folder: Path) -> Run:
         origin["commit"] = str(summary["commit"])
     return Run(
         folder=folder,
-        algo=str(summary.get("algo") or _last(target).lower()),
-        env=str(task),
-        settings=flatten(config),
+        algo=printable(str(summary.get("algo") or _last(target).lower())),
+        env=printable(str(task)),
+        settings=json.loads(json.dumps(flatten(config), default=str)),  # of types that can be compared and sorted
         facts={key: str(facts[key]) for key in FACTS if facts.get(key) is not None},
         origin=origin,
         seed=int(_number(config.get("seed")) or 0),
@@ -178,6 +183,7 @@ def read(folder: Path) -> Run:
         steps=int(steps),
         total_steps=None if total is None else int(total),
         score=_number(summary.get("return_mean")),
+        window=str(summary.get("return_window") or LAST_TENTH),
         evaluation=evaluation,
         speed=_number(summary.get("steps_per_second")),
         training=training,
@@ -200,12 +206,38 @@ def _status(summary: dict[str, Any], steps: float, total: float | None) -> str:
     return "finished" if total is None or steps >= total else "was interrupted"
 
 
-def _config(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, which no run writes: they can make a document that is endless, or far larger than its file."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise DamagedError("its config.yaml has aliases (*), so no run has written it")
+        return super().compose_node(parent, index)
+
+
+def _text(path: Path) -> str | None:
+    """Contents of a file; None if there is none.  Raises DamagedError for what is no regular file, since reading a pipe
+    or a device may never end, and for a file of more than ``LONGEST`` bytes."""
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError as error:
-        raise DamagedError("it has no config.yaml") from error
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(facts.st_mode):
+        raise DamagedError(f"its {path.name} is no regular file")
+    if facts.st_size > LONGEST:
+        raise DamagedError(f"its {path.name} is larger than {LONGEST:,} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"its {path.name} cannot be read ({_first_line(error)})") from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if (text := _text(path)) is None:
+        raise DamagedError("it has no config.yaml")
+    try:
+        config = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DamagedError(f"its config.yaml cannot be read ({_first_line(error)})") from error
     if not isinstance(config, dict):
         raise DamagedError("its config.yaml holds no settings")
@@ -214,11 +246,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _summary(path: Path) -> dict[str, Any]:
     """Contents of summary.json; empty if there is none."""
-    try:
-        summary = json.loads(path.read_text())
-    except FileNotFoundError:
+    if (text := _text(path)) is None:
         return {}
-    except (ValueError, OSError) as error:
+    try:
+        summary = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"its summary.json cannot be read ({_first_line(error)})") from error
     if not isinstance(summary, dict):
         raise DamagedError("its summary.json holds no summary")
@@ -229,21 +261,21 @@ def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
     """The rows of a CSV file that have a return; None if there are none.  Raises DamagedError."""
     rows: list[tuple[float, float, float, float]] = []
     clock, before = 0.0, 0.0
-    try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                steps, value = _number(row.get("steps")), _number(row.get(column))
-                if steps is None:
-                    continue
-                seconds, speed = _number(row.get("time/seconds")), _number(row.get("time/steps_per_second"))
-                if seconds is None:
-                    seconds = clock + (steps - before) / speed if speed else math.nan
-                clock, before = seconds, steps
-                if value is not None and steps > 0:
-                    rows.append((steps, value, _number(row.get(weight)) or 1.0 if weight else 1.0, seconds))
-    except FileNotFoundError:
+    if (text := _text(path)) is None:
         return None
-    except (csv.Error, ValueError, OSError) as error:
+    try:
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            steps, value = _number(row.get("steps")), _number(row.get(column))
+            if steps is None:
+                continue
+            seconds, speed = _number(row.get("time/seconds")), _number(row.get("time/steps_per_second"))
+            if seconds is None:
+                seconds = clock + (steps - before) / speed if speed else math.nan
+            clock, before = seconds, steps
+            if value is not None and steps >= 1:
+                count = _number(row.get(weight)) if weight else None
+                rows.append((steps, value, count if count is not None and count >= 1 else 1.0, seconds))
+    except (csv.Error, ValueError) as error:
         raise DamagedError(f"its {path.name} cannot be read ({_first_line(error)})") from error
     kept: list[tuple[float, float, float, float]] = []
     for row in reversed(rows):  # of rows written twice, before and after a resume, the later counts
@@ -257,16 +289,29 @@ def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
 
 
 def _number(value: Any) -> float | None:
-    """The value if it is a finite number, else None."""
+    """The value if it is a finite number, else None.  Raises DamagedError for one that sums and squares would make
+    infinite."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         return None
+    if LARGEST < abs(number) < math.inf:
+        raise DamagedError(f"it holds the number {number:g}, and none above {LARGEST:g} can be averaged")
     return number if math.isfinite(number) else None
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())[:120]
+    return printable(" ".join(str(getattr(error, "problem", None) or error).split())[:120])
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DamagedError) else f"{type(error).__name__}: {_first_line(error)}"
+
+
+def printable(text: str) -> str:
+    """A name with a question mark in place of what cannot be drawn, cut off at ``WIDEST`` characters."""
+    text = "".join(x if x.isprintable() else "?" for x in text)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 4]} ..."
 
 
 def _last(path: str) -> str:
@@ -286,7 +331,7 @@ def group(runs: list[Run]) -> tuple[list[Group], list[str]]:
     groups, remarks = [], []
     for (env, algo, _), members in found.items():
         alike = {_spelled(m[0], differing[algo]): None for key, m in found.items() if key[1] == algo}
-        method = f"{algo} {_spelled(members[0], differing[algo])}".strip()
+        method = printable(f"{algo} {_spelled(members[0], differing[algo])}".strip())
         if len(differing[algo]) > WORDS:
             method = f"{algo} #{sorted(alike).index(_spelled(members[0], differing[algo])) + 1}"
         kept, lines = _once(members, f"{method} on {env}")
@@ -376,6 +421,12 @@ def _shortcomings(g: Group) -> list[str]:
     if silent := [str(r.seed) for r in g.runs if r.finished and r.score is None]:
         lines.append(
             f"No episode of {g.name} ended in the last tenth of the steps with seed {listed(silent)}: no score."
+        )
+    for window in sorted({r.window for r in g.runs if r.finished and r.score is not None} - {LAST_TENTH}):
+        seeds = [str(r.seed) for r in g.runs if r.finished and r.window == window]
+        lines.append(
+            f"No episode of {g.name} ended in the last tenth of the steps with seed {listed(seeds)}: the score is the "
+            f"mean return of the {window}."
         )
     if bare := [str(r.seed) for r in g.runs if r.training is None]:
         lines.append(f"{g.name} has no learning curve with seed {listed(bare)}.")

@@ -110,8 +110,6 @@ class Alignment(Callback):
             self.run.console.print(
                 f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats a response"
                 f" | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}",
-                highlight=False,
-                markup=False,
             )
 
     def on_end(self, trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from pgsuite.errors import UserError, command
+from pgsuite.files import write_text
 from pgsuite.rlhf.model import WordModel
 from pgsuite.rlhf.tokens import Vocabulary
 
@@ -57,7 +58,7 @@ def collect(
 
 def save(preferences: Sequence[Preference], path: Path) -> None:
     """Write one preference per line, as JSON."""
-    path.write_text("".join(json.dumps(asdict(each)) + "\n" for each in preferences))
+    write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in preferences))
 
 
 def load(path: Path, vocabulary: Vocabulary | None = None) -> list[Preference]:

@@ -19,6 +19,7 @@ from pgsuite import seeding, settings
 from pgsuite.app.build import commit, versions
 from pgsuite.app.train import short
 from pgsuite.errors import UserError
+from pgsuite.files import write_text
 from pgsuite.nn.optim import Adam
 from pgsuite.nn.transformer import Transformer
 from pgsuite.rlhf import files
@@ -124,7 +125,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
     summary: dict[str, Any] = asdict(wanted) | facts | found
     summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
     model.save(path, **summary)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     say(f"{wanted.reviews:,} reviews read in {summary['seconds']:,.0f} s | {short(path)}")
     return model.requires_grad_(False).eval()
 

@@ -19,6 +19,7 @@ from pgsuite import seeding, settings
 from pgsuite.app.build import commit, versions
 from pgsuite.app.train import short
 from pgsuite.errors import UserError
+from pgsuite.files import write_text
 from pgsuite.nn.optim import Adam
 from pgsuite.rlhf import files, preferences, scorer
 from pgsuite.rlhf.grammar import Grammar
@@ -148,7 +149,7 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
     reward.save(path, **summary)
     say(f"reward model in {summary['seconds']:,.0f} s | {short(path)}")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return reward.requires_grad_(False).eval()
 
 

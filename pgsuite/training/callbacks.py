@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pgsuite import distributed
+from pgsuite.files import write_text
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Checked, Count, Positive
 from pgsuite.training import checkpoint
 from pgsuite.training.run_dir import Logger
+from pgsuite.training.run_lock import CONFIG, RunLock
 from pgsuite.training.trainer import Callback, Report, Trainer, slots
 
 
@@ -120,20 +124,19 @@ class MetricLogger(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows steps, speed, mean return of the last hundred episodes and remaining time: as a bar in a terminal or a
-    notebook, otherwise as lines of text."""
+    """Shows steps, speed, mean of the recent returns and remaining time: as a bar in a terminal or a notebook,
+    otherwise as lines of text."""
 
     def __init__(self, console: Console, lines: int = 20) -> None:
         self.console, self.lines = console, lines
 
     def on_start(self, trainer: Trainer) -> None:
-        self.returns: list[float] = []
         self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
         self.bar: Progress | None = None
         # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
@@ -143,16 +146,18 @@ class ProgressBar(Callback):
             self.bar.start()
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        self.returns = (self.returns + report.returns)[-100:]
         elapsed = max(perf_counter() - self.began, 1e-9)
         speed = (report.steps - self.first) / elapsed
-        mean = f"{sum(self.returns) / len(self.returns):,.1f}" if self.returns else "none yet"
-        line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {mean}"
+        due = report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps
+        if self.bar is None and not due:
+            return
+        recent = trainer.recent_returns
+        line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {recent.mean:,.1f} over {recent}"
         if self.bar is not None:
             self.bar.update(self.task, completed=report.steps, description=line)
-        elif report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps:
+        else:
             left = max(0.0, (trainer.total_steps - report.steps) / max(speed, 1e-9))
-            self.console.print(f"{line} | {left:,.0f} s left", highlight=False)
+            self.console.print(f"{line} | {left:,.0f} s left")
             self.said = report.steps
 
     def on_end(self, trainer: Trainer) -> None:
@@ -280,7 +285,7 @@ class Summary(Callback):
 
     def write(self, trainer: Trainer) -> None:
         self.at = perf_counter()
-        mean, std = (None if math.isnan(x) else x for x in (trainer.return_mean, trainer.return_std))
+        recent = trainer.recent_returns
         seconds = trainer.seconds["total"]
         evaluations = [part for part in trainer.callbacks if isinstance(part, Evaluate) and part.last]
         summary = self.facts | {
@@ -289,17 +294,64 @@ class Summary(Callback):
             "total_steps": trainer.total_steps,
             "seconds": seconds,
             "steps_per_second": trainer.steps / seconds if seconds else 0.0,
-            "return_mean": mean,
-            "return_std": std,
-            "episodes": len(trainer.recent),
+            "return_mean": recent.mean if recent.values else None,
+            "return_std": recent.std if recent.values else None,
+            "return_window": recent.window,
+            "episodes": len(recent.values),
             "evaluation": evaluations[0].last | {"best": evaluations[0].best} if evaluations else None,
             "recoveries": trainer.recoveries,
         }
-        temporary = self.path.with_suffix(".writing")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        temporary.replace(self.path)
+        write_text(self.path, json.dumps(summary, indent=2) + "\n")
+
+
+class KeepRunDir(Callback):
+    """Makes the run directory again where it is deleted or moved during the run, so that what is saved from then on is
+    not lost."""
+
+    def __init__(self, lock: RunLock, settings: str, say: Callable[[str], None]) -> None:
+        self.lock, self.settings, self.say = lock, settings, say
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        folder = self.lock.folder
+        if folder is None or (folder / CONFIG).exists():
+            return
+        self.lock.take(folder)
+        write_text(folder / CONFIG, self.settings)
+        self.say(
+            f"{folder} was deleted or moved while the run was at {report.steps:,} steps; it is made again, without "
+            "earlier checkpoints and without TensorBoard's events, and the run goes on"
+        )
+
+
+class Output:
+    """A text stream that drops what it can no longer write, as after ``| head``, instead of raising OSError."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError as error:
+            with suppress(OSError):  # Python writes at its end what is left in the buffer, and would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+            with suppress(OSError):
+                print(f"standard output is lost ({error.strerror}); going on without it", file=sys.stderr, flush=True)
 
 
 def console() -> Console:
-    """The console that a run prints to."""
-    return Console(file=sys.stdout, soft_wrap=True)
+    """The console that commands print to.  Text is printed as it is: markup, emoji codes and numbers in it are not
+    interpreted."""
+    stream: Any = sys.stdout if sys.stdout is None or isinstance(sys.stdout, Output) else Output(sys.stdout)
+    return Console(file=stream, soft_wrap=True, markup=False, emoji=False, highlight=False)

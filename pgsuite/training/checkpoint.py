@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pgsuite.errors import UserError
+from pgsuite.files import replacing
 
 FORMAT = 2
 FOLDER = "checkpoints"
@@ -29,18 +30,15 @@ def save(state: dict[str, Any], path: Path) -> None:
 
     Raises UserError if it cannot be written.
     """
-    temporary = path.with_suffix(".writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w+b") as file:
+        with replacing(path) as temporary, temporary.open("w+b") as file:
             torch.save({"format": FORMAT} | state, file)
             seal(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
         fsync_dir(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"cannot write {path} ({reason}); checkpoints saved before are intact") from error
 
@@ -153,20 +151,19 @@ def run_of(path: Path) -> Path:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the last ``keep``; ``best.pt`` stays."""
-    for path in _numbered(run)[:-keep]:
+    """Remove all checkpoints but the last ``keep``, and what killed processes left half written; ``best.pt`` stays."""
+    for path in (*_numbered(run)[:-keep], *(run / FOLDER).glob(".*.writing.pt")):
         path.unlink(missing_ok=True)
 
 
 def mark_best(path: Path) -> None:
     """Make ``best.pt`` a hard link to this checkpoint."""
-    temporary = path.with_name("best.writing")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # not every file system supports hard links
-        shutil.copyfile(path, temporary)
-    temporary.replace(path.with_name(BEST))
+    with replacing(path.with_name(BEST)) as temporary:
+        try:
+            temporary.unlink()
+            os.link(path, temporary)
+        except OSError:  # not every file system supports hard links
+            shutil.copyfile(path, temporary)
 
 
 def retire_newer(run: Path, steps: int) -> None:

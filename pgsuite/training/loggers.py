@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from pgsuite.errors import UserError, install
+from pgsuite.files import write_text
 from pgsuite.settings import INCIDENTAL, Checked
 from pgsuite.training.run_dir import Csv, Logger
 from pgsuite.training.video import Gif, log_gif
@@ -118,7 +119,7 @@ class WandB(Logger):
             raise UserError(f"logging.wandb needs wandb: {install('wandb')}") from error
         identity = folder / "wandb_id"
         if not identity.exists():
-            identity.write_text(uuid4().hex[:12])
+            write_text(identity, uuid4().hex[:12])
         try:
             self.run = wandb.init(
                 project=wanted.project,

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from pgsuite.files import replacing
 from pgsuite.kernel import Kernel, surrounded
 from pgsuite.training.trainer import Callback, Report, Trainer
 
@@ -119,10 +120,14 @@ class Profile(Callback):
 
     def keep(self, path: Path) -> str:
         """Write the trace and return a message; a failure does not stop the run."""
-        with suppress(OSError):
-            self.tracer.export_chrome_trace(str(path))  # it may also fail silently
-        written = path.is_file() and path.stat().st_size
-        return f"traced in {path.parent.name}/{TRACE}" if written else f"no trace: cannot write {path}"
+        try:
+            with replacing(path) as temporary:
+                self.tracer.export_chrome_trace(str(temporary))  # it may fail silently
+                if not temporary.stat().st_size:
+                    raise OSError("nothing was written")
+        except OSError:
+            return f"no trace: cannot write {path}"
+        return f"traced in {path.parent.name}/{TRACE}"
 
 
 def timed(trainer: Trainer) -> dict[str, Kernel[..., Any]]:

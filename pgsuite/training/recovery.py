@@ -19,14 +19,18 @@ from pgsuite.training.trainer import Report, Trainer
 from pgsuite.types import Obs, Rollout, finite_cells
 
 BUNDLE = "crash.pt"
+ENOUGH = 100  # finite iterations after which attempts are counted anew
+FEW = 8  # numbers of an observation that are shown one by one
+MEND_ENV = "Its rewards and observations must be finite"
+MEND_UPDATE = "A lower learning rate, gradient clipping or scale_reward=true may help"
 
 
 class Recovery:
-    """Keeps the training state after each finite iteration, and restores it after a non-finite one, with half the
-    learning rate and a new stream of actions, up to ``attempts`` times in a run.
+    """Keeps the training state after each finite iteration, and restores it after a non-finite one, with a new stream
+    of actions, and with half the learning rate unless the environments are the cause.
 
-    After that it stops the run with UserError.  The trainer is left in the last finite state, and crash.pt holds that
-    state, the rollout and the reason.
+    After ``attempts`` restorations, none of them followed by ``ENOUGH`` finite iterations, it stops the run with
+    UserError.  The trainer is left in the last finite state, and crash.pt holds that state, the rollout and the reason.
     """
 
     def __init__(self, run: Path, facts: Mapping[str, Any], attempts: int, say: Callable[[str], None]) -> None:
@@ -36,20 +40,27 @@ class Recovery:
         self.keep(trainer)
 
     def on_finite(self, trainer: Trainer) -> None:
+        trainer.finite_iterations += 1
+        if trainer.finite_iterations >= ENOUGH:
+            trainer.attempts = 0
         self.keep(trainer)
 
     def on_nonfinite(self, trainer: Trainer, report: Report | NotFiniteError) -> None:
         rollout = None if isinstance(report, NotFiniteError) else trainer.collector.buffer.read()
-        why = str(report) if isinstance(report, NotFiniteError) else diagnose(trainer, report)
+        given = str(report) if isinstance(report, NotFiniteError) else given_nonfinite(trainer, report)
+        why = given or diverged(trainer, report)  # pyright: ignore[reportArgumentType]
         trainer.load_training_state(self.good, trainer.level)
-        if trainer.recoveries < self.attempts:
+        if trainer.attempts < self.attempts:
             trainer.recoveries += 1
-            trainer.algorithm.slow_down()
+            trainer.attempts += 1
+            trainer.finite_iterations = 0
+            if not given:
+                trainer.algorithm.slow_down()
             trainer.collector.reseed()
             self.keep(trainer)
             self.say(
-                f"{why}; back at {trainer.steps:,} steps with half the learning rate "
-                f"(attempt {trainer.recoveries} of {self.attempts})"
+                f"{why}; back at {trainer.steps:,} steps with {'other actions' if given else 'half the learning rate'} "
+                f"(attempt {trainer.attempts} of {self.attempts})"
             )
             return
         hint = ""
@@ -59,8 +70,7 @@ class Recovery:
             if distributed.rank() == 0:
                 checkpoint.save(clone(bundle), self.run / BUNDLE)
             hint = f"; {command('replay')} crash={self.run / BUNDLE} shows the update that failed"
-        advice = "A lower learning rate, gradient clipping or scale_reward=true may help"
-        raise UserError(f"{why}, after {self.attempts} recoveries{hint}. {advice}")
+        raise UserError(f"{why}, after {self.attempts} recoveries{hint}. {MEND_ENV if given else MEND_UPDATE}")
 
     def keep(self, trainer: Trainer) -> None:
         self.good = clone(trainer.training_state())
@@ -75,14 +85,19 @@ def clone(state: Any) -> Any:
     return type(state)(map(clone, state)) if isinstance(state, list | tuple) else state
 
 
-def diagnose(trainer: Trainer, report: Report) -> str:
-    """A message that names what was not finite, and where."""
-    if found := next(filter(None, distributed.gather(find_nonfinite(trainer.collector.buffer.read())) or ()), None):
-        where = f"in the rollout that ended at {report.steps:,} steps"
-        return f"{trainer.collector.env.name} broke: {found}, {where}"
-    broken = [name for name, value in report.metrics.items() if not math.isfinite(value)]
-    broken = broken or nonfinite_parameters(trainer.algorithm)
-    return f"training diverged: {', '.join(broken)} not finite at {report.steps:,} steps"
+def given_nonfinite(trainer: Trainer, report: Report) -> str | None:
+    """A message that names what an environment gave that was not finite, and where; None if none did.  Collective."""
+    found = distributed.gather(find_nonfinite(trainer.collector.buffer.read())) or []
+    where = f"in the rollout that ended at {report.steps:,} steps"
+    broken = next((f"{trainer.collector.env.name} broke: {x}, {where}" for x in found if x), None)
+    return distributed.broadcast(broken)
+
+
+def diverged(trainer: Trainer, report: Report) -> str:
+    """A message that names the metrics of an update that were not finite, or else the parameters."""
+    broken = [f"{name} = {value}" for name, value in report.metrics.items() if not math.isfinite(value)]
+    broken = broken or nonfinite_parameters(trainer.algorithm) or ["actions"]
+    return f"training diverged: {', '.join(broken)}: not finite at {report.steps:,} steps"
 
 
 def nonfinite_parameters(algorithm: Algorithm) -> list[str]:
@@ -99,13 +114,29 @@ def find_nonfinite(rollout: Rollout) -> str | None:
     """The first non-finite reward or observation that followed a finite action, with environment and step; None if
     there is none."""
     asked = finite_cells(rollout.action, rollout.mask) & rollout.mask
+    before = asked.roll(1, 0)
+    before[0] = True  # rollouts are finite that another one follows
 
-    def look(name: str, x: Obs) -> str | None:
+    def look(name: str, x: Obs, answers: Tensor) -> str | None:
         if isinstance(x, dict):
-            return next(filter(None, (look(f"{name} {key!r}", part) for key, part in x.items())), None)
-        if bool((cells := ~finite_cells(x, rollout.mask) & asked).any()):
+            parts = (look(f"{name} {key!r}", part, answers) for key, part in x.items())
+            return next(filter(None, parts), None)
+        if bool((cells := ~finite_cells(x, rollout.mask) & answers).any()):
             t, i = cells.nonzero()[0].tolist()
-            return f"environment {i} gave {name} {x[t, i].tolist()} at step {t}"
+            return f"environment {i} gave {name} {shown(x[t, i])} at step {t}"
         return None
 
-    return look("the reward", rollout.reward.unsqueeze(-1)) or look("the observation", rollout.next_obs)
+    return (
+        look("the reward", rollout.reward.unsqueeze(-1), asked)
+        or look("the observation", rollout.next_obs, asked)
+        or look("the first observation", rollout.obs, before & rollout.start & rollout.mask)
+    )
+
+
+def shown(x: Tensor) -> str:
+    """All values of a small tensor, or of a large one how many are not finite, and the first of these."""
+    if x.numel() <= FEW:
+        return str(x.tolist())
+    at = (~x.isfinite()).nonzero()
+    first = at[0].tolist()
+    return f"of {x.numel()} numbers, {len(at)} of them not finite, the first {x[tuple(first)].item()} at {first}"

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pgsuite import distributed
 from pgsuite.errors import UserError
+from pgsuite.files import replacing
 from pgsuite.settings import Checked
 from pgsuite.training.video import Gif
 
@@ -41,7 +42,7 @@ class Logger(Checked):
 
 
 class Csv(Logger):
-    """A CSV file, flushed after each row.  A new column makes the whole file be rewritten."""
+    """A CSV file, flushed after each row.  It is written again as a whole for a new column, or where it was deleted."""
 
     def __init__(self, path: Path, after: int | None = None) -> None:
         """``after`` is the number of steps from which the run is resumed; later rows are dropped.
@@ -69,7 +70,8 @@ class Csv(Logger):
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
         row = {"steps": steps} | dict(scalars)
         self.rows.append(row)
-        if new := [name for name in row if name not in self.columns]:
+        new = [name for name in row if name not in self.columns]
+        if new or not self.path.exists():  # it may have been deleted
             self.columns += new
             self.file.close()
             self.replace()
@@ -78,12 +80,10 @@ class Csv(Logger):
             self.file.flush()
 
     def replace(self) -> None:
-        temporary = self.path.with_suffix(".writing")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             table = csv.DictWriter(file, self.columns)
             table.writeheader()
             table.writerows(self.rows)
-        temporary.replace(self.path)
         self.file = self.path.open("a", newline="")
 
     def close(self, results: Mapping[str, float]) -> None:

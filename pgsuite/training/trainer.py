@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import statistics
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -70,6 +71,33 @@ class Callback(Checked):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class RecentReturns:
+    """Undiscounted returns of recent training episodes, and which ones these are."""
+
+    values: list[float]
+    window: Literal["last tenth", "last episodes", "unfinished episodes"]
+    steps: float  # a tenth of the run
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def std(self) -> float:
+        return statistics.pstdev(self.values) if self.values else math.nan
+
+    def __str__(self) -> str:
+        count = f"{len(self.values):,} {{}}episode{'' if len(self.values) == 1 else 's'}"
+        match self.window:
+            case "last tenth":
+                return f"{count.format('')} of the last {self.steps:,.0f} steps"
+            case "last episodes":
+                return f"the last {count.format('')}, which ended before the last {self.steps:,.0f} steps"
+            case "unfinished episodes":
+                return f"{count.format('unfinished ')}, since none has ended"
+
+
 def slots(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     """Callbacks by the names under which a checkpoint holds their states, each name once."""
     found: dict[str, Callback] = {}
@@ -111,6 +139,8 @@ class Trainer:
     steps: int = 0
     execution: str = "eager"  # mode of execution, for display
     recoveries: int = 0  # number of restorations by the failure handler
+    attempts: int = 0  # those of them that count towards its limit
+    finite_iterations: int = 0  # since the last one
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
     asked: int = 0  # number of the signal by which this process was asked to stop
     stop: int = 0  # the same over all processes, agreed upon at the end of each iteration
@@ -150,8 +180,8 @@ class Trainer:
                 return
             with phase("keep the state"):
                 self.failure_handler.on_finite(self)
-        if self.steps > 0.9 * self.total_steps:
-            self.finished += [(self.steps, x) for x in report.returns]
+        self.finished += [(self.steps, x) for x in report.returns]
+        del self.finished[: self._start_of_recent()]
         for callback in self.callbacks:
             callback.on_iteration(self, report)
 
@@ -196,17 +226,32 @@ class Trainer:
         return kernels_of(**{name: x for name, x in owners.items() if hasattr(x, "__dict__")})
 
     @property
-    def recent(self) -> list[float]:
-        """Undiscounted returns of the training episodes that finished in the last tenth of ``total_steps``."""
-        return [x for steps, x in self.finished if steps > 0.9 * self.total_steps]
+    def recent_returns(self) -> RecentReturns:
+        """Returns of the episodes that finished in the last tenth of ``total_steps`` up to now; if none did, of the
+        last to finish, at most one for each environment; if none has finished at all, what this process' environments
+        have gathered in the episodes under way."""
+        tenth = self.total_steps / 10
+        found = self.finished[self._start_of_recent() :]
+        if not found:
+            values = self.tracker.reward.tolist() if self.steps else []
+            return RecentReturns(values, "unfinished episodes", tenth)
+        late = found[-1][0] > self._end_of_earlier()
+        return RecentReturns([x for _, x in found], "last tenth" if late else "last episodes", tenth)
+
+    def _end_of_earlier(self) -> float:
+        """The number of steps at which the last tenth of ``total_steps`` up to now begins."""
+        return min(self.steps, self.total_steps) - self.total_steps / 10
+
+    def _start_of_recent(self) -> int:
+        """Index of the first finished episode that counts as recent."""
+        late = bisect_right(self.finished, self._end_of_earlier(), key=lambda episode: episode[0])
+        count = self.collector.env.num_envs * distributed.size()
+        return late if late < len(self.finished) else max(0, len(self.finished) - count)
 
     @property
     def return_mean(self) -> float:
-        return statistics.fmean(self.recent) if self.recent else math.nan
-
-    @property
-    def return_std(self) -> float:
-        return statistics.pstdev(self.recent) if self.recent else math.nan
+        """The mean of ``recent_returns``."""
+        return self.recent_returns.mean
 
     @property
     def level(self) -> Level:
@@ -218,6 +263,8 @@ class Trainer:
         return {
             "steps": self.steps,
             "recoveries": self.recoveries,
+            "attempts": self.attempts,
+            "finite_iterations": self.finite_iterations,
             "algorithm": self.algorithm.state_dict(),
             "collector": self.collector.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -227,6 +274,7 @@ class Trainer:
         """Restore a training state: ``exact``; at ``episode`` borders, with environments that start new episodes; or
         the ``weights`` only, with new random streams as well."""
         self.steps, self.recoveries = state["steps"], state["recoveries"]
+        self.attempts, self.finite_iterations = state.get("attempts", 0), state.get("finite_iterations", 0)
         self.algorithm.load_state_dict(state["algorithm"], weights_only=level == "weights")
         if level != "weights":
             self.collector.load_state_dict(state["collector"])

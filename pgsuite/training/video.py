@@ -6,7 +6,7 @@ import io
 import itertools
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import numpy as np
 from pgsuite.envs.base import VectorEnv
 from pgsuite.envs.render import REMEDY, Camera, camera
 from pgsuite.errors import UserError
+from pgsuite.files import replacing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -55,14 +56,7 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
     tensorboard, it is passed to ``show``.  Raises UserError, before any frame is recorded, if that is impossible.
     """
     path, through = Path(to), open_camera(env, to)
-    unfinished = path.with_name(f".{path.stem}.writing{path.suffix}")
     every = max(1, round(through.fps / (MP4_FPS if path.suffix == ".mp4" else GIF_FPS)))
-    film = Mp4(unfinished, through.fps / every) if path.suffix == ".mp4" else Gif(through.fps / every)
-    if to != TENSORBOARD:
-        try:
-            unfinished.write_bytes(b"")  # fail now rather than after the episodes
-        except OSError as error:
-            raise unwritable(to, error) from error
     seen = itertools.count()
 
     def watch() -> None:
@@ -74,7 +68,13 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
             except OSError as error:
                 raise unwritable(to, error) from error
 
-    try:
+    with ExitStack() as stack:
+        try:  # now rather than after the episodes
+            unfinished = stack.enter_context(replacing(path)) if to != TENSORBOARD else path
+        except OSError as error:
+            raise unwritable(to, error) from error
+        film = Mp4(unfinished, through.fps / every) if path.suffix == ".mp4" else Gif(through.fps / every)
+        stack.callback(film.close)
         yield watch
         try:
             if isinstance(film, Mp4):
@@ -83,14 +83,9 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
                 show(film)
             else:
                 unfinished.write_bytes(film.bytes())
-            if to != TENSORBOARD:
-                unfinished.replace(path)
+            stack.close()  # the file takes its place
         except OSError as error:
             raise unwritable(to, error) from error
-    finally:
-        film.close()
-        if to != TENSORBOARD:
-            unfinished.unlink(missing_ok=True)
 
 
 def unwritable(to: str, error: OSError) -> UserError:
