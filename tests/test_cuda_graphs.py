@@ -3,10 +3,10 @@
 Without a GPU a tape of operations stands in for CUDA's graphs, and everything around it is the same.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def check(x: Any, y: Any) -> None:
     torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replays(least: int) -> Iterator[None]:
     """With at least so many recordings played, and not a warning."""
     before = Tape.replays
@@ -199,6 +199,68 @@ def test_what_the_host_counts_or_reads_is_found_and_named() -> None:
     with pytest.warns(UserWarning, match="collecting is not captured: __float__"):
         for _ in range(ITERATIONS):
             run.iterate()
+
+
+class Draws:
+    """A generator on a GPU that refuses to draw while it counts as being captured, as CUDA's do."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, device: Any = None) -> None:
+        self.number, self.graph = 0, None
+
+    def get_state(self) -> int:
+        return self.number
+
+    def set_state(self, state: int) -> None:
+        self.number = state
+
+    def graphsafe_get_state(self) -> Any:
+        return self.number, self.graph
+
+    def graphsafe_set_state(self, state: Any) -> None:
+        self.number, self.graph = state
+
+    def draw(self) -> None:
+        if self.graph is not None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        self.number += 1
+
+
+class Invalidated:
+    """A graph whose capture CUDA has invalidated: it cannot be ended, and its generators are not told."""
+
+    def register_generator_state(self, generator: Draws) -> None:
+        generator.graph = self
+
+    def capture_begin(self, pool: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("fails", ["the work", "its end"])
+def test_after_a_capture_that_fails_generators_draw_on_from_where_they_were(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = contextlib.nullcontext
+    for name, fake in {"synchronize": nothing, "Stream": nothing, "stream": nothing, "CUDAGraph": Invalidated}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("pgsuite.execution.cuda_graphs.Generator", Draws)
+    generator: Any = Draws()
+    generator.draw()
+
+    def work() -> None:
+        generator.number = 99  # what a capture counts is not drawn
+        if fails == "the work":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        Graphs([generator], ()).record(work)
+    generator.draw()
+    assert generator.number == 2
 
 
 def train(*overrides: str) -> Trainer:

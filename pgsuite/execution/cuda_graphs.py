@@ -167,7 +167,7 @@ class Graphs:
 
     def record(self, work: Callable[[], Any]) -> Any:
         """Capture work and return its result, in memory that every replay overwrites.  Nothing runs on the device yet.
-        Raises RuntimeError if work cannot be captured."""
+        Raises RuntimeError if work cannot be captured, with random generators as they were before."""
         torch.cuda.synchronize()
         gc.collect()
         collecting = gc.isenabled()
@@ -175,6 +175,7 @@ class Graphs:
         launches = [(kernel, kernel.run) for kernel in self.uncapturable_calls]
         for kernel, run in launches:
             kernel.run = partial(self.between, run)
+        states = [generator.get_state() for generator in self.generators]
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
                 self.begin()
@@ -185,6 +186,10 @@ class Graphs:
                         self.graph.capture_end()
                     raise
                 self.end()
+        except BaseException:
+            for generator, state in zip(self.generators, states, strict=True):
+                leave_capture(generator, state)
+            raise
         finally:
             for kernel, run in launches:
                 kernel.run = run
@@ -210,6 +215,15 @@ class Graphs:
     def replay(self) -> None:
         for launch in self.launches:
             launch()
+
+
+def leave_capture(generator: Generator, state: Tensor) -> None:
+    """Give a CUDA generator a state.  Where CUDA invalidated a capture, ``capture_end`` raises before torch tells the
+    registered generators, and each later draw would fail because they still count as being captured; a state object of
+    its own makes a generator forget the graph."""
+    fresh = Generator(generator.device)
+    fresh.set_state(state)
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 class Captured:
