@@ -7,8 +7,8 @@ import pytest
 
 FLOORS = [
     {"errors", "settings", "seeding", "distributed", "kernel", "version"},
-    {"components"},
-    {"types"},
+    {"trust"},
+    {"components", "types"},
     {"functional"},
     {"nn", "envs"},
     {"rollout"},

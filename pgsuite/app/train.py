@@ -36,6 +36,7 @@ from pgsuite.training.recovery import Recovery
 from pgsuite.training.run_dir import RunDir
 from pgsuite.training.trainer import Callback, Trainer
 from pgsuite.training.video import Gif
+from pgsuite.trust import adopt, sign, within
 
 
 @dataclass
@@ -78,7 +79,8 @@ def run(
     """
     made = Path(hydra.runtime.output_dir)
     try:
-        return _run(cfg, hydra, made, resume_with, callbacks)
+        with within():
+            return _run(cfg, hydra, made, resume_with, callbacks)
     finally:
         made_here = (made, *made.parents[:2]) if distributed.rank() == 0 else ()
         for folder in made_here:  # Hydra created them; they are removed if the run did not start here
@@ -105,6 +107,8 @@ def _run(
     folder = distributed.broadcast(folder)  # that of the first process, for messages
     before = find_run_to_resume(config, hydra, say)
     if before is not None:
+        if before.source is not None:
+            adopt(before.source)
         folder, config, settings = before.folder, before.config, parse_run_config(before.config)
         if before.steps >= settings.total_steps and distributed.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
@@ -121,7 +125,8 @@ def _run(
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
-    facts = {"config": config | {"resume": None}, "choices": choices, "versions": versions()}
+    config |= {"resume": None, "trust": False}  # which are of this call
+    facts = {"config": config, "signature": sign(config), "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
     there = set(folder.iterdir()) if folder.is_dir() else set()
     try:
