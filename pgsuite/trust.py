@@ -94,7 +94,7 @@ def imported(module: str, name: str = "", where: str = "a setting", separator: s
     path, source = f"{module}{separator}{name}" if name else module, _source.get()
     if source is not None and not source.permits(path):
         raise UserError(
-            f"{source.file} names {path} as its {where}, which is not of pgsuite, and you have not trained it here: to "
+            f"{source.file} names {path} for {where}, which is not of pgsuite, and you have not trained it here: to "
             f"run that code, which can do all that you can, give trust={path}, or trust=true for whatever it names"
         )
     if not _within(path, PACKAGES):
