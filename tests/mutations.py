@@ -275,14 +275,15 @@ MUTATIONS = [
         "algorithms/trpo.py",
         "return (improvement > 0) & (kl <= self.max_kl)",
         "return kl <= self.max_kl",
-        "algorithms::test_a_search_that_fails_changes_no_bit",
+        "trust_region_methods::test_a_step_is_taken_where_it_improves_within_the_budget_and_nowhere_else",
     ),
     fault(
         "TRPO does not ask for the KL",
         "algorithms/trpo.py",
         "return (improvement > 0) & (kl <= self.max_kl)",
         "return improvement > 0",
-        "trust_region_methods::test_every_step_that_is_taken_improves_within_the_budget",
+        "trust_region_methods::test_a_step_is_taken_where_it_improves_within_the_budget_and_nowhere_else",
+        "algorithms::test_trpo_backtracks_when_the_quadratic_model_lies",
     ),
     # Methods: gradients by enumeration, dynamic programming and Riccati.
     fault(
@@ -291,7 +292,6 @@ MUTATIONS = [
         '"policy_loss": -self.policy_objective(',
         '"policy_loss": self.policy_objective(',
         f"{RETURN}[terminated-A2C",
-        "algorithms::test_the_policy_gradient_of_a_bandit_is_the_closed_form",
     ),
     fault(
         "REINFORCE averages over all steps",
@@ -312,7 +312,14 @@ MUTATIONS = [
         "algorithms/a2c.py",
         "- self.entropy_coef * means",
         "+ self.entropy_coef * means",
-        "gradients::test_the_gradient_on_a_regulator_is_riccatis",
+        "algorithms::test_the_loss_falls_with_entropy_and_with_the_critics_error",
+    ),
+    fault(
+        "the critic's error is weighed by half",
+        "algorithms/a2c.py",
+        "+ self.value_coef * means",
+        "+ 0.5 * self.value_coef * means",
+        "algorithms::test_the_loss_falls_with_entropy_and_with_the_critics_error",
     ),
     fault(
         "PPO never stops for the KL",
@@ -633,7 +640,7 @@ MUTATIONS = [
         MUJOCO,
         "qvel = self.physics.qvel.clamp(-self.qvel_limit, self.qvel_limit)",
         "qvel = self.physics.qvel * 1.0",
-        f"{MUJOCO_TEST}[Hopper",
+        "envs::test_great_speeds_are_observed_as_gymnasium_does[Hopper]",
     ),
     fault(
         "Hopper falls only by height",

@@ -24,6 +24,7 @@ from pgsuite.rlhf import files
 from pgsuite.training import checkpoint
 
 HARM = Path("harmed")
+LINK = Path("mean")  # what os.symlink makes if it is called as a reward is
 RUN = Path("runs", "stranger")  # importable from the working directory, as runs.stranger
 EVIL = "runs.stranger.evil"
 CODE = f"""
@@ -93,7 +94,7 @@ PLACES |= {
     **{f"env.{key}": {"env": LANGUAGE | {key: f"{EVIL}:x"}} for key in ("prompts", "tokens", "reward", "scorer")},
     "env.held_out": {"env": LANGUAGE | {"held_out": f"{EVIL}:x"}},
     "env.reward of ours": {
-        "env": LANGUAGE | {"reward": "pgsuite.app.build:subprocess.getoutput", "rewards": [f"touch {HARM}"]}
+        "env": LANGUAGE | {"reward": "pgsuite.app.build:subprocess.os.symlink", "rewards": ["anything"]}
     },
 }
 
@@ -195,7 +196,7 @@ def test_code_of_a_stranger_is_not_imported(folder: Path, place: str) -> None:
     few = {door: many[door] for door in ("evaluate" if place.startswith("env") else "load", "resume")}
     for door, ask in (many if place in EVERYWHERE else few).items():
         said = ask()
-        assert not HARM.exists() and EVIL not in sys.modules, door
+        assert not HARM.exists() and EVIL not in sys.modules and not LINK.is_symlink(), door
         if place in SEES.get(door, ()):
             assert said, door
             if EVIL in said:
