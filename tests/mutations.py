@@ -714,8 +714,7 @@ MUTATIONS = [
         "trust.py",
         "return expected is not None and hmac.compare_digest(expected.encode(), signature.encode())",
         "return True",
-        "trust::test_a_forged_signature_proves_nothing",
-        "trust::test_a_run_of_ones_own_is_not_questioned_and_changed_by_another_is",
+        "trust::test_a_forged_signature_proves_nothing[0",
     ),
     fault(
         "resume does not ask whose the run is",
@@ -730,7 +729,7 @@ MUTATIONS = [
         "app/train.py",
         'config |= {"resume": None, "trust": False}',
         'config |= {"resume": None}',
-        "trust::test_what_the_user_names_is_trusted[True]",
+        "trust::test_trust_is_of_one_call_and_not_kept_with_the_run",
     ),
     fault(
         "compressed archives are opened",

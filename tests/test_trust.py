@@ -220,8 +220,6 @@ def test_what_the_user_names_is_trusted(folder: Path, given: Any) -> None:
         assert door == "load" or "trust" not in ask(), door
     assert pgsuite.evaluate(RUN, 1, trust=given)["episodes"] == 1
     assert pgsuite.Run(RUN, trust=given).evaluate(1)["episodes"] == 1
-    state = checkpoint.newest(RUN, print)[1]  # of the run that went on: trust is of one call, not of a run
-    assert state["config"]["trust"] is False
 
 
 @pytest.mark.parametrize("given", [False, "evil", [f"{EVIL}.Body"], "runs.strange", ""])
@@ -230,6 +228,12 @@ def test_what_the_user_does_not_name_is_not(folder: Path, given: Any) -> None:
     with pytest.raises(UserError, match=f"trust={EVIL}.CategoricalHead, or trust=true"):
         pgsuite.load(RUN, trust=given)
     assert not HARM.exists()
+
+
+def test_trust_is_of_one_call_and_not_kept_with_the_run(folder: Path) -> None:
+    small = ["env=CartPole", "num_envs=2", "horizon=8", "total_steps=16", "trust=true", "hydra.run.dir=x"]
+    assert fuzz.answer("train", small, iterations=2).kind == "trained"
+    assert checkpoint.newest(Path("x"), print)[1]["config"]["trust"] is False and not pgsuite.Run("x").config["trust"]
 
 
 def test_what_this_command_line_names_is_trusted_on_resume(folder: Path) -> None:
@@ -364,6 +368,18 @@ def test_an_archive_that_unpacks_to_much_more_is_refused_unopened(
         files.load(path, "reward.pt", "reward model", "x")
     with pytest.raises(ValueError, match="unpacks to"):
         LanguageModel.load(path)
+
+
+@pytest.mark.parametrize("door", ["load", "evaluate", "export", "replay", "resume"])
+def test_settings_that_are_none_and_parts_that_do_not_fit_are_refused(folder: Path, door: str) -> None:
+    paths = [*RUN.glob("checkpoints/*.pt"), RUN / "crash.pt"]
+    states = [torch.load(path, weights_only=True) for path in paths]
+    for path, state in zip(paths, states, strict=True):
+        seal(path, state | {"config": [1]})
+    assert "holds no settings by name, but list" in doors()[door]()
+    for path, state in zip(paths, states, strict=True):
+        seal(path, state | {"rollout": {"obs": torch.zeros(1)}} if path.name == "crash.pt" else state)
+    assert door != "replay" or "does not fit the run that it says it is of: TypeError" in doors()[door]()
 
 
 @pytest.mark.parametrize("how", ["within itself", "a billion times"])

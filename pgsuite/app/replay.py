@@ -44,8 +44,12 @@ def replay(cfg: DictConfig) -> None:
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
         raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
-    with within(source_of(given, bundle, wanted.trust)):
-        _replay(bundle)
+    try:
+        with within(source_of(given, bundle, wanted.trust)):
+            _replay(bundle)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{given} does not fit the run that it says it is of: {reason}") from error
 
 
 def _replay(bundle: dict[str, Any]) -> None:

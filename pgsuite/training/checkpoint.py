@@ -74,7 +74,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path} ({reason}); use an earlier one of the same run") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of format {FORMAT}")
-    check_settings(state.get("config"), path)
+    if not isinstance(config := state.get("config", {}), dict):
+        raise UserError(f"{path} holds no settings by name, but {type(config).__name__}")
+    check_settings(config, path)
     return state
 
 
