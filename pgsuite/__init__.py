@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pgsuite.app.api import Run, evaluate, report, train
     from pgsuite.app.policy_io import Actor
     from pgsuite.envs.make import make
+    from pgsuite.trust import Trust
 
 __all__ = ["Run", "UserError", "evaluate", "load", "make", "report", "train"]
 # Imported when they are first used, so that importing the package stays cheap.
@@ -34,13 +35,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(run: str | Path, *, deterministic: bool = True, seed: int = 0, device: str = "cpu") -> Actor:
+def load(
+    run: str | Path, *, deterministic: bool = True, seed: int = 0, device: str = "cpu", trust: Trust = False
+) -> Actor:
     """The trained policy of a run directory's newest checkpoint, or of one checkpoint, to act with in any environment
     of the same spaces.
 
     With ``deterministic=False`` actions are sampled, from ``seed`` on.  Raises ``pgsuite.UserError`` if
-    there is no checkpoint, or none that can be trusted: nothing in it is ever executed.
+    there is no checkpoint, or one that names code from elsewhere than pgsuite, such as a head, unless this user trained
+    it, or ``trust`` is true or names those classes or their packages (docs/security.md).
     """
     from pgsuite.app.policy_io import Actor, restore
 
-    return Actor(restore(run), deterministic=deterministic, seed=seed, device=device)
+    return Actor(restore(run, trust=trust), deterministic=deterministic, seed=seed, device=device)

@@ -14,7 +14,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from pgsuite.settings import closest, imported, require
+from pgsuite.settings import closest, require
+from pgsuite.trust import imported
 
 T = TypeVar("T")
 Component = str | dict[str, Any]  # a name, a dotted path, or settings with a _target_ that is one of the two
@@ -27,7 +28,7 @@ def is_component(hint: Any) -> bool:
 
 def component_class(choice: Component, known: Mapping[str, type[T]], base: type[T], where: str) -> type[T]:
     """The subclass of ``base`` that the setting ``where`` chooses: one of ``known`` by its name, or any other by its
-    dotted path.  Raises ValueError if there is none."""
+    dotted path.  Raises ValueError if there is none, and UserError for one that is not trusted."""
     path = str(choice.get("_target_", "") if isinstance(choice, Mapping) else choice)
     if path in known:
         return known[path]
@@ -36,7 +37,7 @@ def component_class(choice: Component, known: Mapping[str, type[T]], base: type[
         options = f"{closest(path, known).removesuffix('?')}, or " if known else ""
         raise ValueError(f"no {where} {path!r}; {options}a class by its dotted path, such as my_package.Mine")
     try:
-        found = getattr(imported(module), name, None)
+        found = getattr(imported(module, name, where), name, None)
     except ImportError as error:
         raise ValueError(f"{where}={path} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import math
 import operator
 import types
@@ -48,7 +47,7 @@ WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes 
 
 
 # Settings of a run that do not change what it learns: runs that differ in nothing else are one experiment.
-INCIDENTAL = ("resume", "checkpoint", "recover", "evaluation", "logging", "loggers", "profile", "env_threads")
+INCIDENTAL = ("resume", "trust", "checkpoint", "recover", "evaluation", "logging", "loggers", "profile", "env_threads")
 
 
 # Settings and metrics that were renamed: the former name, and the present one.
@@ -138,13 +137,6 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
             path = str(value)
             flat[prefix.removesuffix(".")] = path.rpartition(".")[2] if path.startswith("pgsuite.") else path
     return flat
-
-
-def imported(name: str) -> types.ModuleType:
-    """A module by its full name.  Raises ImportError if there is none."""
-    if not name or name.startswith("."):
-        raise ImportError(f"{name!r} is no full name of a module")
-    return importlib.import_module(name)
 
 
 def closest(word: str, options: Iterable[str]) -> str:

@@ -32,6 +32,14 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def key_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The key that signs runs with code from outside is kept there, not in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def composed_once() -> Iterator[None]:
     """Hydra composes a configuration twice, first to read nothing but hydra.mode, which only sweeps (-m, sweep=...) and
     overrides of its own ever set here.  Processes that tests start do it as users do."""

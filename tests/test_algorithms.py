@@ -294,6 +294,21 @@ def test_the_policy_gradient_of_a_bandit_is_the_closed_form() -> None:
     assert ((samples.mean(0) - expected).abs() < error).all()
 
 
+@pytest.mark.parametrize("cls", [A2C, PPO])
+def test_the_loss_falls_with_entropy_and_with_the_critics_error(cls: type[A2C]) -> None:
+    """By their coefficients, and separately: one is of the policy, the other of the critic."""
+    env = PointMass(8)
+    algorithm, gradients = build(cls, env), []
+    batch, parameters = first_batch(algorithm, env), [*algorithm.policy.parameters(), *algorithm.critic.parameters()]
+    for algorithm.entropy_coef, algorithm.value_coef in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.7)):
+        gradients.append(tr.flat_grad(algorithm.loss(batch)[0], parameters))
+    entropy = tr.flat_grad(algorithm.policy.dist(batch).entropy().mean(), parameters)
+    error = tr.flat_grad((algorithm.critic(batch) - batch.target).square().mean(), parameters)
+    assert entropy.norm() > 0.1 and error.norm() > 0.1
+    assert torch.allclose(gradients[1] - gradients[0], -0.3 * entropy, atol=1e-6)
+    assert torch.allclose(gradients[2] - gradients[0], 0.7 * error, atol=1e-5)
+
+
 # Trust region
 
 

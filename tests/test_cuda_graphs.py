@@ -143,7 +143,6 @@ def test_a_masked_early_stop_learns_what_an_early_stop_does(settings: dict[str, 
 
 
 def test_physics_on_warp_is_launched_between_graphs() -> None:
-    pytest.importorskip("mujoco_warp", reason="needs the gpu extra")
     envs = [make("InvertedPendulum", 4, backend="warp", max_episode_steps=6) for _ in range(2)]
     with replays(PARTS * (ITERATIONS - 4)):
         runs = [trainer(PPO, env, record) for env, record in zip(envs, (None, Tape), strict=True)]

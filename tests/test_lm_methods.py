@@ -249,8 +249,9 @@ def test_a_sequence_has_one_ratio_and_each_token_its_own_gradient() -> None:
     ratio = objectives.sequence_log_ratio(log_ratio, mask).exp()
     mean = log_ratio.where(mask, 0.0).sum(0) / mask.sum(0)
     assert torch.allclose(ratio[mask], mean.exp().expand(4, 3)[mask])
-    (gradient,) = torch.autograd.grad(ratio.where(mask, 0.0).sum(), log_ratio)
-    assert torch.allclose(gradient, mean.exp().expand(4, 3).where(mask, 0.0))
+    weight = torch.randn(4, 3)  # or what each token has of its own could not be told from its share of the mean
+    (gradient,) = torch.autograd.grad((weight * ratio).where(mask, 0.0).sum(), log_ratio)
+    assert torch.allclose(gradient, (weight * mean.exp()).where(mask, 0.0))
 
 
 @pytest.mark.parametrize("form", ["double-backward", "gauss-newton"])

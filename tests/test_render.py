@@ -40,8 +40,6 @@ def gl() -> None:
 @pytest.mark.usefixtures("gl")
 @pytest.mark.parametrize("backend", ["mujoco", "warp"])
 def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) -> None:
-    if backend == "warp":
-        pytest.importorskip("mujoco_warp", reason="needs the gpu extra")
     env: Any = make("HalfCheetah", 2, dtype=torch.float64, backend=backend)
     with unwarned():
         other: Any = gymnasium.make("HalfCheetah-v5", render_mode="rgb_array", camera_name="track").unwrapped

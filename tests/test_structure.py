@@ -1,14 +1,16 @@
 """Imports point down: a floor may use the floors below it, and its own."""
 
 import ast
+import json
 import pathlib
 
 import pytest
+from mutations import MUTATIONS, RECORD
 
 FLOORS = [
     {"errors", "settings", "seeding", "distributed", "kernel", "version", "files"},
-    {"components"},
-    {"types"},
+    {"trust"},
+    {"components", "types"},
     {"functional"},
     {"nn", "envs"},
     {"rollout"},
@@ -70,3 +72,12 @@ def test_no_package_is_over_a_sixth_of_the_code() -> None:
         parts = p.relative_to(ROOT).parts
         rooms[parts[0]] = rooms.get(parts[0], 0) + count
     assert max(rooms.values()) <= sum(lines.values()) / 6, max(rooms, key=lambda name: rooms[name])
+
+
+def test_every_planted_fault_has_its_place_and_was_found() -> None:
+    """What tests/mutations.py replaces is still in the code, and its record is of all faults."""
+    for x in MUTATIONS:
+        assert (ROOT / x.file).read_text().count(x.old) == 1, x.name
+    record = json.loads((ROOT.parent / RECORD).read_text())
+    assert [each["fault"] for each in record["each"]] == [x.name for x in MUTATIONS]
+    assert record["found"] == record["faults"] == len({x.name for x in MUTATIONS}) > 60

@@ -268,6 +268,25 @@ def test_every_step_that_is_taken_improves_within_the_budget(world: Any, switche
 # The search
 
 
+@pytest.mark.parametrize("backtracking", ["sequential", "batched"])
+@pytest.mark.parametrize(
+    ("improves_below", "within_below", "taken"),
+    [(2.0, 2.0, 1.0), (0.7, 2.0, 0.5), (2.0, 0.3, 0.25), (0.3, 0.7, 0.25), (0.0, 2.0, 0.0), (2.0, 0.0, 0.0)],
+)
+def test_a_step_is_taken_where_it_improves_within_the_budget_and_nowhere_else(
+    backtracking: Any, improves_below: float, within_below: float, taken: float
+) -> None:
+    """As far as both are true of shorter steps only."""
+    algorithm = build(TRPO, point_mass(), backtracking=backtracking, backtrack_coef=0.5, max_kl=0.01)
+
+    def look(fraction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return improves_below - fraction, torch.where(fraction < within_below, 0.01, 0.0101)
+
+    assert algorithm.line_search(look, torch.ones(()))[0] == taken
+    poisoned = algorithm.line_search(lambda fraction: (fraction * torch.nan, 0 * fraction), torch.ones(()))
+    assert poisoned[0] == 0
+
+
 @pytest.mark.parametrize(
     ("world", "parts"),
     [(point_mass, {}), (cart_pole, {}), (cart_pole, {"recurrent": "gru"}), (point_mass, {"shared": True})],

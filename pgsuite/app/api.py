@@ -34,6 +34,7 @@ from pgsuite.app.train import summary_of
 from pgsuite.errors import UserError, install
 from pgsuite.settings import closest
 from pgsuite.training.trainer import Callback
+from pgsuite.trust import Trust
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,10 +47,11 @@ WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECAS
 class Run:
     """A run directory: what ``pgsuite.train`` returns, or ``pgsuite.Run(folder)`` of an earlier run.
 
-    Raises UserError if the directory holds no run.
+    trust: as for ``pgsuite.load``, of a run that somebody else trained.  Raises UserError if the directory holds none.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, trust: Trust = False) -> None:
+        self.trust: Trust = trust
         self.folder = Path(os.path.abspath(folder))  # valid also after a change of the working directory
         if not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder} holds no run: it has no config.yaml")
@@ -78,7 +80,7 @@ class Run:
 
         Actions are the modes of its distributions; ``pgsuite.load(run.folder, deterministic=False)`` samples.
         """
-        return Actor(_as_user_errors(lambda: restore(self.folder)))
+        return Actor(_as_user_errors(lambda: restore(self.folder, trust=self.trust)))
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -97,7 +99,7 @@ class Run:
 
     def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int = 0) -> dict[str, Any]:
         """``pgsuite.evaluate`` of this run."""
-        return evaluate(self.folder, episodes, deterministic=deterministic, seed=seed)
+        return evaluate(self.folder, episodes, deterministic=deterministic, seed=seed, trust=self.trust)
 
     def plot(self, metric: str = "episode/return") -> Figure:
         """A metric over environment steps, as a matplotlib figure, which a notebook shows inline.
@@ -156,25 +158,32 @@ def train(
         torch.set_num_threads(threads)
     if outcome.stopped:
         signal.raise_signal(outcome.stopped)  # to this process' own handler: SIGINT raises KeyboardInterrupt
-    return Run(outcome.folder)
+    return Run(outcome.folder, trust=True)  # with whose code it has just been trained
 
 
 def evaluate(
-    run: str | Path | Run, episodes: int = 20, *, deterministic: bool = True, seed: int = 0, video: str | None = None
+    run: str | Path | Run,
+    episodes: int = 20,
+    *,
+    deterministic: bool = True,
+    seed: int = 0,
+    video: str | None = None,
+    trust: Trust = False,
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or a given checkpoint, on whole episodes on the CPU.
 
     Returns the contents of evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes], ``lengths``
-    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  Raises
-    UserError.
+    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.
+    trust: as for ``pgsuite.load``.  Raises UserError.
     """
     path = run.folder if isinstance(run, Run) else run
+    trust = trust or (isinstance(run, Run) and run.trust)
     threads = torch.get_num_threads()
 
     def work() -> dict[str, Any]:
         try:
             wanted = EvaluateConfig(
-                run=str(path), episodes=episodes, deterministic=deterministic, seed=seed, video=video
+                run=str(path), episodes=episodes, deterministic=deterministic, seed=seed, video=video, trust=trust
             )
         except ValueError as error:
             raise UserError(str(error)) from error

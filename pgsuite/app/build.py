@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from gymnasium import spaces
@@ -23,7 +23,9 @@ from pgsuite.algorithms.reference import Reference
 from pgsuite.app.schema import Run, locate
 from pgsuite.components import is_component
 from pgsuite.envs import VectorEnv, make
+from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.spaces import to_data
+from pgsuite.envs.tasks import Task
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
@@ -44,23 +46,26 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def instantiate(settings: Any, where: str, **parts: Any) -> Any:
-    """Construct the dataclass that settings name in ``_target_``, from the settings and from the ``parts`` for which it
-    has fields.
+def instantiate(settings: Any, where: str, base: Any = object, **parts: Any) -> Any:
+    """Construct the dataclass that settings name in ``_target_``, which is a ``base``, from the settings and from the
+    ``parts`` for which it has fields.
 
     Null is replaced by the default of fields with a default factory, such as an estimator.  Raises UserError for
-    unknown settings, and in place of a ValueError of the class.
+    another class, unknown settings, and in place of a ValueError of the class.
     """
     if not isinstance(settings, dict):
         raise UserError(f"{where} must be settings by name, such as {where}.<name>=..., got {settings!r}")
     if "_target_" not in settings:
         raise UserError(f"{where} names no class: its configuration needs /schema/<package.Class> in its defaults list")
-    cls = locate(settings["_target_"])
+    cls, bases = locate(settings["_target_"], where), _classes(base)
+    if not issubclass(cls, bases):
+        names = " or ".join(f"{x.__module__}.{x.__qualname__}" for x in bases)
+        raise UserError(f"{where}: {settings['_target_']} is no {names}")
     known, arguments, hints = {f.name: f for f in fields(cls) if f.init}, {}, get_type_hints(cls, include_extras=True)
     for key, value in settings.items():
         name = f"{key}_" if keyword.iskeyword(key) else key
         if isinstance(value, dict) and "_target_" in value and not is_component(hints.get(name)):
-            arguments[name] = instantiate(value, f"{where}.{key}")
+            arguments[name] = instantiate(value, f"{where}.{key}", hints.get(name, object))
         elif name in known and not (value is None and known[name].default_factory is not MISSING):
             arguments[name] = value
         elif name not in known and key != "_target_":
@@ -71,12 +76,10 @@ def instantiate(settings: Any, where: str, **parts: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def part(settings: Any, where: str, base: type) -> Any:
-    """The object that settings name in ``_target_``.  Raises UserError if it is not an instance of ``base``."""
-    made = instantiate(settings, where)
-    if not isinstance(made, base):
-        raise UserError(f"{where}: {settings['_target_']} is no {base.__module__}.{base.__qualname__}")
-    return made
+def _classes(hint: Any) -> tuple[type, ...]:
+    """The classes of a field of this type, without None; any for a type that is none."""
+    found = tuple(x for x in get_args(hint) or (hint,) if isinstance(x, type) and x is not type(None))
+    return found or (object,)
 
 
 def parse_run_config(config: dict[str, Any]) -> Run:
@@ -84,10 +87,13 @@ def parse_run_config(config: dict[str, Any]) -> Run:
     built.  Raises UserError."""
     plain = dict(config)
     parts = [f.name for f in fields(Run) if f.default_factory not in (MISSING, dict) and f.name in plain]
-    nodes = {name: instantiate(plain.pop(name), name) for name in parts}
+    hints = get_type_hints(Run)
+    nodes = {name: instantiate(plain.pop(name), name, hints[name]) for name in parts}
     for group, base in (("callbacks", Callback), ("loggers", Logger)):
-        nodes[group] = {name: part(x, f"{group}.{name}", base) for name, x in (plain.pop(group, None) or {}).items()}
-    run: Run = instantiate(plain | {"algo": None, "env": None}, "the configuration", **nodes)
+        nodes[group] = {
+            name: instantiate(x, f"{group}.{name}", base) for name, x in (plain.pop(group, None) or {}).items()
+        }
+    run: Run = instantiate(plain | {"algo": None, "env": None}, "the configuration", Run, **nodes)
     return replace(run, algo=config["algo"], env=config["env"])
 
 
@@ -134,7 +140,7 @@ def share(num_envs: int) -> int:
 
 def build_env(run: Run, num_envs: int, device: torch.device) -> VectorEnv:
     """The environments of a run.  Raises UserError for invalid options."""
-    task = instantiate(run.env, "env")
+    task = instantiate(run.env, "env", Task | VectorEnvConfig)
     try:
         seed = seeding.of_process(run.seed, distributed.rank())
         return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
@@ -181,6 +187,7 @@ def build(run: Run) -> Trainer:
     algorithm: Algorithm = instantiate(
         run.algo,
         "algo",
+        Algorithm,
         policy=policy,
         critic=critic,
         generator=seeding.generator(seed, "minibatches", device),

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from pgsuite import seeding, settings
 from pgsuite.app.build import build_env, instantiate, parse_run_config, to_dict, versions
-from pgsuite.app.policy_io import restore
+from pgsuite.app.policy_io import Restored, restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
 from pgsuite.files import write_text
@@ -24,6 +24,7 @@ from pgsuite.settings import Count, Natural
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 from pgsuite.training.video import Gif, log_gif, open_camera, record_video
+from pgsuite.trust import Trust, within
 
 Evaluator = Callable[
     [Policy, int, bool], dict[str, float]
@@ -39,6 +40,7 @@ class EvaluateConfig:
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
+    trust: Trust = False  # classes from outside pgsuite that a run of somebody else's may name; true for any
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
@@ -81,7 +83,7 @@ def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
     """Environments of an evaluation, on the CPU, where ``auto`` is the float64 back end; able to render if they are to
     be filmed."""
     run, cpu = replace(run, backend="auto"), torch.device("cpu")
-    if film and locate(run.env["_target_"]) is Gym and not run.env["native"]:
+    if film and locate(run.env["_target_"], "env") is Gym and not run.env["native"]:
         run = replace(run, env=run.env | {"workers": 0})  # rendering takes place in this process
         first: Any = build_env(run, 1, cpu)
         if "rgb_array" in first.vec.metadata.get("render_modes", ()):
@@ -138,7 +140,12 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
 
     ``say`` is called with a line on each damaged checkpoint that is skipped.  Raises UserError.
     """
-    restored = restore(wanted.run, say)
+    restored = restore(wanted.run, say, trust=wanted.trust)
+    with within(restored.source):
+        return _evaluate(wanted, restored)
+
+
+def _evaluate(wanted: EvaluateConfig, restored: Restored) -> tuple[dict[str, Any], str]:
     run = replace(parse_run_config(restored.config), seed=wanted.seed)
     torch.set_num_threads(int(run.torch_threads))
     env = make_eval_env(run, wanted.episodes, film=wanted.video is not None)

@@ -164,7 +164,7 @@ def sections(plain: Mapping[str, Any], name: str = "", *, chosen: bool = False) 
     """
     if "_target_" not in plain:
         raise UserError(f"{name or 'the configuration'} names no class in _target_, so its settings are not known")
-    cls, prefix = locate(plain["_target_"]), f"{name}." if name else ""
+    cls, prefix = locate(plain["_target_"], name), f"{name}." if name else ""
     hints = get_type_hints(cls, include_extras=True)
     parts = {
         key: x

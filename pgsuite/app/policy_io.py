@@ -20,6 +20,7 @@ from pgsuite.envs.spaces import first_action, leaves, of_data, split, tensor_spa
 from pgsuite.errors import UserError
 from pgsuite.nn.policy import Policy
 from pgsuite.training import checkpoint
+from pgsuite.trust import Source, Trust, source_of, within
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs
 
 
@@ -74,28 +75,38 @@ class Restored:
     steps: int
     interface: Interface
     policy: Policy
+    source: Source
 
 
-def restore(run: str | Path, say: Callable[[str], object] = warnings.warn) -> Restored:
+def restore(run: str | Path, say: Callable[[str], object] = warnings.warn, *, trust: Trust = False) -> Restored:
     """The policy of the newest checkpoint of a run directory, or of a given checkpoint, on the CPU.
 
     ``say`` is called with a line on each damaged checkpoint that is skipped.  Raises UserError if no undamaged
-    checkpoint exists, or if it does not fit its own configuration.
+    checkpoint exists, if it does not fit its own configuration, or if that names classes from elsewhere than pgsuite,
+    this user has not trained it, and ``trust`` does not name them.
     """
     path, state = checkpoint.newest(Path(run), say)
+    source = source_of(path, state, trust)
     try:
-        config, settings = state["config"], parse_run_config(state["config"])
-        observation_space, action_space = (of_data(state["spaces"][key]) for key in ("observation", "action"))
-        interface = Interface(observation_space, action_space)
-        generator = seeding.generator(settings.seed, "networks")
-        policy = build_policy(tensor_space(observation_space), action_space, settings, generator)
-        policy.load_state_dict(state["algorithm"]["policy"])
-        return Restored(path, config, int(state["steps"]), interface, policy.requires_grad_(False).eval())
+        with within(source):
+            return _restore(path, state, source)
     except KeyError as error:
         raise UserError(f"{path} lacks {error}: it is no checkpoint of a run of this version") from error
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit the networks of its own configuration: {reason}") from error
+
+
+def _restore(path: Path, state: dict[str, Any], source: Source) -> Restored:
+    # What watched the training is not needed to act, so it is not even built.
+    config = state["config"] | {"callbacks": {}, "loggers": {}}
+    settings = parse_run_config(config)
+    observation_space, action_space = (of_data(state["spaces"][key]) for key in ("observation", "action"))
+    interface = Interface(observation_space, action_space)
+    generator = seeding.generator(settings.seed, "networks")
+    policy = build_policy(tensor_space(observation_space), action_space, settings, generator)
+    policy.load_state_dict(state["algorithm"]["policy"])
+    return Restored(path, config, int(state["steps"]), interface, policy.requires_grad_(False).eval(), source)
 
 
 class Actor:

@@ -6,15 +6,18 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from pgsuite import settings
 from pgsuite.app.build import build, instantiate, parse_run_config, to_dict
 from pgsuite.errors import UserError
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 from pgsuite.training.recovery import BUNDLE, find_nonfinite, nonfinite_parameters
+from pgsuite.trust import Trust, source_of, within
 from pgsuite.types import Rollout
 
 
@@ -23,8 +26,10 @@ class Replaying:
     """The settings of a replay."""
 
     crash: str = ""  # a crash.pt, or the run directory that contains it
+    trust: Trust = False  # classes from outside pgsuite that a bundle of somebody else's may name; true for any
 
     def __post_init__(self) -> None:
+        settings.check(self, label="")
         if not self.crash:
             raise ValueError("crash must be a crash bundle, such as crash=runs/ppo-HalfCheetah/.../crash.pt")
 
@@ -35,12 +40,22 @@ def replay(cfg: DictConfig) -> None:
     Raises UserError.
     """
     wanted: Replaying = instantiate(to_dict(cfg), "the replay")
-    given, say = Path(wanted.crash), console().print
+    given = Path(wanted.crash)
     bundle = checkpoint.load(given / BUNDLE if given.is_dir() else given)
     if "rollout" not in bundle:
         raise UserError(f"{given} is no crash bundle: a run writes one, {BUNDLE}, when it has to give up")
+    try:
+        with within(source_of(given, bundle, wanted.trust)):
+            _replay(bundle)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{given} does not fit the run that it says it is of: {reason}") from error
+
+
+def _replay(bundle: dict[str, Any]) -> None:
+    say = console().print
     # Compiled operations could not be located in the source.
-    trainer = build(parse_run_config(bundle["config"] | {"execution": "eager"}))
+    trainer = build(parse_run_config(bundle["config"] | {"execution": "eager", "callbacks": {}, "loggers": {}}))
     algorithm, env = trainer.algorithm, trainer.collector.env
     say(f"seed {bundle['config']['seed']}, at {bundle['steps']:,} steps: {bundle['why']}")
     algorithm.load_state_dict(bundle["state"]["algorithm"])

@@ -21,9 +21,10 @@ from pgsuite.settings import INCIDENTAL
 from pgsuite.training import checkpoint
 from pgsuite.training.run_lock import RunLock
 from pgsuite.training.trainer import Level, Trainer, slots
+from pgsuite.trust import Source, source_of, strings
 
 # Settings that may change when a run is resumed.
-FREE = ("total_steps", *(name for name in INCIDENTAL if name != "resume"), "device")
+FREE = ("total_steps", *(name for name in INCIDENTAL if name not in ("resume", "trust")), "device")
 MEANING: dict[Level, str] = {
     "exact": "as if it had never stopped",
     "episode": "its environments cannot be saved and begin new episodes",
@@ -38,6 +39,7 @@ class ResumePoint:
     folder: Path
     config: dict[str, Any]  # the run's own, with permitted changes; plain, so that it can be sent to other processes
     state: dict[str, Any]
+    source: Source | None  # None for settings of this command line
 
     @property
     def steps(self) -> int:
@@ -93,7 +95,7 @@ def named(config: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable
     own, choices = OmegaConf.create(state["config"]), hydra.runtime.choices
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
         key = override.key_or_group
-        if key == "resume":
+        if key in ("resume", "trust"):
             continue
         if key in choices:
             same, new = choices[key] == state["choices"].get(key), choices[key]
@@ -105,7 +107,8 @@ def named(config: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable
         if not same:
             OmegaConf.update(own, key, new)
     assert isinstance(own, DictConfig)
-    return ResumePoint(checkpoint.run_of(path), to_dict(own), state)
+    source = source_of(path, state, config["trust"], strings(config))
+    return ResumePoint(checkpoint.run_of(path), to_dict(own), state, source)
 
 
 def _fixed(override: Override) -> str:
@@ -141,7 +144,7 @@ def newest_like(
         except (UserError, OSError):
             lock.release()
             continue  # it has no checkpoint to resume from
-        return ResumePoint(path.parent, same, state)
+        return ResumePoint(path.parent, same, state, None)
     return None
 
 

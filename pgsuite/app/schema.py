@@ -35,12 +35,12 @@ from pgsuite.settings import (
     TorchThreads,
     WorldThreads,
     closest,
-    imported,
     number,
     plain,
 )
 from pgsuite.training.callbacks import Checkpoint, Evaluation
 from pgsuite.training.loggers import Wandb
+from pgsuite.trust import Trust, imported
 
 GROUP = "schema/"
 
@@ -89,6 +89,7 @@ class Run:
     clip_reward: Positive | None = 10.0  # scaled rewards are clipped to +- this; null does not clip
     whiten_reward: bool = False  # divide the rewards of each rollout by their standard deviation instead
     resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
+    trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)
@@ -106,13 +107,14 @@ class Run:
         settings.check(self, label="")
 
 
-def locate(path: str) -> type:
-    """The dataclass at a dotted path.  Raises UserError if there is none."""
+def locate(path: str, where: str = "a setting") -> type:
+    """The dataclass at a dotted path, which the setting ``where`` names.  Raises UserError if there is none that
+    is trusted."""
     module_name, _, name = str(path).rpartition(".")
     if not module_name.strip("."):
         raise UserError(f"{path!r} is no dotted path of a class, such as pgsuite.algorithms.PPO")
     try:
-        module = imported(module_name)
+        module = imported(module_name, name, where)
     except ImportError as error:
         raise UserError(f"cannot import {module_name!r}, which a configuration names: {error}") from error
     cls = getattr(module, name, None)
@@ -151,7 +153,7 @@ def schema(cls: type) -> type:
     hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
     for f in filter(lambda f: f.init and not f.name.endswith("_") and f.name not in unused, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
-        if is_component(hint):
+        if is_component(hint) or hint == Trust:
             options.append((f.name, Any, field(default=f.default)))
         elif hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))

@@ -37,6 +37,7 @@ from pgsuite.training.run_dir import RunDir
 from pgsuite.training.run_lock import CONFIG, RunLock
 from pgsuite.training.trainer import Callback, Trainer
 from pgsuite.training.video import Gif
+from pgsuite.trust import adopt, sign, within
 
 
 @dataclass
@@ -81,7 +82,8 @@ def run(
     """
     made, lock = Path(hydra.runtime.output_dir), RunLock()
     try:
-        return _run(cfg, hydra, lock, resume_with, callbacks)
+        with within():
+            return _run(cfg, hydra, lock, resume_with, callbacks)
     finally:
         made_here = (lock.folder or made, made, *made.parents[:2]) if distributed.rank() == 0 else ()
         lock.release()
@@ -109,6 +111,8 @@ def _run(
     settings = parse_run_config(config)
     before = find_run_to_resume(config, hydra, lock, say)
     if before is not None:
+        if before.source is not None:
+            adopt(before.source)
         folder, config, settings = before.folder, before.config, parse_run_config(before.config)
         if before.steps >= settings.total_steps and distributed.broadcast(finished(folder)):
             say(f"{short(folder)} has made all its {before.steps:,} steps; a greater total_steps would go on")
@@ -124,7 +128,8 @@ def _run(
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
-    facts = {"config": config | {"resume": None}, "choices": choices, "versions": versions()}
+    config |= {"resume": None, "trust": False}  # which are of this call
+    facts = {"config": config, "signature": sign(config), "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
     there = set(folder.iterdir()) if folder.is_dir() else set()
     try:

@@ -6,16 +6,18 @@ import inspect
 from operator import attrgetter
 from typing import Any
 
-from pgsuite.settings import closest, imported
+from pgsuite.settings import closest
+from pgsuite.trust import imported
 
 
 def find(path: str, setting: str) -> Any:
-    """The object at the path package:name, the value of a setting.  Raises ValueError if it does not exist."""
+    """The object at the path package:name, the value of a setting.  Raises ValueError if it does not exist, and
+    UserError if it is not trusted."""
     package, _, name = path.partition(":")
     if not (package and name):
         raise ValueError(f"{setting} must be something in a package, such as my_package:name, got {path!r}")
     try:
-        module = imported(package)
+        module = imported(package, name, setting, ":")
     except ImportError as error:
         raise ValueError(f"{setting}={path} cannot be imported: {error}") from error
     try:

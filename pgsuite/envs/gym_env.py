@@ -19,7 +19,8 @@ from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig
 from pgsuite.envs.spaces import native_action, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
 from pgsuite.errors import install
-from pgsuite.settings import Count, Natural, closest, imported
+from pgsuite.settings import Count, Natural, closest
+from pgsuite.trust import imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 
@@ -51,7 +52,7 @@ class Gym(VectorEnvConfig):
         """Make the vector environment.  Raises ValueError for an unknown id, or if gymnasium fails to make it."""
         if self.import_ is not None:
             try:
-                imported(self.import_)
+                imported(self.import_, where="env.import")
             except ImportError as error:
                 remedy = f": {install('atari')}" if self.import_ == "ale_py" else ""
                 raise ValueError(f"env.import={self.import_} cannot be imported: {error}{remedy}") from error
@@ -59,6 +60,8 @@ class Gym(VectorEnvConfig):
         if ":" not in self.id and self.id not in known:
             raise ValueError(f"gymnasium has no environment {self.id!r}; {closest(self.id, known)}")
         try:
+            if ":" in self.id:
+                imported(self.id.partition(":")[0], where="env.id")  # as gymnasium would, without asking whose it is
             if self.native:
                 limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
                 return gymnasium.make_vec(self.id, num_envs, "vector_entry_point", **limit, **self.options)

@@ -27,6 +27,7 @@ from pgsuite.files import replacing
 from pgsuite.settings import Natural, Positive
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
+from pgsuite.trust import Trust
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-5  # of every output: absolute, relative for values above one
@@ -43,6 +44,7 @@ class Export:
     format: Literal["onnx", "torch"] = "onnx"  # an ONNX graph, or a torch.export program
     to: str | None = None  # file to write; null takes policy.onnx or policy.pt2 in the run directory
     seed: Natural = 0  # of the random observations on which the file is tested
+    trust: Trust = False  # classes from outside pgsuite that a run of somebody else's may name; true for any
     tolerance: Positive = TOLERANCE  # largest permitted difference between outputs of the file and of the policy
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ def export(cfg: DictConfig) -> None:
     needed = ("onnx", "onnxscript", "onnxruntime") if wanted.format == "onnx" else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"format=onnx needs {', '.join(missing)}: {install('onnx')}, or take format=torch")
-    restored = restore(wanted.run)
+    restored = restore(wanted.run, trust=wanted.trust)
     folder = checkpoint.run_of(restored.path)
     path = Path(wanted.to) if wanted.to is not None else folder / f"policy{SUFFIXES[wanted.format]}"
     if path.suffix != SUFFIXES[wanted.format]:

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import gelu
 
 from pgsuite.nn.layers import linear
+from pgsuite.trust import check_archive
 from pgsuite.types import HiddenState
 
 SEEN = "seen"  # [N, S] bool, real tokens of the cache, which are attended to
@@ -148,6 +149,7 @@ class LanguageModel(nn.Module):
     def load(cls, path: Path) -> LanguageModel:
         """Load a file of ``save``, without executing code.  Raises ValueError for any other file."""
         try:
+            check_archive(path)
             found = torch.load(path, map_location="cpu", weights_only=True)
             model = cls(Transformer(**found["model"]))
             model.load_state_dict(found["state"])

@@ -136,7 +136,7 @@ class PretrainedTokens:
             from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(f"env.tokens={path} is of transformers: {install('rlhf')}") from error
-        self.inner: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.inner: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if self.inner.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no stop token (eos_token)")
         self.stop = self.inner.eos_token_id

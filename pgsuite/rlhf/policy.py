@@ -193,7 +193,9 @@ def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
     except ImportError as error:
         raise ValueError(f"{path} is a model of transformers: {install('rlhf')}") from error
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation="eager")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager"
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no causal language model of transformers: {error}") from error
     return Pretrained(model.eval()), model.get_output_embeddings()

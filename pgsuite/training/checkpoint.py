@@ -18,6 +18,7 @@ import torch
 
 from pgsuite.errors import UserError
 from pgsuite.files import replacing
+from pgsuite.trust import check_archive, check_settings
 
 FORMAT = 2
 FOLDER = "checkpoints"
@@ -60,14 +61,20 @@ def load(path: Path) -> dict[str, Any]:
                 f"{path} is no checkpoint of this suite, or it was altered, damaged or cut short: it does not end in "
                 "the checksum of what it holds; use an earlier one of the same run"
             )
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, numbers and words, so it is refused unopened") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whoever seals a file can have anything raised while it is read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read {path} ({reason}); use an earlier one of the same run") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of format {FORMAT}")
+    if not isinstance(config := state.get("config", {}), dict):
+        raise UserError(f"{path} holds no settings by name, but {type(config).__name__}")
+    check_settings(config, path)
     return state
 
 
