@@ -217,6 +217,13 @@ def test_what_gymnasium_does_not_have_is_said() -> None:
             make(Gym(**arguments), 2)
 
 
+@pytest.mark.parametrize("way", [{}, {"native": True}, {"workers": 1}], ids=str)
+def test_the_registered_time_limit_is_taken(way: dict[str, Any]) -> None:
+    env = make(Gym(id="CartPole-v1", **way), 2)
+    assert env.max_episode_steps == 500
+    EpisodeCollector(env, 500)  # which refuses environments without a time limit
+
+
 def test_an_environment_without_a_time_limit_is_no_place_for_whole_episodes() -> None:
     env = make(Gym(id="Faulty-v0", import_="test_gym_env"), 2)
     with pytest.raises(ValueError, match=r"Faulty-v0 has none: give env\.max_episode_steps"):

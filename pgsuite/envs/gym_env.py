@@ -44,7 +44,7 @@ class Gym(VectorEnvConfig):
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> GymEnv:
         vec = self.vectorize(num_envs)
-        limit = self.max_episode_steps or (vec.spec.max_episode_steps if vec.spec else None)
+        limit = self.max_episode_steps or time_limit(vec)
         return GymEnv(vec, name=self.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
 
     def vectorize(self, num_envs: int) -> VectorEnv:
@@ -68,6 +68,14 @@ class Gym(VectorEnvConfig):
             return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
             raise ValueError(f"gymnasium cannot make {self.id}: {error}") from error
+
+
+def time_limit(vec: VectorEnv) -> int | None:
+    """The time limit of a vector environment's episodes, as registered or set by a wrapper; None if there is none."""
+    if isinstance(vec, Workers):
+        return vec.max_episode_steps
+    spec = vec.envs[0].spec if isinstance(vec, SyncVectorEnv) else vec.spec  # a SyncVectorEnv has no spec of its own
+    return spec.max_episode_steps if spec is not None else None
 
 
 @dataclass

@@ -41,7 +41,8 @@ class Workers(VectorEnv[Any, Any, Any]):
             self.pipes.append(ours)
             self.processes.append(process)
         self.closed = False
-        self.single_observation_space, self.single_action_space, self.spec = self.ask([("describe",)] * workers)[0]
+        described = self.ask([("describe",)] * workers)[0]
+        self.single_observation_space, self.single_action_space, self.max_episode_steps = described
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
@@ -127,7 +128,9 @@ def work(pipe: Connection, makers: Sequence[Maker]) -> None:
 
 def answer(env: SyncVectorEnv, request: str, *arguments: Any) -> Any:
     if request == "describe":
-        return env.single_observation_space, env.single_action_space, env.envs[0].spec
+        spec = env.envs[0].spec
+        limit = None if spec is None else spec.max_episode_steps
+        return env.single_observation_space, env.single_action_space, limit
     if request == "reset":
         return env.reset(seed=arguments[0], options=arguments[1])[0]
     obs, reward, terminated, truncated, info = env.step(batch(env, arguments[0]))
