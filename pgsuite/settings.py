@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pgsuite.errors import place, reason
+
 
 @dataclass(frozen=True)
 class Range:
@@ -141,10 +143,15 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def imported(name: str) -> types.ModuleType:
-    """A module by its full name.  Raises ImportError if there is none."""
+    """A module by its full name.  Raises ImportError if there is none, and in place of whatever its code raises, with
+    the user's file and line."""
     if not name or name.startswith("."):
         raise ImportError(f"{name!r} is no full name of a module")
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        words = str(error) if isinstance(error, ImportError) else reason(error)
+        raise ImportError(f"{place(error)}{words}") from error
 
 
 def closest(word: str, options: Iterable[str]) -> str:

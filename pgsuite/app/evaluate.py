@@ -83,7 +83,7 @@ def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
     if film and locate(run.env["_target_"]) is Gym and not run.env["native"]:
         run = replace(run, env=run.env | {"workers": 0})  # rendering takes place in this process
         first: Any = build_env(run, 1, cpu)
-        if "rgb_array" in first.vec.metadata.get("render_modes", ()):
+        if "rgb_array" in (first.vec.metadata.get("render_modes") or ()):
             run = replace(run, env=run.env | {"options": run.env["options"] | {"render_mode": "rgb_array"}})
     return build_env(run, episodes, cpu)
 

@@ -6,6 +6,7 @@ import inspect
 from operator import attrgetter
 from typing import Any
 
+from pgsuite.errors import UserError, place, reason
 from pgsuite.settings import closest, imported
 
 
@@ -26,11 +27,17 @@ def find(path: str, setting: str) -> Any:
 
 
 def make(path: str, setting: str, /, *args: Any, **options: Any) -> Any:
-    """Call the object at the path package:name.  Raises ValueError if it does not accept the arguments."""
+    """Call the object at the path package:name.  Raises ValueError if it does not accept the arguments, and in place of
+    exceptions other than UserError and ValueError."""
     maker = find(path, setting)
     try:
         inspect.signature(maker).bind(*args, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join((*map(repr, args), *options))
         raise ValueError(f"{setting}={path} cannot be called with {given or 'nothing'}: {error}") from error
-    return maker(*args, **options)
+    try:
+        return maker(*args, **options)
+    except (UserError, ValueError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{place(error)}{setting}={path} failed: {reason(error)}") from error

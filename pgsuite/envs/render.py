@@ -7,10 +7,11 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,17 @@ def camera(env: VectorEnv) -> Camera:
             first = env.vec.envs[0]
             if hasattr(first.unwrapped, "mujoco_renderer"):
                 choose_gl()
-            return Camera(lambda: drawn(env.name, first.render), first.metadata.get("render_fps", 30))
+            return Camera(lambda: drawn(env.name, first.render), fps_of(first.metadata, 30))
         shape = env.observation_space.shape or ()
         if len(shape) == 3:
-            return Camera(lambda: picture(env.last[0].cpu().numpy()), env.vec.metadata.get("render_fps", 15))
+            return Camera(lambda: picture(env.last[0].cpu().numpy()), fps_of(env.vec.metadata, 15))
     raise ValueError(f"{env.name} cannot be drawn: it neither renders rgb_array in this process nor observes images")
+
+
+def fps_of(metadata: Mapping[str, Any], default: float) -> float:
+    """The frames per second that an environment declares, or the default where it declares none that can be."""
+    fps = metadata.get("render_fps")
+    return fps if isinstance(fps, int | float) and 0 < fps < math.inf else default
 
 
 def picture(image: np.ndarray) -> np.ndarray:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
+from pgsuite.envs.base import VectorEnvConfig, broken_env
 from pgsuite.envs.dotted import make
 from pgsuite.envs.spaces import first_action, tensor_space, tensors, to_device
 from pgsuite.settings import Count
@@ -105,14 +103,14 @@ class TorchNativeEnv:
 
     def reset(self) -> Obs:
         seed, self.seed = self.seed, None  # for the first reset only; later ones continue the environments' generators
-        with self._named("failed to reset:"):
+        with broken_env(f"{self.name} failed to reset:"):
             obs, _ = self.env.reset(seed=seed)
             self.last = self._obs(obs)
         return self.last
 
     def step(self, action: Tensor) -> Step:
         self.steps += 1
-        with self._named(f"at its step {self.steps} raised"):
+        with broken_env(f"{self.name} at its step {self.steps} raised"):
             obs, reward, terminated, truncated, info = self.env.step(self._action(action))
             new, reward = self._obs(obs), self._cells(reward, self.dtype)
             terminated, truncated = self._cells(terminated, torch.bool), self._cells(truncated, torch.bool)
@@ -153,13 +151,6 @@ class TorchNativeEnv:
     def _cells(self, x: Any, dtype: torch.dtype) -> Tensor:
         """[N] in new memory."""
         return torch.as_tensor(x).reshape(self.num_envs).to(self.device, dtype, copy=True)
-
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise BrokenEnvError(f"{self.name} {what} {type(error).__name__}: {error}") from error
 
     @property
     def is_resumable(self) -> bool:
