@@ -160,13 +160,19 @@ def train(
 
 
 def evaluate(
-    run: str | Path | Run, episodes: int = 20, *, deterministic: bool = True, seed: int = 0, video: str | None = None
+    run: str | Path | Run,
+    episodes: int = 20,
+    *,
+    deterministic: bool = True,
+    seed: int = 0,
+    video: str | None = None,
+    max_steps: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or a given checkpoint, on whole episodes on the CPU.
 
     Returns the contents of evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes], ``lengths``
-    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  Raises
-    UserError.
+    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  max_steps:
+    steps after which an episode is cut; None takes its time limit, or without one 30,000.  Raises UserError.
     """
     path = run.folder if isinstance(run, Run) else run
     threads = torch.get_num_threads()
@@ -174,7 +180,12 @@ def evaluate(
     def work() -> dict[str, Any]:
         try:
             wanted = EvaluateConfig(
-                run=str(path), episodes=episodes, deterministic=deterministic, seed=seed, video=video
+                run=str(path),
+                episodes=episodes,
+                max_steps=max_steps,
+                deterministic=deterministic,
+                seed=seed,
+                video=video,
             )
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -21,12 +21,10 @@ from pgsuite.envs import Gym, VectorEnv
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Count, Natural
 from pgsuite.training import checkpoint
-from pgsuite.training.callbacks import console
+from pgsuite.training.callbacks import EvaluationStoppedError, Evaluator, console
 from pgsuite.training.video import Gif, log_gif, open_camera, record_video
 
-Evaluator = Callable[
-    [Policy, int, bool], dict[str, float]
-]  # policy, training steps, whether to record a video -> metrics
+UNLIMITED = 30_000  # steps of an episode that no time limit ends, after which it is cut
 
 
 @dataclass(kw_only=True)
@@ -35,6 +33,7 @@ class EvaluateConfig:
 
     run: str = ""  # a run directory, or one checkpoint of it
     episodes: Count = 20  # whole episodes, one in each of as many environments
+    max_steps: Count | None = None  # steps after which an episode is cut; null is its time limit, or without one 30,000
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
@@ -45,6 +44,21 @@ class EvaluateConfig:
             raise ValueError("run must be a run directory, such as run=runs/ppo-HalfCheetah/...")
 
 
+class Played(NamedTuple):
+    """Episodes, one of each environment."""
+
+    returns: torch.Tensor  # [N]
+    lengths: torch.Tensor  # [N]
+    cut: int  # number of episodes that had not ended after ``limit`` steps
+    limit: int
+
+    def said(self) -> str:
+        """What was cut, in words; empty if nothing was."""
+        if not self.cut:
+            return ""
+        return f"{self.cut} of {len(self.returns)} episodes cut at {self.limit:,} steps (max_steps)"
+
+
 @torch.no_grad()
 def play(
     policy: Policy,
@@ -52,18 +66,25 @@ def play(
     generator: torch.Generator,
     *,
     deterministic: bool,
+    max_steps: int | None = None,
     watch: Callable[[], None] = lambda: None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return and length, each [N], of one whole episode in every environment.
+    stop: Callable[[], bool] = lambda: False,
+) -> Played:
+    """Play one whole episode in every environment, or ``max_steps`` of its steps; None takes the time limit, or
+    ``UNLIMITED`` without one.
 
     The first N episodes to finish would be a sample biased towards short ones.  ``watch`` is called before each step
-    of the first environment's episode.
+    of the first environment's episode.  Raises EvaluationStoppedError once ``stop()`` is true.
     """
     obs, hidden_state = env.reset(), policy.initial_state(env.num_envs)
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
-    lengths = torch.zeros_like(returns)
-    while bool(live.any()):
+    lengths, limit = torch.zeros_like(returns), max_steps or env.max_episode_steps or UNLIMITED
+    for _ in range(limit):
+        if not bool(live.any()):
+            break
+        if stop():
+            raise EvaluationStoppedError
         if bool(live[0]):
             watch()
         choice = policy.act(obs, hidden_state, start, generator, deterministic=deterministic)
@@ -73,7 +94,7 @@ def play(
         start = step.done
         live = live & ~start
         obs, hidden_state = step.obs, choice.hidden_state
-    return returns, lengths
+    return Played(returns, lengths, int(live.sum()), limit)
 
 
 def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
@@ -88,9 +109,9 @@ def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
     return build_env(run, episodes, cpu)
 
 
-def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> Evaluator:
-    """The evaluator of a run during training.  Raises UserError, before any step, if the environments cannot be made or
-    not be rendered."""
+def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None], say: Callable[[str], object]) -> Evaluator:
+    """The evaluator of a run during training; ``say`` is called with a line on episodes that were cut.  Raises
+    UserError, before any step, if the environments cannot be made or not be rendered."""
     wanted, stream = run.evaluation, "evaluation"
     own = replace(run, seed=seeding.number(run.seed, stream))
 
@@ -102,17 +123,21 @@ def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None]) -> 
             folder.mkdir(exist_ok=True)
         open_camera(make_eval_env(own, 1, film=True), place(0))
 
-    def play_both(policy: Policy, steps: int, film: bool) -> dict[str, float]:
+    def play_both(policy: Policy, steps: int, film: bool, stop: Callable[[], bool]) -> dict[str, float]:
         env, generator = make_eval_env(own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
         policy, found = policy.to(env.device), {}
         for prefix, deterministic in (("", True), ("stochastic_", False)):
             shot = record_video(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
             with shot as watch:
-                returns, lengths = play(policy, env, generator, deterministic=deterministic, watch=watch)
+                modes = {"deterministic": deterministic, "max_steps": wanted.max_steps}
+                played = play(policy, env, generator, **modes, watch=watch, stop=stop)
+            if played.cut:
+                say(f"evaluation at {steps:,} steps: {played.said()}")
             found |= {
-                f"{prefix}return": float(returns.mean()),
-                f"{prefix}return_std": float(returns.std(correction=0)),
-                f"{prefix}length": float(lengths.mean()),
+                f"{prefix}return": float(played.returns.mean()),
+                f"{prefix}return_std": float(played.returns.std(correction=0)),
+                f"{prefix}length": float(played.lengths.mean()),
+                f"{prefix}cut": float(played.cut),
             }
         return found
 
@@ -150,7 +175,9 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
             log_gif(writer, film, restored.steps)
 
     with record_video(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
-        returns, lengths = play(restored.policy, env, generator, deterministic=wanted.deterministic, watch=watch)
+        modes = {"deterministic": wanted.deterministic, "max_steps": wanted.max_steps}
+        played = play(restored.policy, env, generator, **modes, watch=watch)
+    returns, lengths = played.returns, played.lengths
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {
         "checkpoint": restored.path.name,
@@ -162,16 +189,20 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
         "return_std": std,
         "returns": returns.tolist(),
         "lengths": lengths.tolist(),
+        "cut": played.cut,
         "backend": env.backend,
         "versions": versions(),
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     how = "deterministic" if wanted.deterministic else "stochastic"
-    return result, (
-        f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes | "
-        f"{float(lengths.mean()):,.1f} steps each | "
-        f"{env.description} | checkpoint at {restored.steps:,} steps"
-    )
+    words = [
+        f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes",
+        f"{float(lengths.mean()):,.1f} steps each",
+        played.said(),
+        env.description,
+        f"checkpoint at {restored.steps:,} steps",
+    ]
+    return result, " | ".join(filter(None, words))
 
 
 def main() -> None:

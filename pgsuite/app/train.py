@@ -220,7 +220,8 @@ def recorders(
             for logger in logs:
                 logger.log_video(film, steps)
 
-        play = make_evaluator(run, folder / "videos", show)
+        say = partial(console.print, highlight=False, markup=False)
+        play = make_evaluator(run, folder / "videos", show, say)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
         parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
     for name, callback in run.callbacks.items():
