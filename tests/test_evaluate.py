@@ -76,3 +76,12 @@ def test_a_signal_is_answered_during_an_evaluation(command: Cli) -> None:  # noq
     assert code == 128 + signal.SIGTERM and "SIGTERM at 128 steps, saved" in out, err
     assert len(calls) == 1 and "cut at" not in out
     assert (command.folder / "run" / "checkpoints" / "000000000128.pt").is_file()
+
+
+def test_wrappers_of_a_run_are_those_of_its_evaluation(command: Cli) -> None:  # noqa: F811
+    wrappers = "env.wrappers=[{gymnasium.wrappers.FilterObservation: {filter_keys: [at]}},test_gym_env.Doubled]"
+    own = ["env=gym", "env.id=Mission-v0", "env.import=test_gym_env", wrappers, *TINY, "hydra.run.dir=run"]
+    code, _, err = command("train", *own, "env.max_episode_steps=9")
+    assert code == 0, err
+    code, out, err = command("evaluate", "run=run", "episodes=2")
+    assert code == 0 and "return 18.0 +- 0.0" in out, err

@@ -151,7 +151,9 @@ def schema(cls: type) -> type:
     hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
     for f in filter(lambda f: f.init and not f.name.endswith("_") and f.name not in unused, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
-        if is_component(hint):
+        if get_origin(hint) is list and is_component(get_args(hint)[0]):
+            options.append((f.name, list[Any], field(default_factory=list)))
+        elif is_component(hint):
             options.append((f.name, Any, field(default=f.default)))
         elif hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))

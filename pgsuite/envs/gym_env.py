@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from pgsuite import seeding, settings
+from pgsuite.components import Component, make_component
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig, broken_env
 from pgsuite.envs.spaces import mismatch, native_action, shown, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
@@ -42,11 +46,16 @@ class Gym(VectorEnvConfig):
     action_mask: bool = False  # the environment's info has a mask of allowed discrete actions
     max_episode_steps: Count | None = None  # time limit; null takes the registered one
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
+    wrappers: list[Component] = field(
+        default_factory=list
+    )  # dotted paths, or {path: {option: value}}; inner ones first
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
         if not self.id:
             raise ValueError("env.id must name an environment, such as env.id=LunarLander-v3")
+        if self.native and self.wrappers:
+            raise ValueError("env.wrappers are for single environments, and env.native=true makes none: leave one out")
         if self.timeout is not None and not self.workers:
             raise ValueError("env.timeout needs env.workers=1 or more: what hangs in this process cannot be ended")
 
@@ -77,6 +86,7 @@ class Gym(VectorEnvConfig):
     def register(self) -> None:
         """Import the packages that register the environment.  Raises ValueError if that fails."""
         for name in filter(None, (self.import_, self.id.rpartition(":")[0])):
+            look_here(name)
             try:
                 imported(name)
             except ImportError as error:
@@ -89,6 +99,17 @@ class Gym(VectorEnvConfig):
         words = " ".join(str(error).split()) if isinstance(error, gymnasium.error.Error) else reason(error)
         options = f", with env.options {given}" if given else ""
         return f"{place(error)}gymnasium cannot make {self.id}: {words}{options}"
+
+
+def look_here(name: str) -> None:
+    """Let a module be imported that is a file or a package in the working directory, unless another has its name."""
+    top = name.partition(".")[0]
+    with suppress(ImportError, ValueError):  # of names that are none
+        if importlib.util.find_spec(top) is not None:
+            return
+    here = Path.cwd()
+    if here.joinpath(f"{top}.py").is_file() or here.joinpath(top, "__init__.py").is_file():
+        sys.path.append(str(here))
 
 
 def time_limit(vec: VectorEnv) -> int | None:
@@ -114,10 +135,26 @@ class Maker:
             env = gymnasium.make(
                 gym.id, max_episode_steps=gym.max_episode_steps, disable_env_checker=True, **gym.options
             )
-            env = MaskInObservation(env) if gym.action_mask else env
         except (Exception, SystemExit) as error:
             raise BrokenEnvError(gym.unmade(error)) from error
+        for choice in gym.wrappers:
+            env = wrapped(env, choice)
+        env = MaskInObservation(env) if gym.action_mask else env
         return Watch(env, f"{gym.id} (environment {self.index})")
+
+
+def wrapped(env: gymnasium.Env[Any, Any], choice: Component) -> gymnasium.Env[Any, Any]:
+    """The environment in a wrapper, given by its dotted path or as {path: {option: value}}.  Raises BrokenEnvError if
+    there is none, or it does not take the environment or the options."""
+    path, options = (*choice.items(),)[0] if isinstance(choice, dict) and len(choice) == 1 else (choice, None)
+    if not (isinstance(path, str) and isinstance(options, dict | None)):
+        raise BrokenEnvError(f"env.wrappers must each be a dotted path or {{path: {{option: value}}}}, got {choice}")
+    try:
+        return make_component({"_target_": path, **(options or {})}, {}, gymnasium.Wrapper, "env.wrappers", env)
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())
+        own = isinstance(error, ValueError) and "env.wrappers" in words  # not of the wrapper's constructor
+        raise BrokenEnvError(words if own else f"{place(error)}env.wrappers={path}: {reason(error)}") from error
 
 
 class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):

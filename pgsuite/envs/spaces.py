@@ -34,9 +34,10 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     public, apart = split(space)
     for path, leaf, _ in leaves(public):
         if not isinstance(leaf, FIXED):
+            where = f"the entry {path!r} of the observations, {leaf}, has" if path else f"observations {leaf} have"
             raise ValueError(
-                f"observations {leaf} have no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries "
-                "and tuples of them have"
+                f"{where} no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries and tuples of "
+                f"them have{_remedy(space)}"
             )
         if is_image(leaf):
             shape = channels_first(torch.empty(1, *(leaf.shape or ()))).shape[1:]
@@ -58,6 +59,14 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
         shape = tensor_space(part)
         parts[key] = shape if key == PRIVILEGED else spaces.MultiBinary(math.prod(shape.shape or ()))
     return spaces.Dict(parts) if len(parts) > 1 else next(iter(parts.values()))  # pyright: ignore[reportReturnType]
+
+
+def _remedy(space: spaces.Space[Any]) -> str:
+    """How to leave out the entries without a fixed size, in words; empty if nothing would remain."""
+    parts = space.items() if isinstance(space, spaces.Dict) else []
+    fixed = [key for key, part in parts if all(isinstance(leaf, FIXED) for _, leaf, _ in leaves(part))]
+    wrapper = f"{{gymnasium.wrappers.FilterObservation: {{filter_keys: [{', '.join(fixed)}]}}}}"
+    return f"; env.wrappers=[{wrapper}] leaves such entries out" if fixed else ""
 
 
 def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
