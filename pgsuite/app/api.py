@@ -167,12 +167,14 @@ def evaluate(
     seed: int = 0,
     video: str | None = None,
     max_steps: int | None = None,
+    env: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or a given checkpoint, on whole episodes on the CPU.
 
     Returns the contents of evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes], ``lengths``
     [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  max_steps:
-    steps after which an episode is cut; None takes its time limit, or without one 30,000.  Raises UserError.
+    steps after which an episode is cut; None takes its time limit, or without one 30,000.  env: settings of the
+    environment other than the run's, nested, as in ``{"options": {"size": 5}}``.  Raises UserError.
     """
     path = run.folder if isinstance(run, Run) else run
     threads = torch.get_num_threads()
@@ -186,6 +188,7 @@ def evaluate(
                 deterministic=deterministic,
                 seed=seed,
                 video=video,
+                env=env or {},
             )
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -6,11 +6,12 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from gymnasium import spaces
 from omegaconf import DictConfig
 
 from pgsuite import seeding, settings
@@ -18,6 +19,7 @@ from pgsuite.app.build import build_env, instantiate, parse_run_config, to_dict,
 from pgsuite.app.policy_io import restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
+from pgsuite.errors import UserError
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Count, Natural
 from pgsuite.training import checkpoint
@@ -37,6 +39,9 @@ class EvaluateConfig:
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
+    env: dict[str, Any] = field(
+        default_factory=dict
+    )  # settings of the environment other than the run's: env.options.x=5
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
@@ -144,6 +149,21 @@ def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None], say
     return play_both
 
 
+def merged(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings, with others in their place, at any depth."""
+    both = {
+        key: merged(own[key], x) for key, x in given.items() if isinstance(x, dict) and isinstance(own.get(key), dict)
+    }
+    return own | given | both
+
+
+def numbers(space: spaces.Space[Any]) -> Any:
+    """What the networks of a policy depend on in a space: not its bounds."""
+    if isinstance(space, spaces.Dict):
+        return {key: numbers(part) for key, part in space.items()}
+    return type(space), space.shape, str(getattr(space, "n", None)), str(getattr(space, "nvec", None))
+
+
 def unseen() -> nullcontext[Callable[[], None]]:
     return nullcontext(lambda: None)
 
@@ -162,9 +182,14 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
     ``say`` is called with a line on each damaged checkpoint that is skipped.  Raises UserError.
     """
     restored = restore(wanted.run, say)
-    run = replace(parse_run_config(restored.config), seed=wanted.seed)
+    run = parse_run_config(restored.config)
+    run = replace(run, seed=wanted.seed, env=merged(run.env, wanted.env))
     torch.set_num_threads(int(run.torch_threads))
     env = make_eval_env(run, wanted.episodes, film=wanted.video is not None)
+    trained = {"observations": restored.policy.obs_norm.space, "actions": restored.interface.action_space}
+    for name, here in (("observations", env.observation_space), ("actions", env.action_space)):
+        if numbers(here) != numbers(trained[name]):
+            raise UserError(f"{env.name} has {name} {here}, and the policy was trained with {trained[name]}")
     generator = seeding.generator(wanted.seed, "acting")
     folder = checkpoint.run_of(restored.path)
 
@@ -185,6 +210,7 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
         "episodes": wanted.episodes,
         "deterministic": wanted.deterministic,
         "seed": wanted.seed,
+        "env": wanted.env,
         "return_mean": mean,
         "return_std": std,
         "returns": returns.tolist(),

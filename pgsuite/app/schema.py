@@ -89,6 +89,7 @@ class Run:
     clip_reward: Positive | None = 10.0  # scaled rewards are clipped to +- this; null does not clip
     whiten_reward: bool = False  # divide the rewards of each rollout by their standard deviation instead
     resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
+    init: str | None = None  # a run directory or checkpoint, whose policy, critic and statistics the run begins with
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)

@@ -24,6 +24,7 @@ from pgsuite import distributed
 from pgsuite.app import recipes
 from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
 from pgsuite.app.evaluate import make_evaluator
+from pgsuite.app.initialize import initialize
 from pgsuite.app.resume import find_run_to_resume, holds_another, resume_trainer
 from pgsuite.app.schema import Run
 from pgsuite.app.threads import measured
@@ -118,6 +119,8 @@ def _run(
         trainer = build(settings)
     if before is None:
         _refuse_unused(settings, trainer.algorithm, given)
+        if settings.init is not None:
+            initialize(trainer, settings.init, say)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
