@@ -265,6 +265,11 @@ def test_what_cannot_be_drawn_is_said() -> None:
         camera(make(Gym(id="CartPole-v1"), 2))
 
 
+def test_transparency_is_left_out_of_a_picture() -> None:
+    frame = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    assert np.array_equal(drawn("x", lambda: frame), frame[..., :3])
+
+
 def complain() -> None:
     raise KeyError("no paint")
 

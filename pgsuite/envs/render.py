@@ -158,6 +158,8 @@ def drawn(name: str, draw: Callable[[], Any]) -> np.ndarray:
         raise ValueError(f"drawing needs packages that are not here: {REMEDY} ({error})") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be drawn: {type(error).__name__}: {error}") from error
+    if isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 4:
+        frame = frame[..., :3]  # RGBA: a film has no transparency
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
         got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise ValueError(f"{name} cannot be drawn: its render() gives {got} and not bytes [H, W, 3]")

@@ -22,6 +22,7 @@ from torch import Tensor
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Obs, map_obs
 
 VECTOR = "vector"
+LARGEST = 2**20  # numbers of a one-hot vector
 NAMES = torch.nn.ModuleDict()  # whose attributes are names that no part of it may have
 FIXED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 Leaf = tuple[str, spaces.Space[Any], Any]  # path, space, batch of observations
@@ -38,6 +39,11 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
             raise ValueError(
                 f"{where} no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries and tuples of "
                 f"them have{_remedy(space)}"
+            )
+        if (size := one_hot_size(leaf)) > LARGEST:
+            raise ValueError(
+                f"observations {leaf} would become one-hot vectors of {size:,} numbers, {4 * size / 2**20:,.0f} MB "
+                "each: give features of the number in its place, by an observation wrapper (env.wrappers=)"
             )
         if is_image(leaf):
             shape = channels_first(torch.empty(1, *(leaf.shape or ()))).shape[1:]
@@ -191,6 +197,13 @@ def flatten(space: spaces.Space[Any], x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.float()
 
 
+def one_hot_size(space: spaces.Space[Any]) -> int:
+    """The length of the one-hot vector of a discrete space; 0 for other spaces."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    return int(space.nvec.sum()) if isinstance(space, spaces.MultiDiscrete) else 0
+
+
 def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
 
@@ -206,9 +219,14 @@ def first_action(space: spaces.Space[Any]) -> Any:
 
 
 def native_action(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
-    """A policy's actions [N, *A] as elements of the space: clipped to a Box, or offset by a discrete space's start."""
-    x = action.cpu().numpy().astype(space.dtype).reshape(-1, *(space.shape or ()))
-    return x.clip(space.low, space.high) if isinstance(space, spaces.Box) else x + first_action(space)
+    """A policy's actions [N, *A] as elements of the space: clipped to a Box and rounded to its whole numbers, or offset
+    by a discrete space's start."""
+    x = action.cpu().numpy().reshape(-1, *(space.shape or ()))
+    if not isinstance(space, spaces.Box):
+        return x.astype(space.dtype) + first_action(space)
+    if space.dtype.kind in "iu":
+        x = np.rint(x.astype(np.float64))  # float64 holds the bounds of all common types
+    return x.clip(space.low, space.high).astype(space.dtype)
 
 
 def to_data(space: spaces.Space[Any]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ class TorchNativeEnv:
         """The actions for the environments, in new memory."""
         x = action.to(self.lives_on).reshape(self.num_envs, *(self.action_space.shape or ()))
         if self.bounds is not None:
-            return x.to(self.bounds[0].dtype).clamp(*self.bounds)
+            whole = not self.bounds[0].is_floating_point()
+            return (x.round() if whole else x).clamp(*self.bounds).to(self.bounds[0].dtype)
         return x + self.first
 
     def _obs(self, obs: Any) -> Obs:
