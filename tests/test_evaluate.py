@@ -2,6 +2,8 @@
 
 import json
 import signal
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ import torch
 from test_cli import TINY, Cli, command  # noqa: F401
 from toys import PointMass
 
-from pgsuite.app.evaluate import play
+from pgsuite.app.evaluate import Progress, play
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
-from pgsuite.training.callbacks import EvaluationStoppedError
+from pgsuite.training.callbacks import EvaluationStoppedError, ProgressBar
+from pgsuite.training.trainer import Report
 
 ENDLESS = ["env=gym", "env.id=CliffWalking-v1", *TINY, "total_steps=128", "hydra.run.dir=run"]
 
@@ -85,3 +88,21 @@ def test_wrappers_of_a_run_are_those_of_its_evaluation(command: Cli) -> None:  #
     assert code == 0, err
     code, out, err = command("evaluate", "run=run", "episodes=2")
     assert code == 0 and "return 18.0 +- 0.0" in out, err
+
+
+def test_a_long_evaluation_says_how_far_it_is() -> None:
+    policy, env = toy()
+    said: list[str] = []
+    play(policy, env, torch.Generator(), deterministic=True, progress=Progress("filming", said.append, seconds=0.0))
+    assert said[0] == "filming: 0 steps, 2 of 2 episodes under way" and len(said) == 50
+
+
+def test_the_speed_of_a_run_is_that_of_training() -> None:
+    """Not of the evaluations and films between its iterations."""
+    said: list[str] = []
+    bar = ProgressBar(SimpleNamespace(is_terminal=False, is_jupyter=False, print=lambda x, **_: said.append(x)))  # pyright: ignore
+    trainer: Any = SimpleNamespace(steps=0, total_steps=1000, seconds={"total": 5.0})
+    bar.on_start(trainer)
+    trainer.seconds["total"] += 2.0
+    bar.on_iteration(trainer, Report(0, 500, {}, [], [], True))
+    assert said == ["500 steps | 250 steps/s | return none yet | 2 s left"]

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +66,18 @@ class Played(NamedTuple):
         return f"{self.cut} of {len(self.returns)} episodes cut at {self.limit:,} steps (max_steps)"
 
 
+class Progress:
+    """Says every few ``seconds`` how far an evaluation is, which may take long, above all if it is filmed."""
+
+    def __init__(self, what: str, say: Callable[[str], object], seconds: float = 10.0) -> None:
+        self.what, self.say, self.seconds, self.last = what, say, seconds, perf_counter()
+
+    def __call__(self, steps: int, live: torch.Tensor) -> None:
+        if perf_counter() - self.last > self.seconds:
+            self.say(f"{self.what}: {steps:,} steps, {int(live.sum())} of {len(live)} episodes under way")
+            self.last = perf_counter()
+
+
 @torch.no_grad()
 def play(
     policy: Policy,
@@ -74,22 +88,25 @@ def play(
     max_steps: int | None = None,
     watch: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, torch.Tensor], None] = lambda steps, live: None,
 ) -> Played:
     """Play one whole episode in every environment, or ``max_steps`` of its steps; None takes the time limit, or
     ``UNLIMITED`` without one.
 
     The first N episodes to finish would be a sample biased towards short ones.  ``watch`` is called before each step
-    of the first environment's episode.  Raises EvaluationStoppedError once ``stop()`` is true.
+    of the first environment's episode, and ``progress`` before each step, with the number of steps so far and which
+    episodes are under way.  Raises EvaluationStoppedError once ``stop()`` is true.
     """
     obs, hidden_state = env.reset(), policy.initial_state(env.num_envs)
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
     lengths, limit = torch.zeros_like(returns), max_steps or env.max_episode_steps or UNLIMITED
-    for _ in range(limit):
+    for steps in range(limit):
         if not bool(live.any()):
             break
         if stop():
             raise EvaluationStoppedError
+        progress(steps, live)
         if bool(live[0]):
             watch()
         choice = policy.act(obs, hidden_state, start, generator, deterministic=deterministic)
@@ -115,8 +132,8 @@ def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
 
 
 def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None], say: Callable[[str], object]) -> Evaluator:
-    """The evaluator of a run during training; ``say`` is called with a line on episodes that were cut.  Raises
-    UserError, before any step, if the environments cannot be made or not be rendered."""
+    """The evaluator of a run during training; ``say`` is called with lines on its progress, and on episodes that were
+    cut.  Raises UserError, before any step, if the environments cannot be made or not be rendered."""
     wanted, stream = run.evaluation, "evaluation"
     own = replace(run, seed=seeding.number(run.seed, stream))
 
@@ -132,10 +149,13 @@ def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None], say
         env, generator = make_eval_env(own, wanted.episodes, film=film), seeding.generator(run.seed, stream)
         policy, found = policy.to(env.device), {}
         for prefix, deterministic in (("", True), ("stochastic_", False)):
-            shot = record_video(env, place(steps), lambda gif: show(gif, steps)) if film and deterministic else unseen()
+            shot, doing = unseen(), f"evaluation at {steps:,} steps"
+            if film and deterministic:
+                shot, doing = record_video(env, place(steps), lambda gif: show(gif, steps), say), f"filmed {doing}"
             with shot as watch:
                 modes = {"deterministic": deterministic, "max_steps": wanted.max_steps}
-                played = play(policy, env, generator, **modes, watch=watch, stop=stop)
+                progress = Progress(doing, say)
+                played = play(policy, env, generator, **modes, watch=watch, stop=stop, progress=progress)
             if played.cut:
                 say(f"evaluation at {steps:,} steps: {played.said()}")
             found |= {
@@ -170,16 +190,20 @@ def unseen() -> nullcontext[Callable[[], None]]:
 
 def evaluate(cfg: DictConfig) -> None:
     """Evaluate the newest checkpoint of a run and write evaluation.json to the run directory.  Raises UserError."""
-    say = console().print
-    _, line = evaluate_policy(instantiate(to_dict(cfg), "the evaluation"), say)
-    say(line, highlight=False)
+    say = partial(console().print, highlight=False, markup=False)
+    say(evaluate_policy(instantiate(to_dict(cfg), "the evaluation"), say, say)[1])
 
 
-def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warnings.warn) -> tuple[dict[str, Any], str]:
+def evaluate_policy(
+    wanted: EvaluateConfig,
+    say: Callable[[str], object] = warnings.warn,
+    tell: Callable[[str], object] = lambda line: None,
+) -> tuple[dict[str, Any], str]:
     """Evaluate the newest checkpoint of a run and write evaluation.json to the run directory; returns its contents and
     a summary line.
 
-    ``say`` is called with a line on each damaged checkpoint that is skipped.  Raises UserError.
+    ``say`` is called with a line on each damaged checkpoint that is skipped and on a film that shows nothing, and
+    ``tell`` with lines on the progress.  Raises UserError.
     """
     restored = restore(wanted.run, say)
     run = parse_run_config(restored.config)
@@ -199,9 +223,10 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
         with SummaryWriter(str(folder)) as writer:
             log_gif(writer, film, restored.steps)
 
-    with record_video(env, wanted.video, show) if wanted.video is not None else unseen() as watch:
+    with record_video(env, wanted.video, show, say) if wanted.video is not None else unseen() as watch:
         modes = {"deterministic": wanted.deterministic, "max_steps": wanted.max_steps}
-        played = play(restored.policy, env, generator, **modes, watch=watch)
+        progress = Progress("evaluation" if wanted.video is None else f"filming to {wanted.video}", tell)
+        played = play(restored.policy, env, generator, **modes, watch=watch, progress=progress)
     returns, lengths = played.returns, played.lengths
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {
@@ -227,6 +252,7 @@ def evaluate_policy(wanted: EvaluateConfig, say: Callable[[str], object] = warni
         played.said(),
         env.description,
         f"checkpoint at {restored.steps:,} steps",
+        f"film in {wanted.video}" if wanted.video is not None else "",
     ]
     return result, " | ".join(filter(None, words))
 

@@ -53,7 +53,8 @@ def camera(env: VectorEnv) -> Camera:
     """A camera on the first environment.  Raises ValueError if it cannot be rendered, or a required package is
     missing."""
     if not screen():
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no screen, but warns without this
+        # SDL takes the first that it has; what some environments draw stays black with dummy.
+        os.environ.setdefault("SDL_VIDEODRIVER", "offscreen,dummy")
     if isinstance(env, TaskEnv):
         return of_task(env.task)
     if isinstance(env, GymEnv):

@@ -135,7 +135,7 @@ class ProgressBar(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self.returns: list[float] = []
-        self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
+        self.began, self.said, self.first = trainer.seconds["total"], trainer.steps, trainer.steps
         self.bar: Progress | None = None
         # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
@@ -151,7 +151,7 @@ class ProgressBar(Callback):
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         self.returns = (self.returns + report.returns)[-100:]
-        elapsed = max(perf_counter() - self.began, 1e-9)
+        elapsed = max(trainer.seconds["total"] - self.began, 1e-9)  # without evaluations and films
         speed = (report.steps - self.first) / elapsed
         mean = f"{sum(self.returns) / len(self.returns):,.1f}" if self.returns else "none yet"
         line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {mean}"
