@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import math
 import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from pgsuite.errors import place, reason
 
 
 @dataclass(frozen=True)
@@ -140,18 +137,6 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
             path = str(value)
             flat[prefix.removesuffix(".")] = path.rpartition(".")[2] if path.startswith("pgsuite.") else path
     return flat
-
-
-def imported(name: str) -> types.ModuleType:
-    """A module by its full name.  Raises ImportError if there is none, and in place of whatever its code raises, with
-    the user's file and line."""
-    if not name or name.startswith("."):
-        raise ImportError(f"{name!r} is no full name of a module")
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        words = str(error) if isinstance(error, ImportError) else reason(error)
-        raise ImportError(f"{place(error)}{words}") from error
 
 
 def closest(word: str, options: Iterable[str]) -> str:

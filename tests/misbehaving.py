@@ -275,7 +275,8 @@ def attempt(name: str, ways: Sequence[int] = (0, 2)) -> Outcome:
 
 def judge(outcome: Outcome, what: str, given: fuzz.Answer, says: str, own: bool) -> None:
     """Add an answer to an outcome, with what is wrong about it if anything is."""
-    outcome.said.append(f"{what}: {given.said or given.kind}")
+    said = (given.said or given.kind).replace(f"{Path(__file__).parents[1]}/", "")  # so that a record has no place
+    outcome.said.append(f"{what}: {said}")
     wrong = given.wrong
     if not says and given.kind not in ("trained", "accepted"):
         wrong = wrong or "is to do no harm"

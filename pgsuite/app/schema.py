@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.algorithms.reference import Penalty
-from pgsuite.components import is_component
+from pgsuite.components import imported, is_component
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import Execution, Precision
 from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig, PolicyConfig
@@ -35,7 +35,6 @@ from pgsuite.settings import (
     TorchThreads,
     WorldThreads,
     closest,
-    imported,
     number,
     plain,
 )

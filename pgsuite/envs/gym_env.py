@@ -21,12 +21,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.components import Component, make_component
+from pgsuite.components import Component, imported, make_component
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig, broken_env
 from pgsuite.envs.spaces import mismatch, native_action, shown, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
 from pgsuite.errors import install, place, place_of, reason
-from pgsuite.settings import Count, Positive, WorldThreads, closest, imported
+from pgsuite.settings import Count, Positive, WorldThreads, closest
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 TIMEOUT = 600.0  # seconds

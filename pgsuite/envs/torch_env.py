@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from pgsuite import seeding, settings
+from pgsuite.components import make_object
 from pgsuite.envs.base import VectorEnvConfig, broken_env
-from pgsuite.envs.dotted import make
 from pgsuite.envs.spaces import first_action, tensor_space, tensors, to_device
 from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
@@ -41,7 +41,7 @@ class TorchNative(VectorEnvConfig):
         limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
         number = seeding.number(seed, "environment")
         arguments = {"num_envs": num_envs, "device": device, "seed": number, **limit, **self.options}
-        made = make(self.entry, "env.entry", **arguments)
+        made = make_object(self.entry, "env.entry", **arguments)
         env = TorchNativeEnv(made, name=self.entry, device=device, dtype=dtype, seed=number, **limit)
         if env.num_envs != num_envs:
             raise ValueError(f"env.entry={self.entry} made {env.num_envs} environments, not {num_envs}")
