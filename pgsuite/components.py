@@ -1,4 +1,5 @@
-"""Components that a setting chooses: by name, by dotted path, or with settings of their own.
+"""Components that a setting chooses: by name, by dotted path, or with settings of their own; and other objects in the
+packages of users, found by a path such as ``my_package:name``.
 
     policy.recurrent=gru
     policy.recurrent=my_package.MinGRU
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from pgsuite.errors import UserError, place, reason
 from pgsuite.settings import closest, require
 from pgsuite.trust import imported
 
@@ -74,3 +77,37 @@ def make_component(
     for name, value in given.items():
         require(hints.get(name, Any), value, f"{where}.{name}")
     return cls(*args, **parts, **given)
+
+
+def find_object(path: str, setting: str) -> Any:
+    """The object at the path package:name, the value of a setting.  Raises ValueError if it does not exist, and
+    UserError if it is not trusted."""
+    package, _, name = path.partition(":")
+    if not (package and name):
+        raise ValueError(f"{setting} must be something in a package, such as my_package:name, got {path!r}")
+    try:
+        module = imported(package, name, setting, ":")
+    except ImportError as error:
+        raise ValueError(f"{setting}={path} cannot be imported: {error}") from error
+    try:
+        return attrgetter(name)(module)
+    except AttributeError:
+        names = [key for key in vars(module) if not key.startswith("_")]
+        raise ValueError(f"{package} has nothing named {name!r}; {closest(name, names)}") from None
+
+
+def make_object(path: str, setting: str, /, *args: Any, **options: Any) -> Any:
+    """Call the object at the path package:name.  Raises ValueError if it does not accept the arguments, and in place of
+    exceptions other than UserError and ValueError."""
+    maker = find_object(path, setting)
+    try:
+        inspect.signature(maker).bind(*args, **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join((*map(repr, args), *options))
+        raise ValueError(f"{setting}={path} cannot be called with {given or 'nothing'}: {error}") from error
+    try:
+        return maker(*args, **options)
+    except (UserError, ValueError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{place(error)}{setting}={path} failed: {reason(error)}") from error

@@ -1,7 +1,11 @@
 """Mistakes that a user can correct, and the words to do it with."""
 
+import dis
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -18,3 +22,43 @@ def install(extra: str) -> str:
     """How to install what an optional dependency of this package needs, from a checkout or from wherever it came."""
     is_checkout = (Path(__file__).parents[1] / "pyproject.toml").is_file()
     return f"pip install -e '.[{extra}]'" if is_checkout else f"pip install 'pgsuite[{extra}]'"
+
+
+OTHERS = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+def is_own(file: str) -> bool:
+    """Whether a source file is the user's own, and no part of Python, an installed package or this one."""
+    return not file.startswith(("<", *OTHERS))
+
+
+def place(error: BaseException) -> str:
+    """``my_env.py:41: `` for the innermost frame of an error's traceback in a file of the user's own; empty if there is
+    none."""
+    found = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        found.append((error.filename or "<unknown>", error.lineno))
+    own = [_place(file, line or 1) for file, line in found if is_own(file)]
+    return own[-1] if own else ""
+
+
+def place_of(function: Any) -> str:
+    """``my_env.py:41: `` for what a function of the user's own returns: its only return statement, or its first line;
+    empty for other functions."""
+    code = getattr(function, "__code__", None)
+    if code is None or not is_own(code.co_filename):
+        return ""
+    returns = [x.positions for x in dis.get_instructions(code) if x.opname.startswith("RETURN_")]
+    lines = {x.lineno for x in returns if x is not None and x.lineno is not None}
+    return _place(code.co_filename, lines.pop() if len(lines) == 1 else code.co_firstlineno)
+
+
+def _place(file: str, line: int) -> str:
+    path = Path(file)
+    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{line}: "
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line: its class and its message."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, place, reason
 
 Trust = bool | str | list[str]  # true, or what else may be imported: packages, modules, or the paths of classes
 PACKAGES = ("pgsuite", "torch.optim", "ale_py")  # the last registers the Atari games of configs/env
@@ -87,7 +87,8 @@ def adopt(source: Source) -> None:
 def imported(module: str, name: str = "", where: str = "a setting", separator: str = ".") -> ModuleType:
     """The module that the setting ``where`` names, for the sake of ``name`` in it.
 
-    Raises ImportError if there is none, and UserError if the setting comes from a file that is not trusted so far.
+    Raises ImportError if there is none, and in place of whatever its code raises, with the user's file and line; and
+    UserError if the setting comes from a file that is not trusted so far.
     """
     if not module or module.startswith("."):
         raise ImportError(f"{module!r} is no full name of a module")
@@ -99,7 +100,11 @@ def imported(module: str, name: str = "", where: str = "a setting", separator: s
         )
     if not _within(path, PACKAGES):
         _foreign.add(path)
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        words = str(error) if isinstance(error, ImportError) else reason(error)
+        raise ImportError(f"{place(error)}{words}") from error
 
 
 def strings(tree: Any) -> frozenset[str]:

@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -217,6 +219,13 @@ def test_what_gymnasium_does_not_have_is_said() -> None:
             make(Gym(**arguments), 2)
 
 
+@pytest.mark.parametrize("way", [{}, {"native": True}, {"workers": 1}], ids=str)
+def test_the_registered_time_limit_is_taken(way: dict[str, Any]) -> None:
+    env = make(Gym(id="CartPole-v1", **way), 2)
+    assert env.max_episode_steps == 500
+    EpisodeCollector(env, 500)  # which refuses environments without a time limit
+
+
 def test_an_environment_without_a_time_limit_is_no_place_for_whole_episodes() -> None:
     env = make(Gym(id="Faulty-v0", import_="test_gym_env"), 2)
     with pytest.raises(ValueError, match=r"Faulty-v0 has none: give env\.max_episode_steps"):
@@ -234,3 +243,89 @@ def test_ppo_learns_through_the_adapter(way: dict[str, Any]) -> None:
         algorithm.iterate(rollouts)
         returns += tracker.finished_episodes(rollouts.buffer.read())[0].tolist()
     assert np.mean(returns[-10:]) > 100 > 60 > np.mean(list(itertools.islice(returns, 20)))
+
+
+class Mission(gymnasium.Env[Any, Any]):
+    """Shows a number, and a text that no network reads."""
+
+    observation_space = spaces.Dict({"at": spaces.Box(-1, 1, (2,)), "mission": spaces.Text(20)})
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return {"at": np.zeros(2, np.float32), "mission": "go"}, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return {"at": np.ones(2, np.float32), "mission": "go"}, 1.0, False, False, {}
+
+
+class Doubled(gymnasium.RewardWrapper[Any, Any]):
+    def __init__(self, env: Any, factor: float = 2.0) -> None:
+        super().__init__(env)
+        self.factor = factor
+
+    def reward(self, reward: Any) -> Any:
+        return self.factor * reward
+
+
+gymnasium.register("Mission-v0", Mission)  # pyright: ignore[reportArgumentType]
+FILTER: Any = {"gymnasium.wrappers.FilterObservation": {"filter_keys": ["at"]}}
+
+
+def mission(*wrappers: Any, **settings: Any) -> Any:
+    return make(Gym(id="Mission-v0", import_="test_gym_env", wrappers=list(wrappers), **settings), 2)
+
+
+def test_a_refused_space_names_its_entry_and_the_wrapper_that_helps() -> None:
+    with pytest.raises(ValueError, match="the entry 'mission' of the observations, Text") as refused:
+        mission()
+    remedy = "env.wrappers=[{gymnasium.wrappers.FilterObservation: {filter_keys: [at]}}]"
+    assert remedy in str(refused.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrappers_are_applied_in_order_in_this_process_and_in_workers(workers: int) -> None:
+    limit: Any = {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 3}}
+    env = mission(FILTER, "test_gym_env.Doubled", {"test_gym_env.Doubled": {"factor": 3.0}}, limit, workers=workers)
+    assert env.max_episode_steps == 3 and env.reset().shape == (2, 2)
+    for t in range(3):
+        step = env.step(torch.zeros(2, dtype=torch.long))
+        assert step.reward.tolist() == [6.0, 6.0] and bool(step.truncated.all()) == (t == 2)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        ("nowhere.Wrapper", "env.wrappers=nowhere.Wrapper cannot be imported"),
+        ("test_gym_env.Mission", "env.wrappers=test_gym_env.Mission is no subclass of gymnasium"),
+        ({"test_gym_env.Doubled": {"factr": 1}}, "no setting 'factr' in env.wrappers; did you mean factor"),
+        ({"test_gym_env.Doubled": {"factor": "x"}}, "env.wrappers.factor must be a number"),
+        ({"test_gym_env.Doubled": 3}, r"env.wrappers must each be a dotted path or \{path"),
+        ({"gymnasium.wrappers.FilterObservation": {"filter_keys": ["x"]}}, "FilterObservation: ValueError: All the"),
+    ],
+    ids=str,
+)
+def test_wrappers_that_do_not_fit_are_said(wrapper: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mission(wrapper)
+    with pytest.raises(ValueError, match="leave one out"):
+        Gym(id="CartPole-v1", native=True, wrappers=[wrapper])
+
+
+MINE = """
+import gymnasium
+gymnasium.register("Mine-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=7)
+"""
+
+
+@pytest.mark.parametrize("named", [{"id": "Mine-v0", "import_": "found_here"}, {"id": "found_too:Mine-v0"}], ids=str)
+def test_a_module_in_the_working_directory_is_found(
+    named: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("found_here", "found_too"):
+        (tmp_path / f"{name}.py").write_text(MINE)
+    for workers in (0, 1):
+        assert make(Gym(**named, workers=workers), 1).max_episode_steps == 7
+    with pytest.raises(ValueError, match=r"env\.import=not_here cannot be imported"):
+        make(Gym(id="X-v0", import_="not_here"), 1)

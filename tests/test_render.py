@@ -20,10 +20,11 @@ from toys import PointMass
 
 from pgsuite.envs import Gym, make
 from pgsuite.envs import render as drawing
-from pgsuite.envs.render import camera, choose_gl, drawn, picture
+from pgsuite.envs.render import Camera, camera, choose_gl, drawn, picture
 from pgsuite.envs.tasks.mujoco import ASSETS, unwarned
 from pgsuite.errors import UserError
 from pgsuite.testing import random_actions
+from pgsuite.training import video as filming
 from pgsuite.training.video import Gif, record_video
 
 pytest.importorskip("pygame", reason="needs the video extra")
@@ -168,8 +169,9 @@ def test_evaluation_films_its_first_episode_and_plays_as_without(command: Cli) -
     assert command("evaluate", "run=run", "episodes=3")[0] == 0
     plain = json.loads((command.folder / "run" / "evaluation.json").read_text())
     for name in ("film.mp4", "film.gif"):
-        code, _, err = command("evaluate", "run=run", "episodes=3", f"video={name}")
+        code, out, err = command("evaluate", "run=run", "episodes=3", f"video={name}")
         assert code == 0, err
+        assert out.strip().splitlines()[-1].endswith(f"film in {name}") and "nothing but" not in out
         assert json.loads((command.folder / "run" / "evaluation.json").read_text()) == plain
         count, size, seconds = frames_of(command.folder / name)
         assert size == {"film.mp4": (500, 500), "film.gif": (320, 320)}[name]
@@ -263,6 +265,38 @@ def test_what_cannot_be_drawn_is_said() -> None:
         camera(PointMass(2))
     with pytest.raises(ValueError, match="CartPole-v1 cannot be drawn: it neither renders rgb_array in this process"):
         camera(make(Gym(id="CartPole-v1"), 2))
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_film_of_one_colour_is_warned_of(empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    frames[1, 0, 0, 2] = 0 if empty else 9
+    film, said = iter(frames), []
+    monkeypatch.setattr(filming, "camera", lambda env: Camera(lambda: next(film), 30))
+    with record_video(make("CartPole", 1), str(tmp_path / "x.gif"), lambda gif: None, said.append) as watch:
+        watch()
+        watch()
+    assert len(said) == empty and (not empty or "shows nothing but the colour (0, 0, 0): CartPole" in said[0])
+
+
+def test_films_are_drawn_offscreen() -> None:
+    """In a process without a screen, where nothing has chosen how."""
+    code = """
+import pygame
+from pgsuite.envs import make
+from pgsuite.envs.render import camera
+camera(make("CartPole", 1)).render()
+pygame.display.init()
+assert pygame.display.get_driver() == "offscreen", pygame.display.get_driver()
+"""
+    bare = {k: v for k, v in os.environ.items() if k not in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transparency_is_left_out_of_a_picture() -> None:
+    frame = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    assert np.array_equal(drawn("x", lambda: frame), frame[..., :3])
 
 
 def complain() -> None:

@@ -1,6 +1,7 @@
 """Observations and actions of every space that gymnasium has a fixed size for, as tensors and through networks."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -12,8 +13,11 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from toys import build
 
 from pgsuite.algorithms import PPO
+from pgsuite.app.build import check_memory
+from pgsuite.app.policy_io import Interface
 from pgsuite.envs import Gym, make
 from pgsuite.envs.spaces import native_action, tensor_space, tensors
+from pgsuite.errors import UserError
 from pgsuite.nn.heads import make_head
 from pgsuite.nn.layers import Convolutions
 from pgsuite.nn.normalize import Standardize
@@ -102,6 +106,8 @@ ACTIONS = [
     spaces.Box(-2, 2, (3,), np.float32),
     spaces.Box(-1, 1, (2, 2), np.float64),
     spaces.Box(-math.inf, math.inf, (1,), np.float32),
+    spaces.Box(0, 3, (2,), np.int64),
+    spaces.Box(0, 255, (1, 2), np.uint8),
     spaces.Discrete(3, start=5),
     spaces.MultiDiscrete([2, 3], start=[0, 7]),
     spaces.MultiDiscrete(np.array([[2, 3], [4, 2]])),
@@ -127,9 +133,41 @@ def test_what_a_policy_samples_is_an_action_of_the_space(space: spaces.Space[Any
         assert [len(np.unique(column)) for column in drawn.T] == counts
 
 
-@pytest.mark.parametrize("space", [spaces.Box(0, 9, (2,), np.int32), spaces.Text(3)], ids=str)
+def test_whole_numbers_are_rounded_and_clipped() -> None:
+    space, given = spaces.Box(0, 255, (1,), np.uint8), [-3.0, -0.4, 0.6, 1.4, 254.6, 255.4, 300.0]
+    actions = torch.tensor(given)[:, None]
+    assert native_action(space, actions).flatten().tolist() == [0, 0, 1, 1, 255, 255, 255]
+    assert Interface(VECTORS[0], space).action(actions).flatten().tolist() == [0, 0, 1, 1, 255, 255, 255]
+    wide = spaces.Box(-(2**31), 2**31 - 1, (1,), np.int32)
+    assert native_action(wide, torch.tensor([[1e12], [-1e12], [7.5]])).flatten().tolist() == [2**31 - 1, -(2**31), 8]
+
+
+@pytest.mark.parametrize("kind", ["squashed", "beta"])
+def test_every_whole_number_has_an_equal_share(kind: str) -> None:
+    """With the ends as far from the middle of their share as the others."""
+    head: Any = make_head(spaces.Box(1, 4, (1,), np.int32), kind)
+    assert (head.bounds.low.item(), head.bounds.high.item()) == (0.5, 4.5)
+
+
+def test_a_huge_discrete_observation_says_what_it_costs() -> None:
+    with pytest.raises(ValueError, match=r"one-hot vectors of 10,000,000 numbers, 38 MB each: give features"):
+        tensor_space(spaces.Discrete(10_000_000))
+    with pytest.raises(ValueError, match="one-hot vectors of 2,000,001 numbers"):
+        tensor_space(spaces.Tuple([spaces.MultiDiscrete([2_000_000, 1])]))
+    env: Any = SimpleNamespace(
+        name="X", observation_space=tensor_space(spaces.Discrete(10**6)), device=torch.device("cpu"), num_envs=10_000
+    )
+    with pytest.raises(
+        UserError, match=r"rollout of 1,000 steps in 10,000 environments has 74,506 GB .* 1,000,000 numb"
+    ):
+        check_memory(env, 1000)
+    env.num_envs = 1
+    check_memory(env, 2)
+
+
+@pytest.mark.parametrize("space", [spaces.Text(3)], ids=str)
 def test_actions_without_a_distribution_are_refused_by_name(space: spaces.Space[Any]) -> None:
-    with pytest.raises(ValueError, match=r"no policy for actions .*: Box of floats, Discrete, MultiDiscrete"):
+    with pytest.raises(ValueError, match=r"no policy for actions .*: Box, Discrete, MultiDiscrete"):
         make_head(space)
 
 

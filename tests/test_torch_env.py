@@ -176,7 +176,7 @@ def test_what_is_no_vector_environment_is_said() -> None:
     cases: list[tuple[Any, str]] = [
         (object(), "points is no vector environment: it has no num_envs"),
         (NextStep(ENVS, CPU, 0), "points must restart within the step that ends an episode, not with NextStep"),
-        (Words(), r"observations Text.* have no fixed size"),
+        (Words(), r"the entry 'order' of the observations, Text.* has no fixed size"),
     ]
     for env, message in cases:
         with pytest.raises(ValueError, match=message):

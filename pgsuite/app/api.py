@@ -168,13 +168,17 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     video: str | None = None,
+    max_steps: int | None = None,
+    env: dict[str, Any] | None = None,
     trust: Trust = False,
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or a given checkpoint, on whole episodes on the CPU.
 
     Returns the contents of evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes], ``lengths``
-    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.
-    trust: as for ``pgsuite.load``.  Raises UserError.
+    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  max_steps:
+    steps after which an episode is cut; None takes its time limit, or without one 30,000.  env: settings of the
+    environment other than the run's, nested, as in ``{"options": {"size": 5}}``.  trust: as for ``pgsuite.load``.
+    Raises UserError.
     """
     path = run.folder if isinstance(run, Run) else run
     trust = trust or (isinstance(run, Run) and run.trust)
@@ -183,7 +187,14 @@ def evaluate(
     def work() -> dict[str, Any]:
         try:
             wanted = EvaluateConfig(
-                run=str(path), episodes=episodes, deterministic=deterministic, seed=seed, video=video, trust=trust
+                run=str(path),
+                episodes=episodes,
+                max_steps=max_steps,
+                deterministic=deterministic,
+                seed=seed,
+                video=video,
+                trust=trust,
+                env=env or {},
             )
         except ValueError as error:
             raise UserError(str(error)) from error

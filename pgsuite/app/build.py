@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import keyword
+import math
+import os
 import platform
 import subprocess
 from contextlib import suppress
@@ -172,11 +174,36 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     return policy.to(env.device), critic.to(env.device)
 
 
+def check_memory(env: VectorEnv, horizon: int) -> None:
+    """Raise UserError if the observations of a rollout would take more than all memory of the device."""
+    space = env.observation_space
+    parts = [part for part in (space.values() if isinstance(space, spaces.Dict) else [space]) if part.shape is not None]
+    numbers = sum(math.prod(part.shape or ()) for part in parts)
+    size = sum(math.prod(part.shape or ()) * (1 if part.dtype == "uint8" else 4) for part in parts)
+    if env.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(env.device)[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 2 * size * horizon * env.num_envs  # every observation and its successor
+    if needed > memory:
+        raise UserError(
+            f"{env.name}: a rollout of {horizon:,} steps in {env.num_envs:,} environments has {needed / 2**30:,.0f} GB "
+            f"of observations, {numbers:,} numbers each, and {env.device} has {memory / 2**30:,.0f} GB: take a smaller "
+            "num_envs= or horizon=, or smaller observations by env.wrappers="
+        )
+
+
 def build(run: Run) -> Trainer:
     """A trainer without callbacks.  Raises UserError for settings that exclude each other, before any step."""
     torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
     env = build_env(run, share(run.num_envs), device)
+    horizon = run.horizon or env.max_episode_steps
+    if horizon is None:
+        raise UserError(
+            f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
+        )
+    check_memory(env, horizon)
     seed = seeding.of_process(run.seed, distributed.rank())
     policy, critic = build_networks(env, run)
     reward_scale = None
@@ -194,11 +221,6 @@ def build(run: Run) -> Trainer:
         reward_scale=reward_scale,
         reference=None if reference["coef"] is None else Reference(policy, **reference),
     )
-    horizon = run.horizon or env.max_episode_steps
-    if horizon is None:
-        raise UserError(
-            f"{env.name} has no time limit: give env.max_episode_steps=, or horizon= where the method allows"
-        )
     try:
         lower(algorithm, env.device, run.precision)
         collector = getattr(env, "collector", algorithm.collector)(env, horizon, seed)

@@ -27,7 +27,7 @@ from pgsuite.app import resume, schema, sweeps  # noqa: F401  (its resolvers, in
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.distributed import LostProcessError
 from pgsuite.envs.base import BrokenEnvError
-from pgsuite.errors import UserError, install
+from pgsuite.errors import UserError, install, place, reason
 from pgsuite.settings import closest
 from pgsuite.training.callbacks import console
 from pgsuite.training.run_lock import RunLock
@@ -225,7 +225,10 @@ def explain(error: BaseException) -> str:
         if isinstance(link, ConfigCompositionException) and isinstance(link.__context__, OmegaConfBaseException):
             return _within(link, link.__context__)
     if isinstance(error, OSError):
-        return f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}"
+        if at := place(error):  # of code of the user's own, which may have been reading
+            return f"{at}{reason(error)}"
+        verb = "find" if isinstance(error, FileNotFoundError) else "write"
+        return f"cannot {verb} {error.filename or 'the run directory'}: {error.strerror or error}"
     return " ".join(str(error).split("\n\n")[0].split())
 
 

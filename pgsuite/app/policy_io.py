@@ -58,10 +58,11 @@ class Interface(nn.Module):
         return found if self.key is None else {self.key: found}
 
     def action(self, action: Tensor) -> Tensor:
-        """Actions [N, *A] of the policy as actions of the environment: clipped to a Box, or shifted to the start of a
-        discrete space."""
+        """Actions [N, *A] of the policy as actions of the environment: clipped to a Box and rounded to its whole
+        numbers, or shifted to the start of a discrete space."""
         x = action.reshape(-1, *(self.action_space.shape or ()))
         if isinstance(self.action_space, spaces.Box):
+            x = x.round() if self.action_space.dtype.kind in "iu" else x
             return torch.minimum(torch.maximum(x, self.low.to(x)), self.high.to(x))
         return x + self.first.to(x)
 

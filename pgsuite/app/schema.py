@@ -90,6 +90,7 @@ class Run:
     whiten_reward: bool = False  # divide the rewards of each rollout by their standard deviation instead
     resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
     trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any
+    init: str | None = None  # a run directory or checkpoint, whose policy, critic and statistics the run begins with
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)
@@ -153,7 +154,9 @@ def schema(cls: type) -> type:
     hints, unused = get_type_hints(cls, include_extras=True), getattr(cls, "unused_settings", ())
     for f in filter(lambda f: f.init and not f.name.endswith("_") and f.name not in unused, fields(cls)):
         hint, simple = hints[f.name], plain(hints[f.name])
-        if is_component(hint) or hint == Trust:
+        if get_origin(hint) is list and is_component(get_args(hint)[0]):
+            options.append((f.name, list[Any], field(default_factory=list)))
+        elif is_component(hint) or hint == Trust:
             options.append((f.name, Any, field(default=f.default)))
         elif hint is Any or any(map(inspect.isabstract, (hint, *get_args(hint)))):
             options.append((f.name, Any, field(default=None)))

@@ -23,6 +23,7 @@ from pgsuite import distributed
 from pgsuite.app import recipes
 from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
 from pgsuite.app.evaluate import make_evaluator
+from pgsuite.app.initialize import initialize
 from pgsuite.app.resume import find_run_to_resume, new_run_dir, resume_trainer
 from pgsuite.app.schema import Run
 from pgsuite.app.threads import measured
@@ -125,6 +126,8 @@ def _run(
         trainer = build(settings)
     if before is None:
         _refuse_unused(settings, trainer.algorithm, given)
+        if settings.init is not None:
+            initialize(trainer, settings.init, say)
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
@@ -231,7 +234,7 @@ def recorders(
             for logger in logs:
                 logger.log_video(film, steps)
 
-        play = make_evaluator(run, folder / "videos", show)
+        play = make_evaluator(run, folder / "videos", show, console.print)
         table = loggers.Csv(folder / "evaluation.csv", begun) if writes else None
         parts.append(callbacks.Evaluate(play, table, logs[1:], checkpoints, run.evaluation))
     for name, callback in run.callbacks.items():

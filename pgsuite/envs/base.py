@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from pgsuite.errors import place, reason
 from pgsuite.types import Obs, Step
 
 
@@ -18,6 +21,18 @@ class BrokenEnvError(RuntimeError):
 
 class NotFiniteError(BrokenEnvError):
     """An environment returned a non-finite number; training can recover by a restart."""
+
+
+@contextmanager
+def broken_env(what: str) -> Iterator[None]:
+    """Raise BrokenEnvError in place of exceptions: the user's file and line, ``what`` and the exception.  A
+    BrokenEnvError is raised as it is."""
+    try:
+        yield
+    except BrokenEnvError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BrokenEnvError(f"{place(error)}{what} {reason(error)}") from error
 
 
 class VectorEnv(Protocol):

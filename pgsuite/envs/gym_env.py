@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import sys
+import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -15,13 +21,16 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig
-from pgsuite.envs.spaces import native_action, tensor_space, tensors, to_device
+from pgsuite.components import Component, component_class, make_component
+from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig, broken_env
+from pgsuite.envs.spaces import mismatch, native_action, shown, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers
-from pgsuite.errors import install
-from pgsuite.settings import Count, Natural, closest
+from pgsuite.errors import install, place, place_of, reason
+from pgsuite.settings import Count, Positive, WorldThreads, closest
 from pgsuite.trust import imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
+
+TIMEOUT = 600.0  # seconds
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,30 +41,35 @@ class Gym(VectorEnvConfig):
 
     id: str = ""  # such as LunarLander-v3, or my_package:MyEnv-v0
     import_: str | None = None  # a package that registers it
-    workers: Natural = 0  # processes that step the environments, for slow ones; 0 steps them in this process
+    workers: WorldThreads = 0  # processes that step the environments, for slow ones; 0 steps them in this process
+    timeout: Positive | None = None  # seconds that a worker may take to make, reset or step its share; null is 600
     native: bool = False  # the environment's own vectorization, where it registers one
     action_mask: bool = False  # the environment's info has a mask of allowed discrete actions
     max_episode_steps: Count | None = None  # time limit; null takes the registered one
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
+    wrappers: list[Component] = field(
+        default_factory=list
+    )  # dotted paths, or {path: {option: value}}; inner ones first
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
         if not self.id:
             raise ValueError("env.id must name an environment, such as env.id=LunarLander-v3")
+        if self.native and self.wrappers:
+            raise ValueError("env.wrappers are for single environments, and env.native=true makes none: leave one out")
+        if self.timeout is not None and not self.workers:
+            raise ValueError("env.timeout needs env.workers=1 or more: what hangs in this process cannot be ended")
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> GymEnv:
         vec = self.vectorize(num_envs)
-        limit = self.max_episode_steps or (vec.spec.max_episode_steps if vec.spec else None)
+        limit = self.max_episode_steps or time_limit(vec)
         return GymEnv(vec, name=self.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
 
     def vectorize(self, num_envs: int) -> VectorEnv:
         """Make the vector environment.  Raises ValueError for an unknown id, or if gymnasium fails to make it."""
-        if self.import_ is not None:
-            try:
-                imported(self.import_, where="env.import")
-            except ImportError as error:
-                remedy = f": {install('atari')}" if self.import_ == "ale_py" else ""
-                raise ValueError(f"env.import={self.import_} cannot be imported: {error}{remedy}") from error
+        self.register()
+        for path, _ in map(wrapper, self.wrappers):  # here, where it is known whose settings these are
+            component_class(path, {}, gymnasium.Wrapper, "env.wrappers")
         known = gymnasium.registry.keys()
         if ":" not in self.id and self.id not in known:
             raise ValueError(f"gymnasium has no environment {self.id!r}; {closest(self.id, known)}")
@@ -67,10 +81,50 @@ class Gym(VectorEnvConfig):
                 return gymnasium.make_vec(self.id, num_envs, "vector_entry_point", **limit, **self.options)
             makers = [Maker(self, index) for index in range(num_envs)]
             if self.workers:
-                return Workers(makers, min(self.workers, num_envs))
+                return Workers(makers, min(self.workers, num_envs), self.timeout or TIMEOUT)
             return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        except (gymnasium.error.Error, ImportError, TypeError) as error:
-            raise ValueError(f"gymnasium cannot make {self.id}: {error}") from error
+        except BrokenEnvError as error:  # of a Maker, here or in a worker
+            raise ValueError(str(error)) from error
+        except (Exception, SystemExit) as error:
+            raise ValueError(self.unmade(error)) from error
+
+    def register(self) -> None:
+        """Import the packages that register the environment.  Raises ValueError if that fails."""
+        for where, name in (("env.import", self.import_), ("env.id", self.id.rpartition(":")[0])):
+            if not name:
+                continue
+            look_here(name)
+            try:
+                imported(name, where=where)
+            except ImportError as error:
+                remedy = f": {install('atari')}" if name == "ale_py" else ""
+                raise ValueError(f"{where}={name} cannot be imported: {error}{remedy}") from error
+
+    def unmade(self, error: BaseException) -> str:
+        """Message for an environment whose construction raised an error."""
+        given = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        words = " ".join(str(error).split()) if isinstance(error, gymnasium.error.Error) else reason(error)
+        options = f", with env.options {given}" if given else ""
+        return f"{place(error)}gymnasium cannot make {self.id}: {words}{options}"
+
+
+def look_here(name: str) -> None:
+    """Let a module be imported that is a file or a package in the working directory, unless another has its name."""
+    top = name.partition(".")[0]
+    with suppress(ImportError, ValueError):  # of names that are none
+        if importlib.util.find_spec(top) is not None:
+            return
+    here = Path.cwd()
+    if here.joinpath(f"{top}.py").is_file() or here.joinpath(top, "__init__.py").is_file():
+        sys.path.append(str(here))
+
+
+def time_limit(vec: VectorEnv) -> int | None:
+    """The time limit of a vector environment's episodes, as registered or set by a wrapper; None if there is none."""
+    if isinstance(vec, Workers):
+        return vec.max_episode_steps
+    spec = vec.envs[0].spec if isinstance(vec, SyncVectorEnv) else vec.spec  # a SyncVectorEnv has no spec of its own
+    return spec.max_episode_steps if spec is not None else None
 
 
 @dataclass
@@ -81,11 +135,40 @@ class Maker:
     index: int
 
     def __call__(self) -> gymnasium.Env[Any, Any]:
-        if self.gym.import_ is not None:
-            imported(self.gym.import_)
-        env = gymnasium.make(self.gym.id, max_episode_steps=self.gym.max_episode_steps, **self.gym.options)
-        env = MaskInObservation(env) if self.gym.action_mask else env
-        return Watch(env, f"{self.gym.id} (environment {self.index})")
+        gym = self.gym
+        gym.register()
+        try:
+            # Watch checks what gymnasium's own checker would, and says where.
+            env = gymnasium.make(
+                gym.id, max_episode_steps=gym.max_episode_steps, disable_env_checker=True, **gym.options
+            )
+        except (Exception, SystemExit) as error:
+            raise BrokenEnvError(gym.unmade(error)) from error
+        for choice in gym.wrappers:
+            env = wrapped(env, choice)
+        env = MaskInObservation(env) if gym.action_mask else env
+        return Watch(env, f"{gym.id} (environment {self.index})")
+
+
+def wrapper(choice: Component) -> tuple[str, dict[str, Any]]:
+    """The dotted path and the options of a wrapper, given as a dotted path or as {path: {option: value}}.  Raises
+    ValueError for anything else."""
+    path, options = (*choice.items(),)[0] if isinstance(choice, dict) and len(choice) == 1 else (choice, None)
+    if not (isinstance(path, str) and isinstance(options, dict | None)):
+        raise ValueError(f"env.wrappers must each be a dotted path or {{path: {{option: value}}}}, got {choice}")
+    return path, options or {}
+
+
+def wrapped(env: gymnasium.Env[Any, Any], choice: Component) -> gymnasium.Env[Any, Any]:
+    """The environment in a wrapper.  Raises BrokenEnvError if there is none, or it does not take the environment or the
+    options."""
+    path, options = wrapper(choice)
+    try:
+        return make_component({"_target_": path, **options}, {}, gymnasium.Wrapper, "env.wrappers", env)
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())
+        own = isinstance(error, ValueError) and "env.wrappers" in words  # not of the wrapper's constructor
+        raise BrokenEnvError(words if own else f"{place(error)}env.wrappers={path}: {reason(error)}") from error
 
 
 class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -108,36 +191,110 @@ class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def join(self, obs: Any, info: dict[str, Any]) -> dict[str, Any]:
         parts = obs if isinstance(obs, dict) else {"observation": obs}
+        if ACTION_MASK not in info:
+            raise BrokenEnvError(f"gave no {ACTION_MASK} in its info, which env.action_mask=true takes it from")
         allowed = info[ACTION_MASK]
         mask = np.concatenate(allowed) if isinstance(allowed, tuple) else np.asarray(allowed)
         return {**parts, ACTION_MASK: mask.astype(np.int8)}
 
 
 class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Raises BrokenEnvError with environment and step for exceptions, and NotFiniteError for non-finite results."""
+    """Checks what an environment does: raises BrokenEnvError for exceptions and for results that do not follow
+    gymnasium's interface, and NotFiniteError for non-finite ones, with environment, step, and the user's file and line.
+
+    Infos are dropped, since nothing reads them and a vector environment would merge them in each step.
+    """
 
     def __init__(self, env: gymnasium.Env[Any, Any], name: str) -> None:
         super().__init__(env)
         self.name, self.steps = name, 0
+        required = {"observation_space": spaces.Space, "action_space": spaces.Space, "metadata": Mapping}
+        for attribute, kind in required.items():
+            if not isinstance(found := getattr(env, attribute, None), kind):
+                at, wanted = self.source("__init__"), "dictionary" if kind is Mapping else "gymnasium space"
+                raise BrokenEnvError(f"{at}{name} must have a {wanted} as its {attribute}, and it is {shown(found)}")
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        when = "at its reset"
         try:
-            return self.env.reset(**kwargs)
-        except Exception as error:
-            raise BrokenEnvError(f"{self.name} failed to reset: {type(error).__name__}: {error}") from error
+            result = self.env.reset(**kwargs)
+        except (Exception, SystemExit) as error:
+            raise self.broken(error, when, "reset") from error
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise self.wrong(when, f"{shown(result)}; {INTERFACE['reset']}", "reset")
+        self.check(result[0], when, "reset")
+        return result[0], {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self.steps += 1
-        where = f"{self.name} at its step {self.steps}"
+        when = f"at its step {self.steps}"
         try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
-            raise BrokenEnvError(f"{where} raised {type(error).__name__}: {error}") from error
-        if not np.isfinite(float(reward)):
-            raise NotFiniteError(f"{where} gave the reward {reward}")
+            result = self.env.step(action)
+        except (Exception, SystemExit) as error:
+            raise self.broken(error, when, "step") from error
+        if not (isinstance(result, tuple) and len(result) == 5):
+            raise self.wrong(when, f"{shown(result)}; {INTERFACE['step']}", "step")
+        obs, reward, *ends, _ = result
+        if (number := scalar(reward)) is None:
+            shape = np.shape(reward) if isinstance(reward, np.ndarray | list | tuple | Tensor) else ()
+            what = f"a reward of shape {shape}" if shape else f"the reward {shown(reward)}"
+            raise self.wrong(when, f"{what}; it must be one number", "step", "reward")
+        if not math.isfinite(number):
+            raise self.wrong(when, f"the reward {number}", "step", "reward", kind=NotFiniteError)
+        for name, value in zip(("terminated", "truncated"), ends, strict=True):
+            if scalar(value) not in (0, 1):
+                raise self.wrong(when, f"{name}={shown(value)}; it must be true or false", "step")
+        self.check(obs, when, "step")
+        return obs, number, bool(ends[0]), bool(ends[1]), {}
+
+    def check(self, obs: Any, when: str, method: str) -> None:
+        if (found := mismatch(self.observation_space, obs)) is not None:
+            raise self.wrong(when, found, method, "observation")
         if not finite(obs):
-            raise NotFiniteError(f"{where} gave an observation that is not finite: {obs}")
-        return obs, reward, terminated, truncated, info
+            text = f"an observation that is not finite: {shown(obs)}"
+            raise self.wrong(when, text, method, "observation", kind=NotFiniteError)
+
+    def wrong(self, when: str, what: str, *methods: str, kind: type[BrokenEnvError] = BrokenEnvError) -> BrokenEnvError:
+        return kind(f"{self.source(*methods)}{self.name} {when} gave {what}")
+
+    def broken(self, error: BaseException, when: str, method: str) -> BrokenEnvError:
+        if isinstance(error, BrokenEnvError):  # of MaskInObservation
+            return type(error)(f"{self.source(method)}{self.name} {when} {error}")
+        frames = traceback.extract_tb(error.__traceback__)
+        # Raised by what calls the method, it is about the arguments or the results.
+        remedy = f"; {INTERFACE[method]}" if frames[-1].filename.startswith(CALLERS) else ""
+        at = place(error) or self.source(method)
+        return BrokenEnvError(f"{at}{self.name} {when} raised {reason(error)}{remedy}")
+
+    def source(self, method: str, part: str = "") -> str:
+        """The place of the outermost method of the user's own that gave a result: ``method``, or in a wrapper the
+        ``part`` that changes only observations or rewards."""
+        env = self.env
+        while True:
+            names = (part, method) if part and isinstance(env, gymnasium.Wrapper) else (method,)
+            if found := next(filter(None, (place_of(getattr(type(env), name, None)) for name in names)), ""):
+                return found
+            if not isinstance(env, gymnasium.Wrapper):
+                return ""
+            env = env.env
+
+
+INTERFACE = {
+    "reset": "reset(seed=, options=) must return an observation and a dictionary",
+    "step": "step(action) must return observation, reward, terminated, truncated and a dictionary",
+}
+CALLERS = (*(str(Path(gymnasium.__file__).with_name(name)) for name in ("wrappers", "core.py")), __file__)
+
+
+def scalar(x: Any) -> float | None:
+    """A single number or truth value as a float; None for anything else."""
+    if isinstance(x, float | int):
+        return float(x)
+    try:
+        array = np.asarray(x)
+    except (ValueError, TypeError, RuntimeError):  # of lists of unequal lengths, for example
+        return None
+    return float(array) if array.shape == () and array.dtype.kind in "biuf" else None
 
 
 def finite(obs: Any) -> bool:
@@ -183,12 +340,17 @@ class GymEnv:
 
     def reset(self) -> Obs:
         seed, self.seed = self.seed, None  # for the first reset only; later ones continue the environments' generators
-        obs, _ = self.vec.reset(seed=seed)
+        with broken_env(f"{self.name} failed to reset:"):
+            obs, _ = self.vec.reset(seed=seed)
+            self.last = self._obs(obs)
         self.restarting[:] = False
-        self.last = self._obs(obs)
         return self.last
 
     def step(self, action: Tensor) -> Step:
+        with broken_env(f"{self.name} raised"):
+            return self._step(action)
+
+    def _step(self, action: Tensor) -> Step:
         obs, reward, terminated, truncated, info = self.vec.step(native_action(self.action_space, action))
         terminated, truncated = (np.array(x, dtype=bool) for x in (terminated, truncated))
         truncated &= ~terminated

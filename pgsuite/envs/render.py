@@ -7,10 +7,11 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,8 @@ def camera(env: VectorEnv) -> Camera:
     """A camera on the first environment.  Raises ValueError if it cannot be rendered, or a required package is
     missing."""
     if not screen():
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no screen, but warns without this
+        # SDL takes the first that it has; what some environments draw stays black with dummy.
+        os.environ.setdefault("SDL_VIDEODRIVER", "offscreen,dummy")
     if isinstance(env, TaskEnv):
         return of_task(env.task)
     if isinstance(env, GymEnv):
@@ -60,11 +62,17 @@ def camera(env: VectorEnv) -> Camera:
             first = env.vec.envs[0]
             if hasattr(first.unwrapped, "mujoco_renderer"):
                 choose_gl()
-            return Camera(lambda: drawn(env.name, first.render), first.metadata.get("render_fps", 30))
+            return Camera(lambda: drawn(env.name, first.render), fps_of(first.metadata, 30))
         shape = env.observation_space.shape or ()
         if len(shape) == 3:
-            return Camera(lambda: picture(env.last[0].cpu().numpy()), env.vec.metadata.get("render_fps", 15))
+            return Camera(lambda: picture(env.last[0].cpu().numpy()), fps_of(env.vec.metadata, 15))
     raise ValueError(f"{env.name} cannot be drawn: it neither renders rgb_array in this process nor observes images")
+
+
+def fps_of(metadata: Mapping[str, Any], default: float) -> float:
+    """The frames per second that an environment declares, or the default where it declares none that can be."""
+    fps = metadata.get("render_fps")
+    return fps if isinstance(fps, int | float) and 0 < fps < math.inf else default
 
 
 def picture(image: np.ndarray) -> np.ndarray:
@@ -151,6 +159,8 @@ def drawn(name: str, draw: Callable[[], Any]) -> np.ndarray:
         raise ValueError(f"drawing needs packages that are not here: {REMEDY} ({error})") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be drawn: {type(error).__name__}: {error}") from error
+    if isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 4:
+        frame = frame[..., :3]  # RGBA: a film has no transparency
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
         got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise ValueError(f"{name} cannot be drawn: its render() gives {got} and not bytes [H, W, 3]")

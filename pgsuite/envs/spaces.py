@@ -2,15 +2,16 @@
 
 All of an observation except images becomes one vector [N, O]: boxes are flattened, discrete numbers are one-hot, and
 entries of dictionaries and tuples are concatenated in order.  Images, which are boxes of bytes from 0 to 255 with two
-to four dims, become [N, C, H, W] under their own keys, next to ``vector``.  The entry ``critic_obs`` of a dictionary
-stays separate, for the critic only, and so does ``action_mask``, as one bool for each discrete action.
+to four dims, become [N, C, H, W] under their own keys, next to ``vector``; a dot in a key becomes an underscore.  The
+entry ``critic_obs`` of a dictionary stays separate, for the critic only, and so does ``action_mask``, as one bool for
+each discrete action.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Obs, map_obs
 
 VECTOR = "vector"
+LARGEST = 2**20  # numbers of a one-hot vector
+NAMES = torch.nn.ModuleDict()  # whose attributes are names that no part of it may have
 FIXED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 Leaf = tuple[str, spaces.Space[Any], Any]  # path, space, batch of observations
 
@@ -32,13 +35,21 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     public, apart = split(space)
     for path, leaf, _ in leaves(public):
         if not isinstance(leaf, FIXED):
+            where = f"the entry {path!r} of the observations, {leaf}, has" if path else f"observations {leaf} have"
             raise ValueError(
-                f"observations {leaf} have no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries "
-                "and tuples of them have"
+                f"{where} no fixed size: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries and tuples of "
+                f"them have{_remedy(space)}"
+            )
+        if (size := one_hot_size(leaf)) > LARGEST:
+            raise ValueError(
+                f"observations {leaf} would become one-hot vectors of {size:,} numbers, {4 * size / 2**20:,.0f} MB "
+                "each: give features of the number in its place, by an observation wrapper (env.wrappers=)"
             )
         if is_image(leaf):
             shape = channels_first(torch.empty(1, *(leaf.shape or ()))).shape[1:]
-            parts[path] = spaces.Box(0, 255, shape, np.uint8)
+            if (key := module_name(path)) in parts:
+                raise ValueError(f"two images of {space} have the name {key!r}: give one of them another")
+            parts[key] = spaces.Box(0, 255, shape, np.uint8)
         else:
             flat = spaces.flatten_space(leaf)
             assert isinstance(flat, spaces.Box)
@@ -56,6 +67,14 @@ def tensor_space(space: spaces.Space[Any]) -> spaces.Box | spaces.Dict:
     return spaces.Dict(parts) if len(parts) > 1 else next(iter(parts.values()))  # pyright: ignore[reportReturnType]
 
 
+def _remedy(space: spaces.Space[Any]) -> str:
+    """How to leave out the entries without a fixed size, in words; empty if nothing would remain."""
+    parts = space.items() if isinstance(space, spaces.Dict) else []
+    fixed = [key for key, part in parts if all(isinstance(leaf, FIXED) for _, leaf, _ in leaves(part))]
+    wrapper = f"{{gymnasium.wrappers.FilterObservation: {{filter_keys: [{', '.join(fixed)}]}}}}"
+    return f"; env.wrappers=[{wrapper}] leaves such entries out" if fixed else ""
+
+
 def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
     """Convert a batch of observations, arrays or tensors, to tensors [N, *O] in new memory."""
     parts: dict[str, Obs] = {}
@@ -63,7 +82,7 @@ def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
     public, apart = split(space)
     for path, leaf, x in leaves(public, obs):
         if is_image(leaf):
-            parts[path] = channels_first(copied(x)).contiguous()
+            parts[module_name(path)] = channels_first(copied(x)).contiguous()
         else:
             vectors.append(flatten(leaf, copied(x)))
     if vectors:
@@ -72,6 +91,57 @@ def tensors(space: spaces.Space[Any], obs: Any) -> Obs:
         x = tensors(part, obs[key])
         parts[key] = x if key == PRIVILEGED else x > 0
     return parts if len(parts) > 1 else next(iter(parts.values()))
+
+
+def mismatch(space: spaces.Space[Any], obs: Any, path: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with one observation of a space, in words; None if nothing is.  Numbers outside the bounds of a Box
+    pass, and so do dtypes that gymnasium converts to the declared one, such as float64 to float32."""
+    name = f"an observation with {'/'.join(path)!r}" if path else "an observation"
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts: list[tuple[Any, spaces.Space[Any]]]
+        if isinstance(space, spaces.Dict):
+            parts = list(space.items())
+            if not isinstance(obs, Mapping):
+                return f"{name} that is {shown(obs)}; it must be a dictionary with {', '.join(space)}"
+            if missing := [key for key in space if key not in obs]:
+                return f"{name} without {', '.join(map(repr, missing))}, which its space declares"
+        else:
+            parts = list(enumerate(space))
+            if not isinstance(obs, tuple | list) or len(obs) != len(parts):
+                return f"{name} that is {shown(obs)}; it must be a tuple of {len(parts)} parts"
+        found = (mismatch(part, obs[key], (*path, str(key))) for key, part in parts)
+        return next(filter(None, found), None)
+    try:
+        x = np.asarray(obs)
+    except (ValueError, TypeError, RuntimeError) as error:  # of lists of unequal lengths, for example
+        return f"{name} that is no array: {error}"
+    if x.dtype.kind not in "biuf":
+        return f"{name} that is {shown(obs)}; it must hold numbers"
+    if x.shape != (space.shape or ()):
+        return f"{name} of shape {x.shape}; its space declares {space.shape or ()}"
+    if x.dtype != space.dtype and not np.can_cast(x.dtype, space.dtype or float, "same_kind"):
+        return f"{name} of dtype {x.dtype}; its space declares {space.dtype}"
+    if isinstance(space, spaces.Box):
+        return None
+    low, count = first_action(space), 2 if isinstance(space, spaces.MultiBinary) else 0
+    count = space.n if isinstance(space, spaces.Discrete) else getattr(space, "nvec", count)
+    if bool(((x < low) | (x >= low + count)).any()):
+        return f"{name} of {shown(obs)}; its space declares {space}"
+    return None
+
+
+def shown(x: Any) -> str:
+    """A value from outside in a few words."""
+    if isinstance(x, np.ndarray | Tensor) and x.ndim and math.prod(x.shape) > 8:
+        return f"an array of shape {tuple(x.shape)}"
+    words = " ".join((str(x) if isinstance(x, np.ndarray | np.generic) else repr(x)).split())
+    return words if len(words) <= 60 else f"{words[:56]} ..."
+
+
+def module_name(path: str) -> str:
+    """A path as the name of a network's part: torch takes no dots, no empty names and none of its own."""
+    name = path.replace(".", "_")
+    return f"{name}_" if not name or hasattr(NAMES, name) else name
 
 
 def copied(x: Any) -> Tensor:
@@ -127,6 +197,13 @@ def flatten(space: spaces.Space[Any], x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.float()
 
 
+def one_hot_size(space: spaces.Space[Any]) -> int:
+    """The length of the one-hot vector of a discrete space; 0 for other spaces."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    return int(space.nvec.sum()) if isinstance(space, spaces.MultiDiscrete) else 0
+
+
 def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
 
@@ -142,9 +219,14 @@ def first_action(space: spaces.Space[Any]) -> Any:
 
 
 def native_action(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
-    """A policy's actions [N, *A] as elements of the space: clipped to a Box, or offset by a discrete space's start."""
-    x = action.cpu().numpy().astype(space.dtype).reshape(-1, *(space.shape or ()))
-    return x.clip(space.low, space.high) if isinstance(space, spaces.Box) else x + first_action(space)
+    """A policy's actions [N, *A] as elements of the space: clipped to a Box and rounded to its whole numbers, or offset
+    by a discrete space's start."""
+    x = action.cpu().numpy().reshape(-1, *(space.shape or ()))
+    if not isinstance(space, spaces.Box):
+        return x.astype(space.dtype) + first_action(space)
+    if space.dtype.kind in "iu":
+        x = np.rint(x.astype(np.float64))  # float64 holds the bounds of all common types
+    return x.clip(space.low, space.high).astype(space.dtype)
 
 
 def to_data(space: spaces.Space[Any]) -> dict[str, Any]:

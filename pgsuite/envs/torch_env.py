@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +13,8 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from pgsuite import seeding, settings
-from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
-from pgsuite.envs.dotted import make
+from pgsuite.components import make_object
+from pgsuite.envs.base import VectorEnvConfig, broken_env
 from pgsuite.envs.spaces import first_action, tensor_space, tensors, to_device
 from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
@@ -43,7 +41,7 @@ class TorchNative(VectorEnvConfig):
         limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
         number = seeding.number(seed, "environment")
         arguments = {"num_envs": num_envs, "device": device, "seed": number, **limit, **self.options}
-        made = make(self.entry, "env.entry", **arguments)
+        made = make_object(self.entry, "env.entry", **arguments)
         env = TorchNativeEnv(made, name=self.entry, device=device, dtype=dtype, seed=number, **limit)
         if env.num_envs != num_envs:
             raise ValueError(f"env.entry={self.entry} made {env.num_envs} environments, not {num_envs}")
@@ -105,14 +103,14 @@ class TorchNativeEnv:
 
     def reset(self) -> Obs:
         seed, self.seed = self.seed, None  # for the first reset only; later ones continue the environments' generators
-        with self._named("failed to reset:"):
+        with broken_env(f"{self.name} failed to reset:"):
             obs, _ = self.env.reset(seed=seed)
             self.last = self._obs(obs)
         return self.last
 
     def step(self, action: Tensor) -> Step:
         self.steps += 1
-        with self._named(f"at its step {self.steps} raised"):
+        with broken_env(f"{self.name} at its step {self.steps} raised"):
             obs, reward, terminated, truncated, info = self.env.step(self._action(action))
             new, reward = self._obs(obs), self._cells(reward, self.dtype)
             terminated, truncated = self._cells(terminated, torch.bool), self._cells(truncated, torch.bool)
@@ -142,7 +140,8 @@ class TorchNativeEnv:
         """The actions for the environments, in new memory."""
         x = action.to(self.lives_on).reshape(self.num_envs, *(self.action_space.shape or ()))
         if self.bounds is not None:
-            return x.to(self.bounds[0].dtype).clamp(*self.bounds)
+            whole = not self.bounds[0].is_floating_point()
+            return (x.round() if whole else x).clamp(*self.bounds).to(self.bounds[0].dtype)
         return x + self.first
 
     def _obs(self, obs: Any) -> Obs:
@@ -153,13 +152,6 @@ class TorchNativeEnv:
     def _cells(self, x: Any, dtype: torch.dtype) -> Tensor:
         """[N] in new memory."""
         return torch.as_tensor(x).reshape(self.num_envs).to(self.device, dtype, copy=True)
-
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise BrokenEnvError(f"{self.name} {what} {type(error).__name__}: {error}") from error
 
     @property
     def is_resumable(self) -> bool:

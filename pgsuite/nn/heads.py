@@ -237,18 +237,26 @@ DEFAULTS: Sequence[tuple[type[spaces.Space[Any]], str]] = (
 )
 
 
+def continuous(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """For a Box of whole numbers the Box of floats that are rounded to them, with an equal share for each; any other
+    space as it is."""
+    if not isinstance(space, spaces.Box) or space.dtype.kind not in "iu":
+        return space
+    low, high = (torch.as_tensor(getattr(space, name)).double() + by for name, by in (("low", -0.5), ("high", 0.5)))
+    return spaces.Box(low.float().numpy(), high.float().numpy())
+
+
 def make_head(space: spaces.Space[Any], distribution: Component = "auto", **options: Any) -> Head:
     """Make the head that ``policy.distribution`` chooses; ``auto`` chooses by the type of the action space.  Options
     that are None or have their default are ignored.
 
     Raises ValueError for an unknown head, an unsupported space, and options of other heads.
     """
+    space = continuous(space)
     if distribution == "auto":
         names = [name for kind, name in DEFAULTS if isinstance(space, kind)]
         if not names or (isinstance(space, spaces.Box) and space.dtype.kind != "f"):
-            raise ValueError(
-                f"no policy for actions {space}: Box of floats, Discrete, MultiDiscrete and MultiBinary have one"
-            )
+            raise ValueError(f"no policy for actions {space}: Box, Discrete, MultiDiscrete and MultiBinary have one")
         (distribution,) = names
     cls = component_class(distribution, HEADS, Head, "policy.distribution")
     given = {name: x for name, x in options.items() if x is not None and x is not True and x != "free"}

@@ -12,8 +12,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite import seeding, settings
+from pgsuite.components import find_object, make_object
 from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
-from pgsuite.envs.dotted import find, make
 from pgsuite.errors import UserError, install
 from pgsuite.rlhf.generation import GenerationCollector
 from pgsuite.settings import Count, NonNegative
@@ -70,8 +70,8 @@ class Language(VectorEnvConfig):
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
         tokens = self.vocabulary()
-        rewards = [self.made_of(file) for file in self.rewards or ()] or [find(self.reward, "env.reward")]
-        scorer: Reward | None = None if self.scorer is None else find(self.scorer, "env.scorer")
+        rewards = [self.made_of(file) for file in self.rewards or ()] or [find_object(self.reward, "env.reward")]
+        scorer: Reward | None = None if self.scorer is None else find_object(self.scorer, "env.scorer")
         if num_envs % self.samples:
             raise ValueError(f"num_envs={num_envs} responses do not divide into env.samples={self.samples} a prompt")
         return LanguageEnv(
@@ -95,7 +95,7 @@ class Language(VectorEnvConfig):
         on UserError for an invalid file."""
         made: Any = None
         try:
-            made = make(self.reward, "env.reward", file, self.ensemble)
+            made = make_object(self.reward, "env.reward", file, self.ensemble)
             wrong = f"made a {type(made).__name__} of {file!r}, and no callable"
         except UserError:
             raise
@@ -111,8 +111,8 @@ class Language(VectorEnvConfig):
     def texts(self, path: str, name: str) -> list[str]:
         if Path(path).is_file():
             return Path(path).read_text().splitlines()
-        found = find(path, f"env.{name}")
-        texts = make(path, f"env.{name}") if callable(found) else found
+        found = find_object(path, f"env.{name}")
+        texts = make_object(path, f"env.{name}") if callable(found) else found
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(x, str) for x in texts):
             raise ValueError(f"env.{name} must be a list of texts, and {path} is {type(texts).__name__}")
         return list(texts)
@@ -120,9 +120,9 @@ class Language(VectorEnvConfig):
     def vocabulary(self) -> Tokens:
         if Path(self.tokens).is_dir():
             return PretrainedTokens(self.tokens)
-        found = find(self.tokens, "env.tokens")
+        found = find_object(self.tokens, "env.tokens")
         makes = isinstance(found, type) or not hasattr(found, "encode")
-        tokens: Any = make(self.tokens, "env.tokens") if makes and callable(found) else found
+        tokens: Any = make_object(self.tokens, "env.tokens") if makes and callable(found) else found
         if missing := [name for name in ("pad", "stop", "encode", "decode", "__len__") if not hasattr(tokens, name)]:
             raise ValueError(f"env.tokens={self.tokens} has no {', '.join(missing)}")
         return tokens

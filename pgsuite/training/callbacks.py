@@ -44,14 +44,20 @@ class Evaluation(Checked):
 
     every: Count | None = None  # environment steps between evaluations; null makes none
     episodes: Count = 10  # episodes of each evaluation, one in each of as many environments
+    max_steps: Count | None = None  # steps after which an episode is cut; null is its time limit, or without one 30,000
     video_every: Count | None = None  # environment steps between videos of a first episode; null records none
     video: Literal["tensorboard", "mp4", "gif"] = (
         "tensorboard"  # format of videos; files are written to the run's videos/
     )
 
 
-# (policy, environment steps that it was trained for, whether to record a video) -> metrics of whole episodes
-Evaluator = Callable[[Policy, int, bool], dict[str, float]]
+class EvaluationStoppedError(Exception):
+    """An evaluation was asked to stop between two of its steps."""
+
+
+# (policy, environment steps that it was trained for, whether to record a video, whether to stop, which is asked before
+# each step) -> metrics of whole episodes.  Raises EvaluationStoppedError.
+Evaluator = Callable[[Policy, int, bool, Callable[[], bool]], dict[str, float]]
 
 
 class MetricAverager:
@@ -131,7 +137,7 @@ class ProgressBar(Callback):
         self.console, self.lines = console, lines
 
     def on_start(self, trainer: Trainer) -> None:
-        self.began, self.said, self.first = perf_counter(), trainer.steps, trainer.steps
+        self.began, self.said, self.first = trainer.seconds["total"], trainer.steps, trainer.steps
         self.bar: Progress | None = None
         # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
@@ -146,7 +152,7 @@ class ProgressBar(Callback):
             self.bar.start()
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
-        elapsed = max(perf_counter() - self.began, 1e-9)
+        elapsed = max(trainer.seconds["total"] - self.began, 1e-9)  # without evaluations and films
         speed = (report.steps - self.first) / elapsed
         due = report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps
         if self.bar is None and not due:
@@ -211,7 +217,8 @@ class Evaluate(Callback):
     checkpoint of the best evaluation.
 
     Each evaluation makes new environments and random streams.  Hence training is the same bit for bit with and without
-    evaluations, and every evaluation starts from the same initial states.  Only the first process evaluates.
+    evaluations, and every evaluation starts from the same initial states.  Only the first process evaluates.  A signal
+    ends an evaluation between two steps, and its results are dropped.
     """
 
     def __init__(
@@ -222,7 +229,6 @@ class Evaluate(Callback):
         checkpoints: Checkpoints,
         wanted: Evaluation,
     ) -> None:
-        """``evaluator`` is called with a policy, the steps that it was trained for, and whether to record a video."""
         self.evaluator, self.table, self.loggers = evaluator, table, loggers
         self.checkpoints, self.wanted = checkpoints, wanted
         self.last: dict[str, float] = {}
@@ -235,18 +241,23 @@ class Evaluate(Callback):
 
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         wanted, due = self.wanted, report.steps >= trainer.total_steps
-        if not (due or report.passes(wanted.every or math.inf)):
+        if trainer.stop or not (due or report.passes(wanted.every or math.inf)):
             return
         found: dict[str, float] = {}
         if distributed.rank() == 0:
             film = wanted.video_every is not None and (due or report.passes(wanted.video_every))
-            found = self.evaluator(copy.deepcopy(trainer.algorithm.policy), report.steps, film)
+            with suppress(EvaluationStoppedError):  # by a signal, after which training stops too
+                policy = copy.deepcopy(trainer.algorithm.policy)
+                found = self.evaluator(policy, report.steps, film, lambda: bool(trainer.asked))
+        found = distributed.broadcast(found)
+        if not found:
+            return
+        if distributed.rank() == 0:
             scalars = {f"evaluation/{name}": x for name, x in found.items()}
             if self.table is not None:
                 self.table.write(report.steps, {"time/seconds": trainer.seconds["total"]} | scalars)
             for logger in self.loggers:
                 logger.write(report.steps, scalars)
-        found = distributed.broadcast(found)
         self.last = {"steps": report.steps} | found
         if not self.best or found["return"] > self.best["return"]:
             self.best = self.last

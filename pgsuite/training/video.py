@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,20 +50,26 @@ def open_camera(env: VectorEnv, to: str) -> Camera:
 
 
 @contextmanager
-def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterator[Callable[[], None]]:
+def record_video(
+    env: VectorEnv, to: str, show: Callable[[Gif], None], say: Callable[[str], object] = warnings.warn
+) -> Iterator[Callable[[], None]]:
     """A context whose value records a frame of the first environment at each call.
 
-    On success the video is written at exit: to the file ``to``, mp4 or GIF by its suffix, atomically; or, if ``to`` is
-    tensorboard, it is passed to ``show``.  Raises UserError, before any frame is recorded, if that is impossible.
+    ``say`` is called with a line if all frames have the same single colour.  On success the video is written at exit:
+    to the file ``to``, mp4 or GIF by its suffix, atomically; or, if ``to`` is tensorboard, it is passed to ``show``.
+    Raises UserError, before any frame is recorded, if that is impossible.
     """
     path, through = Path(to), open_camera(env, to)
     every = max(1, round(through.fps / (MP4_FPS if path.suffix == ".mp4" else GIF_FPS)))
-    seen = itertools.count()
+    seen, colours = itertools.count(), set[tuple[int, ...]]()
 
     def watch() -> None:
         if next(seen) % every == 0:
             try:
-                film.add(through.render())
+                frame = through.render()
+                if len(colours) < 2:
+                    colours.update(map(tuple, (frame.min((0, 1)).tolist(), frame.max((0, 1)).tolist())))
+                film.add(frame)
             except ValueError as error:
                 raise UserError(f"video={to}: {error}") from error
             except OSError as error:
@@ -84,6 +91,8 @@ def record_video(env: VectorEnv, to: str, show: Callable[[Gif], None]) -> Iterat
             else:
                 unfinished.write_bytes(film.bytes())
             stack.close()  # the file takes its place
+            if len(colours) == 1:
+                say(f"video={to} shows nothing but the colour {next(iter(colours))}: {env.name} draws nothing here")
         except OSError as error:
             raise unwritable(to, error) from error
 
