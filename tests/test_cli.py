@@ -392,7 +392,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["backend=jax"], "HalfCheetah runs on backend mujoco or warp (or auto), not 'jax'"),
     (["env=gym"], "env.id must name an environment, such as env.id=LunarLander-v3"),
     (["env=gym", "env.id=CartPol-v1"], "gymnasium has no environment 'CartPol-v1'; did you mean CartPole-v1"),
-    (["env=gym", "env.id=CartPole-v1", "env.improt=x"], "no setting 'improt' in env; did you mean import?"),
+    (["env=gym", "env.id=CartPole-v1", "env.improt=x"], "no setting 'improt' in env; did you mean import"),
     (["env=gym", "env.id=CartPole-v1", "env.import=x_y"], "env.import=x_y cannot be imported: No module named 'x_y'"),
     (["env=gym", "env.id=CartPole-v1", "env.import=.x"], "env.import=.x cannot be imported: '.x' is no full name of a"),
     (["evaluation=${seed}"], "evaluation must be settings by name, such as evaluation.<name>=..., got 0"),
@@ -414,7 +414,7 @@ def test_a_broken_environment_stops_the_run_with_its_state_saved(command: Cli) -
     faulty = ["env=gym", "env.id=Faulty-v0", "env.import=test_gym_env", "env.options={fault: raise, at: 40}"]
     code, _, err = command("train", *faulty, "num_envs=2", "horizon=16", "hydra.run.dir=run")
     assert code == 1 and err.strip().count("\n") == 0
-    assert "error: Faulty-v0 (environment 0) at its step 40 raised KeyError: 'no such joint'" in err
+    assert "Faulty-v0 (environment 0) at its step 40 raised KeyError: 'no such joint'" in err
     (path,) = command.folder.glob("run/checkpoints/*.pt")
     assert checkpoint.load(path)["steps"] == 64
 

@@ -15,7 +15,7 @@ from pgsuite.app.evaluate import Progress, play
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
 from pgsuite.training.callbacks import EvaluationStoppedError, ProgressBar
-from pgsuite.training.trainer import Report
+from pgsuite.training.trainer import RecentReturns, Report
 
 ENDLESS = ["env=gym", "env.id=CliffWalking-v1", *TINY, "total_steps=128", "hydra.run.dir=run"]
 
@@ -101,8 +101,9 @@ def test_the_speed_of_a_run_is_that_of_training() -> None:
     """Not of the evaluations and films between its iterations."""
     said: list[str] = []
     bar = ProgressBar(SimpleNamespace(is_terminal=False, is_jupyter=False, print=lambda x, **_: said.append(x)))  # pyright: ignore
-    trainer: Any = SimpleNamespace(steps=0, total_steps=1000, seconds={"total": 5.0})
+    recent = RecentReturns([], "last tenth", 100)
+    trainer: Any = SimpleNamespace(steps=0, total_steps=1000, seconds={"total": 5.0}, recent_returns=recent)
     bar.on_start(trainer)
     trainer.seconds["total"] += 2.0
     bar.on_iteration(trainer, Report(0, 500, {}, [], [], True))
-    assert said == ["500 steps | 250 steps/s | return none yet | 2 s left"]
+    assert len(said) == 1 and said[0].startswith("500 steps | 250 steps/s | ") and said[0].endswith(" | 2 s left")

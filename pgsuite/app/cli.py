@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -92,6 +93,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
         if distributed.size() > 1:
             _divide(processes)
         if help_page.asked():
+            sys.stdout = stdout  # of which a pager may read as much as it likes
             found = help_page.composed(config, str(CONFIGS))
             composed = True
             help_page.show(config, *found)
@@ -164,12 +166,11 @@ def replacing(argument: str) -> list[str]:
 def uncomposable(error: BaseException, arguments: Sequence[str]) -> str:
     """Message for an error while a configuration is composed of these command line arguments."""
     parser, overrides = OverridesParser.create(), list[Override]()
-    for argument in arguments:
-        if not argument.startswith("-"):
-            try:
-                overrides.append(parser.parse_override(argument))
-            except HydraException as reason:
-                return _unparsed(argument, str(reason))
+    for argument in get_args_parser().parse_known_args(arguments)[0].overrides:
+        try:
+            overrides.append(parser.parse_override(argument))
+        except HydraException as reason:
+            return _unparsed(argument, str(reason))
     said = str(error)
     if (mistake := resume.misplaced(overrides, said)) is not None:
         return mistake
