@@ -897,7 +897,7 @@ def main() -> None:
     chosen = [x for x in MUTATIONS if not wanted.only or any(part in x.name for part in wanted.only)]
     if not chosen:
         sys.exit(f"error: no fault has a name with {' or '.join(wanted.only)}; one of: {', '.join(NAMES)}")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "PGSUITE_LONG": "1"}
     for name in PRELOADED:
         importlib.import_module(name)
     record, bad, began = {}, [], perf_counter()

@@ -21,6 +21,7 @@ from toys import (
     TwoSteps,
     build,
     collector,
+    mostly_long,
     value,
 )
 
@@ -58,7 +59,7 @@ class Priced(PointMass):
         return following, self.times * reward, terminated
 
 
-@pytest.mark.parametrize("times", [1e-3, 2.0**-10, 2.0**10, 1e3])
+@pytest.mark.parametrize("times", mostly_long([1e-3, 2.0**-10, 2.0**10, 1e3], 1e-3, 2.0**10))
 @pytest.mark.parametrize("cls", ALL)
 def test_multiplying_all_rewards_changes_nothing(cls: type[Algorithm], times: float) -> None:
     """From the first rollout on; powers of two do not even change the rounding."""
@@ -545,7 +546,7 @@ FAST: dict[type[Algorithm], dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("cls", mostly_long(ALL, Reinforce, PPO, NPG))
 @pytest.mark.parametrize("probe", PROBES, ids=lambda p: p[0])
 def test_probes_are_solved(cls: type[Algorithm], probe: tuple[str, Any, bool]) -> None:
     name, pays, blank = probe
@@ -591,7 +592,7 @@ class QuadraticCritic(Critic):
         return super().read(features.square())
 
 
-@pytest.mark.parametrize("cls", [A2C, PPO, NPG, TRPO])
+@pytest.mark.parametrize("cls", mostly_long([A2C, PPO, NPG, TRPO], PPO, TRPO))
 def test_the_linear_quadratic_regulator_is_found(cls: type[Algorithm]) -> None:
     """At discount .9, u = -K x with K = .58840335, whatever noise is added; K once it has settled."""
     env = LQR(256, max_episode_steps=10)

@@ -129,7 +129,7 @@ ALGORITHM_SCALARS = {
 }
 
 
-@pytest.mark.parametrize("algo", ALGORITHM_SCALARS)
+@pytest.mark.parametrize("algo", mostly_long(ALGORITHM_SCALARS, "ppo", "npg"))
 def test_a_run_leaves_everything_that_is_promised(command: Cli, algo: str) -> None:
     size = [] if algo == "reinforce" else ["horizon=16"]
     task = ["env=Pendulum", "env.max_episode_steps=20", "num_envs=4", *size]
@@ -252,7 +252,7 @@ def test_every_recipe_begins_a_run(command: Cli, recipe: str) -> None:
     assert code == 0 and f"recipe {recipe}" in out, err
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "ppo", "trpo"])  # one of a kind; test_recurrent has them all
+@pytest.mark.parametrize("algo", mostly_long(["reinforce", "ppo", "trpo"], "trpo"))
 def test_what_remembers_is_trained_and_evaluated(command: Cli, algo: str) -> None:
     """The critic remembers as the policy does unless it is told otherwise, and may be on the same body."""
     shared = ["policy.recurrent=gru", "policy.recurrent_size=8"]
@@ -402,7 +402,9 @@ WRONG: list[tuple[list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), mostly_long(WRONG, *WRONG[::2]), ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
 def test_bad_input_gets_one_message_and_leaves_nothing(command: Cli, arguments: list[str], message: str) -> None:
     code, out, err = command("train", *arguments)
     assert code == 1 and message in err and err.startswith("error: ")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from tape import Tape
-from toys import ALL, PointMass, build, collector
+from toys import ALL, PointMass, build, collector, mostly_long
 
 from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
@@ -102,7 +102,7 @@ CASES: list[tuple[type[Algorithm], str, dict[str, Any], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "task", "settings", "changes"), CASES)
+@pytest.mark.parametrize(("cls", "task", "settings", "changes"), mostly_long(CASES, *CASES[:3]))
 def test_what_is_scheduled_remembered_or_put_back_is_replayed_too(
     cls: type[Algorithm], task: str, settings: dict[str, Any], changes: int
 ) -> None:

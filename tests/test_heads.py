@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from toys import ALL, PointMass, build, collector
+from toys import ALL, PointMass, build, collector, mostly_long
 
 from pgsuite.algorithms import PPO, TRPO
 from pgsuite.envs import Gym, make
@@ -69,7 +69,7 @@ def test_a_sigma_that_depends_on_the_state_begins_as_a_free_one_and_moves_with_t
     assert torch.allclose(dist.mean, torch.tensor([[0.3, 0.4]]))
 
 
-@pytest.mark.parametrize("cls", [PPO, TRPO])
+@pytest.mark.parametrize("cls", mostly_long([PPO, TRPO], PPO))
 @pytest.mark.parametrize(
     "look", [{"sigma": "state"}, {"distribution": "squashed"}, {"distribution": "beta"}], ids=lambda x: str(*x.values())
 )
@@ -157,7 +157,7 @@ class Elsewhere(PointMass):
 
 
 @pytest.mark.parametrize("cls", ALL)
-@pytest.mark.parametrize(("low", "high"), [(4.0, 12.0), (-0.25, 0.25), (0.0, 256.0)])
+@pytest.mark.parametrize(("low", "high"), mostly_long([(4.0, 12.0), (-0.25, 0.25), (0.0, 256.0)], (4.0, 12.0)))
 def test_every_method_learns_the_same_in_any_box(cls: Any, low: float, high: float) -> None:
     found = []
     for env in (PointMass(4), Elsewhere(4, low, high)):

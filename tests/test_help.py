@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from test_cli import Cli, command  # noqa: F401
+from toys import mostly_long
 
 from pgsuite.app import cli, envs, help, schema  # noqa: A004
 from pgsuite.settings import Count, Fraction
@@ -21,6 +22,7 @@ CHOICES = {group: sorted(path.stem for path in (ROOT / "configs" / group).glob("
 ESTIMATORS = sorted(path.stem for path in (ROOT / "configs/algo/estimator").glob("*.yaml"))
 TRAINS = [f"algo={x}" for x in CHOICES["algo"]] + [f"env={x}" for x in CHOICES["env"]]
 TRAINS += [f"algo/estimator={x}" for x in ESTIMATORS]
+SHOWN = [*((x, "") for x in help.COMMANDS), *(("train", x) for x in TRAINS)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, config: str, *given: str) -> tuple
     return help.composed(config, str(cli.CONFIGS))
 
 
-@pytest.mark.parametrize(("config", "given"), [*(("train", x) for x in TRAINS), *((x, "") for x in help.COMMANDS)])
+@pytest.mark.parametrize(("config", "given"), mostly_long(SHOWN, *SHOWN[::3]))
 def test_every_setting_has_a_description(monkeypatch: pytest.MonkeyPatch, config: str, given: str) -> None:
     plain, _ = composed(monkeypatch, config, *filter(None, [given]))
     found = [setting for part in help.sections(plain) for setting in part.settings]
@@ -106,8 +108,8 @@ def test_a_method_from_elsewhere_is_described_by_its_own_comments(command: Cli) 
 @pytest.mark.parametrize(
     "start",
     [
-        ["-m", "pgsuite", "train"],
-        [str(ROOT / "scripts" / "train.py")],
+        pytest.param(["-m", "pgsuite", "train"], marks=pytest.mark.long),
+        pytest.param([str(ROOT / "scripts" / "train.py")], marks=pytest.mark.long),
         ["-c", "from pgsuite.__main__ import main; main()", "train"],
     ],
     ids=["module", "script", "console"],

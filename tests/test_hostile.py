@@ -10,6 +10,7 @@ import fuzz
 import pytest
 import torch
 from test_export import save
+from toys import mostly_long
 
 import pgsuite
 from pgsuite.errors import UserError
@@ -94,7 +95,7 @@ def refuse(folder: Path, script: str, *arguments: str, naming: str) -> None:
     assert not HARM.exists() and stamps(folder) == before
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", mostly_long(KINDS, *list(KINDS)[::2]))
 def test_what_is_no_checkpoint_is_refused_everywhere(folder: Path, how: str) -> None:
     path = save(folder, "gaussian").relative_to(folder)
     spoil(path, how)

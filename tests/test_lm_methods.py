@@ -102,7 +102,7 @@ def first_gradient(algorithm: Any, rollout: Rollout, monkeypatch: pytest.MonkeyP
     return gradient if isinstance(algorithm, Reinforce) else gradient * each
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mostly_long(WAYS, "reinforce", "dr-grpo", "a2c", "ppo-sequence", "npg"))
 def test_the_first_gradient_is_the_exact_one_within_its_standard_error(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

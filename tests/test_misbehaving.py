@@ -10,6 +10,7 @@ from pathlib import Path
 
 import misbehaving
 import pytest
+from toys import mostly_long
 
 from pgsuite.envs import BrokenEnvError, Gym, make
 from pgsuite.errors import UserError
@@ -39,7 +40,7 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", mostly_long(SAMPLE, *SAMPLE[::2]))
 def test_a_misbehaviour_is_answered_in_one_message(name: str) -> None:
     assert not misbehaving.attempt(name, ways=[0]).wrong
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_cli import TINY, Cli, command  # noqa: F401
 from torch import Tensor
-from toys import ALL, BRIEF, PointMass, build, collector, compile_by, put_back_alike
+from toys import ALL, BRIEF, PointMass, build, collector, compile_by, mostly_long, put_back_alike
 
 from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
@@ -76,7 +76,7 @@ def test_a_seed_decides_everything(cls: type[Algorithm]) -> None:
     assert not kills.differences(*ends)
 
 
-@pytest.mark.parametrize(("cls", "recurrent"), CORRECTED)
+@pytest.mark.parametrize(("cls", "recurrent"), mostly_long(CORRECTED, (PPO, "none"), (NPG, "none"), (A2C, "lstm")))
 def test_a_trainer_put_back_does_what_it_would_have_done(cls: type[Algorithm], recurrent: str, tmp_path: Path) -> None:
     """Saved before anything, and with a rollout under way."""
     one, two = trainer_of(cls, recurrent, 1), trainer_of(cls, recurrent, 2)

@@ -129,7 +129,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, t
     return torch.load(folder / "1") + torch.load(folder / "2")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_long(CASES, *list(CASES)[::2]))
 def test_two_processes_equal_one(name: str, ends: list[dict[str, dict[str, torch.Tensor]]]) -> None:
     one, first, second = (end[name] for end in ends)
     assert not kills.differences(first, second)
@@ -263,6 +263,7 @@ def launch(folder: str) -> None:
     elastic_launch(wanted, member)(folder, {})
 
 
+@pytest.mark.long
 def test_a_restart_goes_on_by_itself(tmp_path: Path) -> None:
     process = kills.fork(launch, str(tmp_path))
     process.join()

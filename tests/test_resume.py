@@ -42,7 +42,9 @@ def test_a_trainer_put_back_does_what_it_would_have_done(cls: type, tmp_path: Pa
 
 
 @pytest.mark.parametrize("written", ["\0[1, 2\x80", "[3, {4: [null, x]}]", "a: b: c"])
-@pytest.mark.parametrize("given", [[], ["resume=auto"], ["resume=auto", "torch_threads=measure"]])
+@pytest.mark.parametrize(
+    "given", mostly_long([[], ["resume=auto"], ["resume=auto", "torch_threads=measure"]], ["resume=auto"])
+)
 def test_a_directory_whose_settings_cannot_be_read_is_left_alone(command: Cli, written: str, given: list[str]) -> None:  # noqa: F811
     config = command.folder / "run" / "config.yaml"
     config.parent.mkdir()

@@ -217,7 +217,7 @@ def piped(folder: Path, reader: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("more", [(), ("-m", "seed=1,2")], ids=["run", "sweep"])
+@pytest.mark.parametrize("more", [[], pytest.param(["-m", "seed=1,2"], marks=pytest.mark.long)], ids=["run", "sweep"])
 def test_a_closed_pipe_does_not_end_the_run(tmp_path: Path, more: Sequence[str]) -> None:
     code, err = piped(tmp_path, "head -1", *more[:1], *POLE, *more[1:])
     assert code == 0 and "standard output is lost (Broken pipe); going on without it" in err

@@ -131,6 +131,7 @@ def test_cluster_configurations_fit_their_launchers(sweep: Any, choice: str, pac
     assert package in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_submitit_trains_on_this_machine(sweep: Any) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     limits = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=2")

@@ -299,7 +299,9 @@ FAULTY: list[tuple[type[Algorithm], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "settings", "message"), FAULTY, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"), mostly_long(FAULTY, *FAULTY[::2]), ids=lambda x: getattr(x, "__name__", "")
+)
 def test_a_faulty_method_is_told_what_is_wrong(cls: type[Algorithm], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_algorithm(cls, **settings)

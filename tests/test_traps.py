@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from test_cli import Cli, command  # noqa: F401
+from toys import mostly_long
 
 from pgsuite import errors
 from pgsuite.algorithms import PPO
@@ -140,7 +141,7 @@ def test_a_resumed_run_tells_of_its_own_recipe(command: Cli) -> None:  # noqa: F
     assert code == 0 and "recipe a2c-CartPole" in out
 
 
-@pytest.mark.parametrize("algo", ["ppo", "a2c", "npg", "trpo", "reinforce"])
+@pytest.mark.parametrize("algo", mostly_long(["ppo", "a2c", "npg", "trpo", "reinforce"], "ppo", "reinforce"))
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 def test_advantages_within_groups_are_not_standardized_again(command: Cli, algo: str, estimator: str) -> None:  # noqa: F811
     arguments = [f"algo={algo}", f"algo/estimator={estimator}", "env=rlhf", "env.samples=8"]

@@ -15,6 +15,7 @@ import fuzz
 import pytest
 import torch
 import yaml
+from toys import mostly_long
 
 import pgsuite
 from pgsuite import trust
@@ -82,6 +83,8 @@ PLACES |= {
     "env.import": {"env": GYM | {"import": EVIL}},
     "env.import in workers": {"env": GYM | {"import": EVIL, "workers": 1}},
     "env.id": {"env": GYM | {"id": f"{EVIL}:CartPole-v1"}},
+    "env.wrappers": {"env": GYM | {"wrappers": [f"{EVIL}.Wrapper"]}},
+    "env.wrappers in workers": {"env": GYM | {"wrappers": [f"{EVIL}.Wrapper"], "workers": 1}},
     "env.id native": {"env": GYM | {"id": f"{EVIL}:CartPole-v1", "native": True}},
     "env.entry": {"env": {"_target_": "pgsuite.envs.TorchNative", "entry": f"{EVIL}:CartPole"}},
     "env.entry of ours": {
@@ -188,7 +191,9 @@ SEES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", mostly_long(PLACES, *list(PLACES)[::4], "env.wrappers", "env.import", "policy.distribution")
+)
 def test_code_of_a_stranger_is_not_imported(folder: Path, place: str) -> None:
     change: Any = PLACES[place]
     alter(change if isinstance(change, dict) else {place: change})
@@ -211,7 +216,9 @@ def test_it_would_be_if_nothing_asked(folder: Path, monkeypatch: pytest.MonkeyPa
     assert HARM.exists()
 
 
-@pytest.mark.parametrize("given", [True, f"{EVIL}.CategoricalHead", EVIL, ["elsewhere", "runs.stranger"]])
+@pytest.mark.parametrize(
+    "given", mostly_long([True, f"{EVIL}.CategoricalHead", EVIL, ["elsewhere", "runs.stranger"]], True, EVIL)
+)
 def test_what_the_user_names_is_trusted(folder: Path, given: Any) -> None:
     alter({"policy.distribution": f"{EVIL}.CategoricalHead"})
     assert pgsuite.load(RUN, trust=given).restored.policy and HARM.exists()

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from test_algorithms import first_batch, flat
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from toys import PointMass, build, collector
+from toys import PointMass, build, collector, mostly_long
 
 from pgsuite.algorithms import NPG, TRPO
 from pgsuite.envs import make
@@ -289,7 +289,11 @@ def test_a_step_is_taken_where_it_improves_within_the_budget_and_nowhere_else(
 
 @pytest.mark.parametrize(
     ("world", "parts"),
-    [(point_mass, {}), (cart_pole, {}), (cart_pole, {"recurrent": "gru"}), (point_mass, {"shared": True})],
+    mostly_long(
+        [(point_mass, {}), (cart_pole, {}), (cart_pole, {"recurrent": "gru"}), (point_mass, {"shared": True})],
+        (point_mass, {}),
+        (cart_pole, {"recurrent": "gru"}),
+    ),
 )
 def test_the_batched_search_is_the_sequential_one(world: Any, parts: dict[str, Any]) -> None:
     """In every iteration of a run whose quadratic model often lies."""

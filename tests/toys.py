@@ -39,7 +39,8 @@ BRIEF: dict[type[Algorithm], dict[str, Any]] = {
 def mostly_long(cases: Iterable[Any], *short: Any) -> list[Any]:
     """Parameters of a test that are marked as long, but for the ``short`` ones."""
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*x, marks=[] if x in short or x[0] in short else pytest.mark.long) for x in values]
+    brief = [case if isinstance(case, tuple) else (case,) for case in short]
+    return [pytest.param(*x, marks=[] if x in brief else pytest.mark.long) for x in values]
 
 
 class Toy:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from toys import PointMass
+from toys import PointMass, mostly_long
 
 from pgsuite.envs import EnvPool, Gym, GymEnv, TorchNative, VectorEnv, make, tasks
 from pgsuite.envs.gym_env import Maker
@@ -16,7 +16,7 @@ from pgsuite.testing import check_task, check_vector_env
 TASKS = sorted(set(tasks.__all__) - {"Task"})
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", mostly_long(TASKS, *TASKS[::2]))
 def test_tasks(name: str) -> None:
     check_task(partial(getattr(tasks, name), max_episode_steps=40), num_envs=3, steps=120)
 
