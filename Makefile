@@ -11,7 +11,7 @@ train: $(VENV)/.train
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 $(ARGS)
 
-# The tests that take longer, too.
+# The tests that take longer.
 test-long: $(VENV)/.dev
 	PGSUITE_LONG=1 $(RUN) -m pytest -n 2 -m long $(ARGS)
 

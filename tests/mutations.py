@@ -755,8 +755,8 @@ MUTATIONS = [
     fault(
         "trust is kept with the run",
         "app/train.py",
-        'config |= {"resume": None, "trust": False}',
-        'config |= {"resume": None}',
+        'config = config | {"resume": None, "trust": False}',
+        'config = config | {"resume": None}',
         "trust::test_trust_is_of_one_call_and_not_kept_with_the_run",
     ),
     fault(

@@ -1,5 +1,6 @@
 """Evaluations end, whatever the environment and whenever they are asked to."""
 
+import io
 import json
 import signal
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_cli import TINY, Cli, command  # noqa: F401
 from toys import PointMass
 
@@ -107,3 +109,27 @@ def test_the_speed_of_a_run_is_that_of_training() -> None:
     trainer.seconds["total"] += 2.0
     bar.on_iteration(trainer, Report(0, 500, {}, [], [], True))
     assert len(said) == 1 and said[0].startswith("500 steps | 250 steps/s | ") and said[0].endswith(" | 2 s left")
+
+
+def test_a_bar_does_not_go_through_all_returns_in_each_iteration() -> None:
+    """But at its refreshes and in the end."""
+    counted = []
+
+    class Counted:
+        steps, total_steps, seconds, stop = 0, 1000, {"total": 5.0}, 0
+
+        @property
+        def recent_returns(self) -> RecentReturns:
+            counted.append(1)
+            return RecentReturns([1.0, 2.0], "last tenth", 100)
+
+    trainer: Any = Counted()
+    for refresh, expected in ((60.0, 2), (0.0, 10)):
+        counted.clear()
+        bar = ProgressBar(Console(file=io.StringIO(), force_terminal=True), refresh=refresh)
+        bar.on_start(trainer)
+        for steps in range(100, 1001, 100):
+            bar.on_iteration(trainer, Report(steps - 100, steps, {}, [], [], True))
+        assert bar.bar is not None and bar.bar.tasks[0].completed == 1000
+        bar.on_end(trainer)
+        assert len(counted) == expected

@@ -54,6 +54,12 @@ def test_a_head_from_elsewhere_needs_no_edit_here() -> None:
             "policy.log_sigma is for Gaussian policies, .* categorical",
         ),
         (BOX, "beta", {"sigma": "state"}, "policy.sigma is for Gaussian policies, and this one is beta"),
+        (
+            BOX,
+            "squashed",
+            {"normalize_actions": False, "log_sigma": 0.0},
+            "policy.normalize_actions is for Gaussian policies, and this one is squashed",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(space: Any, distribution: str, options: dict[str, Any], message: str) -> None:

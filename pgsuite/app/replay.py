@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from pgsuite import settings
 from pgsuite.app.build import build, instantiate, parse_run_config, to_dict
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, reason
 from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import console
 from pgsuite.training.recovery import BUNDLE, find_nonfinite, nonfinite_parameters
@@ -48,8 +48,7 @@ def replay(cfg: DictConfig) -> None:
         with within(source_of(given, bundle, wanted.trust)):
             _replay(bundle)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{given} does not fit the run that it says it is of: {reason}") from error
+        raise UserError(f"{given} does not fit the run that it says it is of: {reason(error)[:200]}") from error
 
 
 def _replay(bundle: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def _run(
             console.print(line)
 
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
-    config = to_dict(cfg)
+    composed = config = to_dict(cfg)
     settings = parse_run_config(config)
     before = find_run_to_resume(config, hydra, lock, say)
     if before is not None:
@@ -121,8 +121,8 @@ def _run(
     else:
         folder = distributed.broadcast(new_run_dir(config, hydra, lock) if distributed.rank() == 0 else None)
         settings = measured(settings, say)
-        config |= {"torch_threads": settings.torch_threads, "env_threads": settings.env_threads}
-    with recipes.naming(hydra, to_dict(cfg)) if before is None else nullcontext():  # a resumed run keeps its settings
+        config = config | {"torch_threads": settings.torch_threads, "env_threads": settings.env_threads}
+    with recipes.naming(hydra, composed) if before is None else nullcontext():  # a resumed run keeps its settings
         trainer = build(settings)
     if before is None:
         _refuse_unused(settings, trainer.algorithm, given)
@@ -131,7 +131,7 @@ def _run(
     if before is not None and distributed.rank() == 0:
         checkpoint.retire_newer(folder, before.steps)
     choices = before.state["choices"] if before else dict(hydra.runtime.choices)
-    config |= {"resume": None, "trust": False}  # which are of this call
+    config = config | {"resume": None, "trust": False}  # which are of this call
     facts = {"config": config, "signature": sign(config), "choices": choices, "versions": versions()}
     facts |= {"device": trainer.collector.env.device.type, "spaces": spaces_of(trainer.collector.env)}
     there = set(folder.iterdir()) if folder.is_dir() else set()
@@ -171,17 +171,14 @@ def _refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
     critic = [f"critic.{f.name}" for f in fields(CriticConfig)]
     own = [f"algo.{f.name}" for f in fields(algorithm) if f.name.startswith("critic_")]
     layers = [f.name for f in fields(CriticConfig) if f.name not in ("body", "shared", "zero_init")]
+    adaptive = ("target", "horizon")
     without_critic = "a method that has no critic"
     if hasattr(algorithm, "baseline"):
         without_critic = f"algo.baseline={algorithm.baseline}"
     unused: list[tuple[str, bool, list[str]]] = [
         (without_critic, getattr(algorithm, "critic", None) is None, [*critic, *own]),
         ("critic.shared=true", run.critic.shared, [f"critic.{x}" for x in ("body", *layers)]),
-        (
-            "reference.coef=null",
-            run.reference.coef is None,
-            ["reference." + x for x in ("penalty", "target", "horizon")],
-        ),
+        ("reference.coef=null", run.reference.coef is None, [f"reference.{x}" for x in ("penalty", *adaptive)]),
         ("reference.target=null", run.reference.target is None, ["reference.horizon"]),
         ("standardize_obs=false", not run.standardize_obs, ["clip_obs"]),
         ("scale_reward=false", rewards_as_they_are, ["clip_reward"]),

@@ -74,8 +74,6 @@ class Gym(VectorEnvConfig):
         if ":" not in self.id and self.id not in known:
             raise ValueError(f"gymnasium has no environment {self.id!r}; {closest(self.id, known)}")
         try:
-            if ":" in self.id:
-                imported(self.id.partition(":")[0], where="env.id")  # as gymnasium would, without asking whose it is
             if self.native:
                 limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
                 return gymnasium.make_vec(self.id, num_envs, "vector_entry_point", **limit, **self.options)
@@ -89,7 +87,8 @@ class Gym(VectorEnvConfig):
             raise ValueError(self.unmade(error)) from error
 
     def register(self) -> None:
-        """Import the packages that register the environment.  Raises ValueError if that fails."""
+        """Import the packages that register the environment; that of ``id`` before gymnasium would, which does not ask
+        whose it is.  Raises ValueError if that fails."""
         for where, name in (("env.import", self.import_), ("env.id", self.id.rpartition(":")[0])):
             if not name:
                 continue

@@ -27,7 +27,7 @@ from pgsuite.envs.gym_env import GymEnv
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks.classic import ClassicTask
 from pgsuite.envs.tasks.mujoco import MujocoTask
-from pgsuite.errors import install
+from pgsuite.errors import install, reason
 
 REMEDY = install("video")
 SIDE = 480  # pixels of a robot's picture, as in gymnasium
@@ -158,7 +158,7 @@ def drawn(name: str, draw: Callable[[], Any]) -> np.ndarray:
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise ValueError(f"drawing needs packages that are not here: {REMEDY} ({error})") from error
     except Exception as error:
-        raise ValueError(f"{name} cannot be drawn: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name} cannot be drawn: {reason(error)}") from error
     if isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 4:
         frame = frame[..., :3]  # RGBA: a film has no transparency
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):

@@ -5,6 +5,7 @@ A custom head is a subclass of ``Head``, chosen by its dotted path: ``policy.dis
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pgsuite import distributed
 from pgsuite.components import Component, component_class, make_component
 from pgsuite.nn.distributions import (
     HERMITE,
@@ -67,6 +67,7 @@ class GaussianHead(Head):
 
     middle: Tensor
     half_width: Tensor
+    log_half_width: Tensor
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class GaussianHead(Head):
         self.bounds = Bounds(space)
         middle, half_width = normalization(space)
         self.normalize_actions = normalize_actions and bool((middle != 0).any() or (half_width != 1).any())
-        for name, x in (("middle", middle), ("half_width", half_width)):
+        for name, x in {"middle": middle, "half_width": half_width, "log_half_width": half_width.log()}.items():
             self.register_buffer(name, x, persistent=False)
 
     def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
@@ -92,7 +93,7 @@ class GaussianHead(Head):
         if not self.normalize_actions:
             return gaussian
         mean = torch.addcmul(self.middle, gaussian.mean, self.half_width)
-        return Gaussian(mean, gaussian.log_sigma + self.half_width.log())
+        return Gaussian(mean, gaussian.log_sigma + self.log_half_width)
 
     def gaussian(self, numbers: Tensor) -> Gaussian:
         if not self.state_dependent:
@@ -102,7 +103,7 @@ class GaussianHead(Head):
 
     def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
         outside = (action < self.bounds.low) | (action > self.bounds.high)
-        clipped = distributed.mean(masked_mean(outside.to(self.log_sigma.dtype).mean(-1), mask))
+        clipped = masked_mean(outside.to(self.log_sigma.dtype).mean(-1), mask)
         return {"sigma": self.log_sigma.detach().exp().mean(), "action_clip_fraction": clipped}
 
 
@@ -260,10 +261,11 @@ def make_head(space: spaces.Space[Any], distribution: Component = "auto", **opti
         (distribution,) = names
     cls = component_class(distribution, HEADS, Head, "policy.distribution")
     given = {name: x for name, x in options.items() if x is not None and x is not True and x != "free"}
-    if given and not issubclass(cls, GaussianHead):
+    taken = inspect.signature(cls).parameters if issubclass(cls, GaussianHead) else ()
+    if unused := [x for x in given if x not in taken]:
         name = distribution if isinstance(distribution, str) else distribution["_target_"]
         raise ValueError(
-            f"policy.{' and policy.'.join(given)} is for Gaussian policies, and this one is {name}, for actions "
+            f"policy.{' and policy.'.join(unused)} is for Gaussian policies, and this one is {name}, for actions "
             f"{space}: leave it out"
         )
     return make_component(distribution, HEADS, Head, "policy.distribution", space, **given)

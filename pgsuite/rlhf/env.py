@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pgsuite import seeding, settings
 from pgsuite.components import find_object, make_object
-from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig
-from pgsuite.errors import UserError, install
+from pgsuite.envs.base import BrokenEnvError, VectorEnvConfig, broken_env
+from pgsuite.errors import UserError, install, reason
 from pgsuite.rlhf.generation import GenerationCollector
 from pgsuite.settings import Count, NonNegative
 from pgsuite.types import Step
@@ -100,7 +100,7 @@ class Language(VectorEnvConfig):
         except UserError:
             raise
         except Exception as error:
-            wrong = f"made no callable of {file!r}: {type(error).__name__}: {' '.join(str(error).split())}"
+            wrong = f"made no callable of {file!r}: {reason(error)}"
         if callable(made):
             return cast(Reward, made)
         raise ValueError(
@@ -261,11 +261,8 @@ class LanguageEnv:
     def call_reward(self, name: str, reward: Reward, prompts: list[str], responses: list[str]) -> Tensor:
         """Call a reward function: rewards of the responses [N], or of their tokens [L, N].  Raises BrokenEnvError for
         an exception or a result of another shape."""
-        try:
+        with broken_env(f"{self.name}: env.{name} raised"):
             found = torch.as_tensor(reward(prompts, responses), device=self.device, dtype=self.dtype)
-        except Exception as error:
-            said = " ".join(str(error).split())
-            raise BrokenEnvError(f"{self.name}: env.{name} raised {type(error).__name__}: {said}") from error
         if found.shape[-1:] != (len(responses),) or found.ndim > 2:
             raise BrokenEnvError(
                 f"{self.name}: env.{name} must say one number for each of {len(responses)} responses, or a row of them "

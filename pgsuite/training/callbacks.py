@@ -133,11 +133,14 @@ class ProgressBar(Callback):
     """Shows steps, speed, mean of the recent returns and remaining time: as a bar in a terminal or a notebook,
     otherwise as lines of text."""
 
-    def __init__(self, console: Console, lines: int = 20) -> None:
-        self.console, self.lines = console, lines
+    def __init__(self, console: Console, lines: int = 20, refresh: float = 0.1) -> None:
+        """lines: of text in a run.  refresh: seconds between updates of a bar, which a mean over many returns would
+        otherwise hold up in each iteration."""
+        self.console, self.lines, self.refresh = console, lines, refresh
 
     def on_start(self, trainer: Trainer) -> None:
         self.began, self.said, self.first = trainer.seconds["total"], trainer.steps, trainer.steps
+        self.updated = -math.inf
         self.bar: Progress | None = None
         # In a notebook, rich needs ipywidgets for a bar.
         if self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None):
@@ -154,13 +157,17 @@ class ProgressBar(Callback):
     def on_iteration(self, trainer: Trainer, report: Report) -> None:
         elapsed = max(trainer.seconds["total"] - self.began, 1e-9)  # without evaluations and films
         speed = (report.steps - self.first) / elapsed
-        due = report.steps - self.said >= trainer.total_steps / self.lines or report.steps >= trainer.total_steps
-        if self.bar is None and not due:
+        if self.bar is None:
+            due = report.steps - self.said >= trainer.total_steps / self.lines
+        else:
+            due = bool(trainer.stop) or perf_counter() - self.updated >= self.refresh
+        if not due and report.steps < trainer.total_steps:
             return
         recent = trainer.recent_returns
         line = f"{report.steps:,} steps | {speed:,.0f} steps/s | return {recent.mean:,.1f} over {recent}"
         if self.bar is not None:
             self.bar.update(self.task, completed=report.steps, description=line)
+            self.updated = perf_counter()
         else:
             left = max(0.0, (trainer.total_steps - report.steps) / max(speed, 1e-9))
             self.console.print(f"{line} | {left:,.0f} s left")

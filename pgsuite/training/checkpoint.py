@@ -20,7 +20,7 @@ from pgsuite.errors import UserError
 from pgsuite.files import replacing
 from pgsuite.trust import check_archive, check_settings
 
-FORMAT = 2
+FORMAT = 3  # raised whenever states of an earlier version cannot be loaded
 FOLDER = "checkpoints"
 BEST = "best.pt"
 SEAL = 64  # bytes of a SHA-256 in hexadecimal

@@ -274,7 +274,7 @@ class Trainer:
         """Restore a training state: ``exact``; at ``episode`` borders, with environments that start new episodes; or
         the ``weights`` only, with new random streams as well."""
         self.steps, self.recoveries = state["steps"], state["recoveries"]
-        self.attempts, self.finite_iterations = state.get("attempts", 0), state.get("finite_iterations", 0)
+        self.attempts, self.finite_iterations = state["attempts"], state["finite_iterations"]
         self.algorithm.load_state_dict(state["algorithm"], weights_only=level == "weights")
         if level != "weights":
             self.collector.load_state_dict(state["collector"])
