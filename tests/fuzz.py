@@ -146,10 +146,10 @@ class Writer:
     def line(self) -> tuple[str, list[str]]:
         """A script and its arguments: what is right for it, and one to three changes, of half the lines nasty ones."""
         draw = self.random
-        script = draw.choices(["train", *OTHERS, "report"], [20, 3, 1, 1, 1, 1, 1])[0]
+        script = draw.choices(["train", *OTHERS, "report", "envs"], [20, 3, 1, 1, 1, 1, 1, 1])[0]
         nasty = draw.random() < 0.5
-        if script == "report":
-            arguments = draw.choices([*RUNS, "runs/*/*", "**"], k=draw.randint(0, 3))
+        if script in ("report", "envs"):
+            arguments = draw.choices([*RUNS, "runs/*/*", "**"], k=draw.randint(0, 3)) if script == "report" else []
             return script, [*arguments, *([draw.choice([*FLAGS, *NASTY])] if nasty else [])]
         settings, arguments = dict(SETTINGS[script]), []
         if script == "train":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
 from torch import Tensor
 from toys import build, mostly_long
 
@@ -267,6 +268,18 @@ class Doubled(gymnasium.RewardWrapper[Any, Any]):
         return self.factor * reward
 
 
+class Weighted(gymnasium.RewardWrapper[Any, Any]):
+    """With numbers in an array, as scalarizing wrappers and those of gymnasium that take limits have them."""
+
+    def __init__(self, env: Any, weight: np.ndarray, scale: NDArray[np.float64] | None = None) -> None:
+        super().__init__(env)
+        assert scale is not None
+        self.weight = weight.reshape(2, 1) * scale.shape[0]
+
+    def reward(self, reward: Any) -> Any:
+        return float((self.weight * reward).sum())
+
+
 gymnasium.register("Mission-v0", Mission)  # pyright: ignore[reportArgumentType]
 FILTER: Any = {"gymnasium.wrappers.FilterObservation": {"filter_keys": ["at"]}}
 
@@ -290,6 +303,12 @@ def test_wrappers_are_applied_in_order_in_this_process_and_in_workers(workers: i
     for t in range(3):
         step = env.step(torch.zeros(2, dtype=torch.long))
         assert step.reward.tolist() == [6.0, 6.0] and bool(step.truncated.all()) == (t == 2)
+
+
+def test_an_option_that_is_an_array_is_given_as_a_list() -> None:
+    env = mission(FILTER, {"test_gym_env.Weighted": {"weight": [0.5, 1], "scale": [1, 1, 1]}})
+    env.reset()
+    assert env.step(torch.zeros(2, dtype=torch.long)).reward.tolist() == [4.5, 4.5]
 
 
 @pytest.mark.parametrize(

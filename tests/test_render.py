@@ -354,3 +354,36 @@ def test_osmesa_is_next_after_egl_and_the_packages_are_named_where_neither_works
     works.clear()
     with pytest.raises(ValueError, match=r"any of egl, osmesa: install libegl1, .* or libosmesa6 for MUJOCO_GL=osmesa"):
         drawing.choose_gl.__wrapped__()
+
+
+class Nested(gymnasium.Env[Any, Any]):
+    """Draws by MuJoCo in a part of its own, as mazes with a robot in them do."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        self.part = gymnasium.make("InvertedPendulum-v5", render_mode=render_mode)
+        self.observation_space, self.action_space = self.part.observation_space, self.part.action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return self.part.reset(seed=seed)
+
+    def step(self, action: Any) -> Any:
+        return self.part.step(action)
+
+    def render(self) -> Any:
+        return self.part.render()
+
+
+gymnasium.register("Nested-v0", Nested)  # pyright: ignore[reportArgumentType]
+
+
+def test_mujocos_back_end_is_chosen_for_whatever_part_of_an_environment_draws_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(drawing, "choose_gl", lambda: chosen.append("chosen"))
+    env = make(Gym(id="Nested-v0", options={"render_mode": "rgb_array"}), 1)
+    camera(env)
+    assert chosen

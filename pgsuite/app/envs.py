@@ -1,6 +1,6 @@
 """List the environments of env=, with back ends, spaces and time limits: pgsuite envs"""
 
-import sys
+import argparse
 from typing import Any
 
 import gymnasium
@@ -20,10 +20,9 @@ def actions(space: spaces.Space[Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        purpose = "List the environments that env= knows, with back ends, spaces and time limits."
-        print(f"usage: {command('envs')}\n\n{purpose}")
-        return
+    argparse.ArgumentParser(
+        prog=command("envs"), description="List the environments of env=, with back ends, spaces and time limits."
+    ).parse_args()
     table = Table("env=", "gymnasium's", "back ends", "observation", "action", "time limit", box=None)
     for name in sorted(set(tasks.__all__) - {"Task"}):
         env, cls = make(name, 1), getattr(tasks, name)

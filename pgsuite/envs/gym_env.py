@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import gymnasium
 import numpy as np
@@ -163,11 +163,22 @@ def wrapped(env: gymnasium.Env[Any, Any], choice: Component) -> gymnasium.Env[An
     options."""
     path, options = wrapper(choice)
     try:
-        return make_component({"_target_": path, **options}, {}, gymnasium.Wrapper, "env.wrappers", env)
+        given = with_arrays(component_class(path, {}, gymnasium.Wrapper, "env.wrappers"), options)
+        return make_component({"_target_": path, **given}, {}, gymnasium.Wrapper, "env.wrappers", env)
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())
         own = isinstance(error, ValueError) and "env.wrappers" in words  # not of the wrapper's constructor
         raise BrokenEnvError(words if own else f"{place(error)}env.wrappers={path}: {reason(error)}") from error
+
+
+def with_arrays(cls: type[gymnasium.Wrapper[Any, Any, Any, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    """The options, lists as arrays where the constructor annotates an array."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except NameError:  # of a name that is imported for type checkers only
+        return options
+    arrays = {key for key, hint in hints.items() if np.ndarray in {get_origin(x) or x for x in (hint, *get_args(hint))}}
+    return {key: np.asarray(x) if key in arrays and isinstance(x, list) else x for key, x in options.items()}
 
 
 class MaskInObservation(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -60,7 +60,7 @@ def camera(env: VectorEnv) -> Camera:
     if isinstance(env, GymEnv):
         if isinstance(env.vec, SyncVectorEnv) and env.vec.envs[0].render_mode == "rgb_array":
             first = env.vec.envs[0]
-            if hasattr(first.unwrapped, "mujoco_renderer"):
+            if "gymnasium.envs.mujoco.mujoco_rendering" in sys.modules:  # whatever part of the environment uses it
                 choose_gl()
             return Camera(lambda: drawn(env.name, first.render), fps_of(first.metadata, 30))
         shape = env.observation_space.shape or ()
