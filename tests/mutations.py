@@ -694,8 +694,8 @@ MUTATIONS = [
     fault(
         "the true successor is lost at a restart",
         "envs/task_env.py",
-        "return step._replace(obs=self._out(self.task.observe()))",
-        "return step._replace(obs=self._out(self.task.observe()), next_obs=self._out(self.task.observe()))",
+        "step = step._replace(obs=self._observe())",
+        "step = step._replace(obs=self._observe(), next_obs=self._observe())",
         "envs::test_the_clock_truncates_reports_the_true_successor_and_starts_again",
     ),
     fault(

@@ -87,6 +87,23 @@ def test_what_is_replayed_is_what_was_written(cls: type[Algorithm]) -> None:
     check(*(run.training_state() for run in runs))
 
 
+def test_graphs_are_told_of_the_generators_that_are_drawn_from() -> None:
+    """Each that a graph is told of costs launches at every replay."""
+    told: list[set[torch.Generator]] = []
+
+    class Noted(Tape):
+        def record(self, work: Any) -> Any:
+            told.append(set(self.generators))
+            return super().record(work)
+
+    run = trainer(PPO, make("CartPole", 8, max_episode_steps=16), Noted)
+    for _ in range(ITERATIONS):
+        run.iterate()
+    env: Any = run.collector.env
+    acting, restarts, minibatches = run.collector.generator, env.generator, run.algorithm.generator
+    assert told == [{acting, restarts}, {minibatches}, set()]  # collecting, learning, packing the host data
+
+
 def addresses(run: Trainer) -> dict[str, int]:
     """Of every tensor that is held between iterations."""
     state = TensorState(run.algorithm, run.collector, run.tracker)

@@ -141,7 +141,7 @@ def test_what_is_new_to_the_policy_alone_waits_for_the_critic() -> None:
         return {}
 
     def improve(*_: Any) -> Metrics:
-        algorithm.linearize.run.evaluate_step.exclusive()
+        algorithm.linearize.run.__self__.evaluate_step.exclusive()
         seen.append(len(regressed))
         return {}
 
@@ -261,8 +261,35 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match=r"no no-such-compiler: install it"):
         execute(algorithm, collector(algorithm, env), "compile")
     assert execute(algorithm, collector(algorithm, env), "auto") == "eager"
-    with pytest.raises(ValueError, match=r"cuda_graph is for a GPU: give device=cuda, or leave it out"):
-        execute(algorithm, collector(algorithm, env), "cuda_graph")
+    for how in ("cuda_graph", "compile_cuda_graph"):
+        with pytest.raises(ValueError, match=f"execution={how} is for a GPU: give device=cuda, or leave it out"):
+            execute(algorithm, collector(algorithm, env), how)
+
+
+@pytest.mark.parametrize(
+    ("cls", "task", "settings", "mode"),
+    [
+        (PPO, "CartPole", {}, "cuda_graph"),
+        (TRPO, "Pendulum", {"backtracking": "batched"}, "cuda_graph"),
+        (TRPO, "Pendulum", {"backtracking": "sequential"}, "eager"),  # asks after each step whether it was taken
+        (PPO, "CartPole", {"target_kl": 0.01, "early_stop": "read"}, "eager"),
+        (Reinforce, "CartPole", {}, "eager"),  # asks whether an episode still runs
+        (PPO, "HalfCheetah", {}, "eager"),  # is simulated on the host
+    ],
+)
+def test_on_a_gpu_auto_captures_what_can_be_captured_as_a_whole(
+    cls: type[Algorithm], task: str, settings: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env: Any = make(task, 4)
+    algorithm = build(cls, env, **settings)
+    rollouts = collector(algorithm, env)
+    env.device = torch.device("cuda")
+    if task != "HalfCheetah":
+        monkeypatch.setattr(type(env.task), "device", env.device, raising=False)
+        env.task.__dict__.pop("device", None)
+    assert execute(algorithm, rollouts, "auto") == mode
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    assert execute(algorithm, rollouts, "auto") == "eager"
 
 
 @pytest.mark.parametrize("name", ["CartPole", "Pendulum", "Acrobot", "MountainCar", "MountainCarContinuous"])

@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "settings", "seeding", "distributed", "kernel", "version", "files"},
     {"trust"},
     {"components", "types"},
-    {"functional"},
+    {"functional", "transfer"},
     {"nn", "envs"},
     {"rollout"},
     {"algorithms"},

@@ -224,15 +224,13 @@ def build(run: Run) -> Trainer:
     try:
         lower(algorithm, env.device, run.precision)
         collector = getattr(env, "collector", algorithm.collector)(env, horizon, seed)
-        if run.overlap and run.execution == "cuda_graph":
-            raise ValueError("overlap=true and execution=cuda_graph exclude each other: leave one of them out")
         collector = OverlappedCollector(collector, policy) if run.overlap else collector
         execution = execute(algorithm, collector, run.execution)
         trainer = Trainer(algorithm, collector, run.total_steps, execution=execution)
     except ValueError as error:
         each = f" (in each of {distributed.size()} processes)" if distributed.size() > 1 else ""
         raise UserError(f"{error}{each}") from error
-    if run.execution == "cuda_graph":
+    if execution.endswith("cuda_graph"):
         from pgsuite.execution.cuda_graphs import capture
 
         capture(trainer)
@@ -260,6 +258,8 @@ def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:
 
 
 GRAPHS, COMPILED = "replayed as CUDA graphs after a few iterations", "compiled, which makes the first iteration long"
+MODES = {"eager": "run as written", "compile": COMPILED, "cuda_graph": GRAPHS}
+MODES["compile_cuda_graph"] = f"{COMPILED}, and {GRAPHS}"
 
 
 def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
@@ -277,7 +277,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += ["rewards scaled"] if run.scale_reward else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
     words += ["collecting beside learning"] if run.overlap else []
-    words += [{"cuda_graph": GRAPHS, "compile": COMPILED, "eager": "run as written"}[trainer.execution]]
+    words += [MODES[trainer.execution]]
     words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {distributed.size()} processes" if distributed.size() > 1 else ""
     return f"env {env.description}{each}", " | ".join(words)

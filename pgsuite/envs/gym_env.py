@@ -27,10 +27,12 @@ from pgsuite.envs.spaces import mismatch, native_action, shown, tensor_space, te
 from pgsuite.envs.workers import Workers
 from pgsuite.errors import install, place, place_of, reason
 from pgsuite.settings import Count, Positive, WorldThreads, closest
+from pgsuite.transfer import HostLink
 from pgsuite.trust import imported
 from pgsuite.types import ACTION_MASK, Obs, Step, map_obs, write_obs
 
 TIMEOUT = 600.0  # seconds
+HOST = torch.device("cpu")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -335,6 +337,7 @@ class GymEnv:
     ) -> None:
         self.vec, self.name, self.num_envs, self.device, self.dtype = vec, name, vec.num_envs, device, dtype
         self.max_episode_steps = max_episode_steps
+        self.link = HostLink(device)
         self.space, self.action_space = vec.single_observation_space, vec.single_action_space
         self.observation_space: spaces.Space[Any] = tensor_space(self.space)
         mode = vec.metadata.get("autoreset_mode")
@@ -354,13 +357,16 @@ class GymEnv:
             obs, _ = self.vec.reset(seed=seed)
             self.last = self._obs(obs)
         self.restarting[:] = False
-        return self.last
+        return self.link.to_device(self.last)
 
     def step(self, action: Tensor) -> Step:
+        action = self.link.to_host(action)
         with broken_env(f"{self.name} raised"):
-            return self._step(action)
+            step = self._step(action)
+        return self.link.step_to_device(step)
 
     def _step(self, action: Tensor) -> Step:
+        """A step on the host."""
         obs, reward, terminated, truncated, info = self.vec.step(native_action(self.action_space, action))
         terminated, truncated = (np.array(x, dtype=bool) for x in (terminated, truncated))
         truncated &= ~terminated
@@ -382,10 +388,10 @@ class GymEnv:
         return Step(
             obs=new,
             next_obs=next_obs,
-            reward=self._tensor(reward, self.dtype),
-            terminated=self._tensor(terminated),
-            truncated=self._tensor(truncated),
-            mask=self._tensor(~idle) if self.mode is AutoresetMode.NEXT_STEP else None,
+            reward=torch.tensor(reward, dtype=self.dtype),
+            terminated=torch.from_numpy(terminated),
+            truncated=torch.from_numpy(truncated),
+            mask=torch.from_numpy(~idle) if self.mode is AutoresetMode.NEXT_STEP else None,
         )
 
     def _final(self, obs: Obs, done: np.ndarray, info: dict[str, Any]) -> Obs:
@@ -407,10 +413,7 @@ class GymEnv:
         return successors
 
     def _obs(self, obs: Any) -> Obs:
-        return to_device(tensors(self.space, obs), self.device, self.dtype)
-
-    def _tensor(self, x: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.tensor(x, dtype=dtype, device=self.device)
+        return to_device(tensors(self.space, obs), HOST, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """A seed for the next reset: gymnasium's environments cannot be saved."""

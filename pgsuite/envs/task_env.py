@@ -11,6 +11,7 @@ from torch import Tensor
 from pgsuite import seeding
 from pgsuite.envs.tasks.base import Task
 from pgsuite.kernel import Kernel
+from pgsuite.transfer import HostLink
 from pgsuite.types import Step
 
 
@@ -32,6 +33,7 @@ class TaskEnv:
         said = (self.name, how, f"{self.num_envs} environments", closeness)
         self.description = " | ".join(filter(None, said))
         self.generator = seeding.generator(seed, "environment", task.device)
+        self.link = HostLink(device) if task.device != device else None  # else nothing is copied
         self.step_task = Kernel("step task", self._step_task)
         self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)
         self.bounds: tuple[Tensor, Tensor] | None = None
@@ -42,32 +44,32 @@ class TaskEnv:
     def reset(self) -> Tensor:
         self.task.reset(torch.ones_like(self.clock, dtype=torch.bool), self.generator)
         self.clock.zero_()
-        return self._out(self.task.observe())
+        obs = self._observe()
+        return obs if self.link is None else self.link.to_device(obs)
 
     def step(self, action: Tensor) -> Step:
-        action = action.to(self.task.device)
+        if self.link is not None:
+            action = self.link.to_host(action)
         if self.bounds is not None:
             action = action.to(self.task.dtype).clamp(*self.bounds)
         self.task.simulate(action)
         step = self.step_task(action)
-        done = step.done.to(self.task.device)
-        if self.task.on_host and not bool(done.any()):
-            return step
-        self.task.reset(done, self.generator)
-        return step._replace(obs=self._out(self.task.observe()))
+        if not self.task.on_host or bool(step.done.any()):
+            self.task.reset(step.done, self.generator)
+            step = step._replace(obs=self._observe())
+        return step if self.link is None else self.link.step_to_device(step)
 
     def _step_task(self, action: Tensor) -> Step:
-        """The transition after the simulation of a step, before any restart."""
+        """The transition after the simulation of a step, before any restart, on the task's device."""
         reward, terminated = self.task.advance(action)
-        next_obs = self._out(self.task.observe())
+        next_obs = self._observe()
         self.clock += 1
         truncated = (self.clock >= self.max_episode_steps) & ~terminated
         self.clock.masked_fill_(terminated | truncated, 0)
-        terminated, truncated = terminated.to(self.device), truncated.to(self.device)
-        return Step(next_obs, next_obs, self._out(reward), terminated, truncated)
+        return Step(next_obs, next_obs, reward.to(self.dtype), terminated, truncated)
 
-    def _out(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype)
+    def _observe(self) -> Tensor:
+        return self.task.observe().to(self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -122,23 +122,25 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     their critic; the policy gradient, the Fisher product and the line search of a natural gradient step, except for
     recurrent policies; acting, except for distributions that are not reparameterized; the critic's pass over a rollout;
     and the torch part of a task's step.  On a CPU, a critic that shares no parameters with the policy is fitted in
-    parallel with the natural gradient step.  Results agree with eager ones to rounding.
+    parallel with the natural gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a function or
+    a method, so that what compilation holds is not searched for the state of a captured iteration.
     """
     torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
     for optimizer in algorithm.optimizers:
         step = optimizer.gradient_step
-        step.run = Compiled(step.run, collector.wait)
+        step.run = Compiled(step.run, collector.wait).__call__
     for critic in algorithm.critics:
         if not critic.sequential:  # a recurrence would be unrolled through time
             values = critic.values_and_next_values
             values.run = compiled(values.run)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         parallel = ParallelCriticUpdate(algorithm, collector.wait)
-        algorithm.linearize.run = CompiledLinearization(algorithm.linearize.run, parallel.exclusive)
+        linearize = CompiledLinearization(algorithm.linearize.run, parallel.exclusive)
+        algorithm.linearize.run = linearize.__call__
         apart = set(algorithm.policy.parameters()).isdisjoint(algorithm.critic.parameters())
         if apart and type(algorithm).update is NPG.update and collector.env.device.type == "cpu":
-            algorithm.update_networks.run = parallel
+            algorithm.update_networks.run = parallel.__call__
     stepper, env = collector.stepper, collector.env
-    stepper.act.run = CompiledActing(stepper)
+    stepper.act.run = CompiledActing(stepper).__call__
     if isinstance(env, TaskEnv):
         env.step_task.run = compiled(env.step_task.run)

@@ -23,9 +23,11 @@ import torch
 from torch import Generator, Tensor
 
 from pgsuite import distributed
+from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import TaskEnv, VectorEnv
 from pgsuite.envs.physics.mujoco_warp import WarpPhysics
 from pgsuite.kernel import Kernel
+from pgsuite.rollout import Collector
 from pgsuite.training.trainer import Trainer
 
 FOREIGN = ("gymnasium", "mujoco", "mujoco_warp", "numpy", "warp")  # packages whose objects are not searched
@@ -33,6 +35,7 @@ CLOCKS = sys.intern("seconds")  # attribute with wall-clock times, which the sea
 STEADY = 2  # consecutive calls, after the first, with unchanged host state before a function is captured
 PATIENCE = 20  # calls after which a function that never became steady is given up
 
+COLLECTING, LEARNING, PACKING = "collecting", "learning", "packing the host data"
 Uncapturable = Sequence[Kernel[..., None]]  # kernels whose launches cannot be part of a graph of torch
 
 
@@ -249,6 +252,7 @@ class Captured:
         )
         self.graphs: Graphs | None = None
         self.calls = self.steady = 0
+        self.drawn_from: set[Generator] = set()  # by the rehearsals
         self.hopeless = False
 
     def __call__(self, *args: Any) -> Any:
@@ -271,7 +275,11 @@ class Captured:
     def rehearse(self, args: tuple[Any, ...]) -> Any:
         """Run the function eagerly, and check whether it can be captured."""
         state = TensorState(*self.roots)
+        before = [generator.get_state() for generator in state.generators]
         outputs, waits = self.record.rehearse(partial(self.function, *args))
+        for generator, kept in zip(state.generators, before, strict=True):
+            if not torch.equal(generator.get_state(), kept):
+                self.drawn_from.add(generator)
         self.calls += 1
         try:
             state.restore()
@@ -287,7 +295,8 @@ class Captured:
 
     def capture(self, args: tuple[Any, ...]) -> Any:
         state = TensorState(*self.roots)
-        graphs = self.record(state.generators, self.uncapturable_calls)
+        # Each generator that a graph is told of costs launches at every replay.
+        graphs = self.record([x for x in state.generators if x in self.drawn_from], self.uncapturable_calls)
 
         def work() -> Any:
             outputs = self.function(*args)
@@ -315,22 +324,33 @@ def capture(trainer: Trainer, record: type[Graphs] = Graphs) -> None:
     algorithm, collector, env = trainer.algorithm, trainer.collector, trainer.collector.env
     physics = getattr(getattr(env, "task", None), "physics", None)
     uncapturable_calls = [physics.launch] if isinstance(physics, WarpPhysics) else []
-    why, roots = why_not_capturable(env) or collector.host_sync_reason, (collector, algorithm.policy)
-    parts: list[tuple[Kernel[..., Any], tuple[Any, ...], str, str | None, Uncapturable]] = [
-        (collector.collect, roots, "collecting", why, uncapturable_calls),
-        (algorithm.training_step, (algorithm,), "learning", algorithm.host_sync_reason, ()),
-        (trainer.pack_host_data, (trainer.tracker, collector.buffer), "packing the host data", None, ()),
-    ]
+    parts: dict[str, tuple[Kernel[..., Any], tuple[Any, ...], Uncapturable]] = {
+        COLLECTING: (collector.collect, (collector, algorithm.policy), uncapturable_calls),
+        LEARNING: (algorithm.training_step, (algorithm,), ()),
+        PACKING: (trainer.pack_host_data, (trainer.tracker, collector.buffer), ()),
+    }
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)  # streams for capture are created on the current device
-    for kernel, roots, what, why, between in parts:
+    reasons = why_not_captured(algorithm, collector)
+    for what, (kernel, roots, between) in parts.items():
         captured = Captured(kernel.run, roots, what, between, record)
-        if distributed.size() > 1:
-            why = f"{distributed.size()} processes meet in it; one alone can be captured"
-        if why is not None:
-            captured.leave(why)
+        if what in reasons:
+            captured.leave(reasons[what])
         else:
             kernel.run = captured.__call__  # a bound method, which TensorState does not search
+
+
+def why_not_captured(algorithm: Algorithm, collector: Collector) -> dict[str, str]:
+    """The parts of an iteration that cannot be captured, each with the reason and a remedy, as far as is known before
+    they run."""
+    reasons = {
+        COLLECTING: why_not_capturable(collector.env) or collector.host_sync_reason,
+        LEARNING: algorithm.host_sync_reason,
+        PACKING: None,
+    }
+    if distributed.size() > 1:
+        reasons = dict.fromkeys(reasons, f"{distributed.size()} processes meet in it; one alone can be captured")
+    return {what: why for what, why in reasons.items() if why is not None}
 
 
 def why_not_capturable(env: VectorEnv) -> str | None:

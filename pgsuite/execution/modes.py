@@ -14,9 +14,9 @@ import torch
 
 from pgsuite import distributed
 from pgsuite.algorithms.base import Algorithm
-from pgsuite.rollout import Collector
+from pgsuite.rollout import Collector, OverlappedCollector
 
-Execution = Literal["eager", "compile", "auto", "cuda_graph"]
+Execution = Literal["eager", "compile", "auto", "cuda_graph", "compile_cuda_graph"]
 Precision = Literal["float32", "tf32", "bf16"]
 
 
@@ -46,23 +46,39 @@ def missing_in_torch() -> str | None:
 def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execution:
     """Choose the mode of execution of an algorithm and a collector; returns the mode in effect.
 
-    ``auto`` compiles on a CPU if a compiler is available, and is eager otherwise.  ``cuda_graph`` is only validated
-    here: ``cuda_graphs.capture`` needs the trainer too.  Raises ValueError if ``compile`` is asked for without a
-    compiler or with several processes, and for ``cuda_graph`` without a GPU.
+    ``auto`` is ``cuda_graph`` on a GPU if all of an iteration can be captured, ``compile`` on a CPU if a compiler is
+    available, and eager otherwise.  What is captured is only validated here: ``cuda_graphs.capture`` needs the trainer
+    too.  Raises ValueError if compilation is asked for without a compiler or with several processes, and CUDA graphs
+    without a GPU or with overlapped collection.
     """
     device = collector.env.device
-    if how == "cuda_graph" and device.type != "cuda":
-        raise ValueError("execution=cuda_graph is for a GPU: give device=cuda, or leave it out")
     if how == "auto":
-        how = "eager" if device.type == "cuda" or why_not_compilable(device) else "compile"
-        if how == "compile" and (why := missing_in_torch()) is not None:
-            warnings.warn(f"execution=auto runs as written, for execution=compile {why}", stacklevel=2)
-            how = "eager"
-    if how != "compile":
-        return how
-    if (why := why_not_compilable(device) or missing_in_torch()) is not None:
-        raise ValueError(f"execution=compile {why}, or leave it out")
-    from pgsuite.execution.compile import compile_kernels
+        how = automatic(algorithm, collector)
+    if how.endswith("cuda_graph"):
+        if isinstance(collector, OverlappedCollector):
+            raise ValueError(f"overlap=true and execution={how} exclude each other: leave one of them out")
+        if device.type != "cuda":
+            raise ValueError(f"execution={how} is for a GPU: give device=cuda, or leave it out")
+    if how.startswith("compile"):
+        if (why := why_not_compilable(device) or missing_in_torch()) is not None:
+            raise ValueError(f"execution={how} {why}, or leave it out")
+        from pgsuite.execution.compile import compile_kernels
 
-    compile_kernels(algorithm, collector)
+        compile_kernels(algorithm, collector)
     return how
+
+
+def automatic(algorithm: Algorithm, collector: Collector) -> Execution:
+    """The mode that ``auto`` chooses."""
+    device = collector.env.device
+    if device.type == "cuda":
+        from pgsuite.execution.cuda_graphs import why_not_captured
+
+        whole = not isinstance(collector, OverlappedCollector) and not why_not_captured(algorithm, collector)
+        return "cuda_graph" if whole else "eager"
+    if why_not_compilable(device):
+        return "eager"
+    if (why := missing_in_torch()) is not None:
+        warnings.warn(f"execution=auto runs as written, for execution=compile {why}", stacklevel=3)
+        return "eager"
+    return "compile"

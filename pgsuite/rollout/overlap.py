@@ -27,6 +27,9 @@ class OverlappedCollector(Collector):
     current over behavior policy.  The threads synchronize once per rollout and share no state in between, so a run is
     still determined by its seed.
 
+    On a GPU the thread has a stream of its own.  Each of the two streams waits for the other where it reads what the
+    other has written, and otherwise they run side by side.
+
     ``state_dict`` is the state at the start of the rollout in progress, so saving does not wait for it; after
     ``load_state_dict`` that rollout is collected again.
     """
@@ -46,6 +49,8 @@ class OverlappedCollector(Collector):
         self.buffer, self.back_buffer = RolloutBuffer(inner.horizon), RolloutBuffer(inner.horizon)
         self.collect = Kernel("collect", self._collect)  # acting is a kernel of the inner collector
         self.thread = ThreadPoolExecutor(1, "collecting")
+        on_gpu = self.env.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.env.device) if on_gpu else None  # of the thread
         self.ahead: Future[Rollout] | None = None
         self.started = False
         self.seconds = {"waiting": 0.0}  # seconds of waiting for a rollout; the rest of collection is hidden
@@ -57,6 +62,12 @@ class OverlappedCollector(Collector):
     def wait(self) -> None:
         if self.ahead is not None:
             wait([self.ahead])
+            self.read_after_thread()
+
+    def read_after_thread(self) -> None:
+        """What is launched here from now on comes after what the thread has launched."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.env.device).wait_stream(self.stream)
 
     def _collect(self, policy: Policy) -> Rollout:
         """As in the base class; exceptions of the thread are raised here."""
@@ -68,6 +79,7 @@ class OverlappedCollector(Collector):
             self.submit()
         assert self.ahead is not None
         rollout = self.ahead.result()
+        self.read_after_thread()
         self.policy.load_state_dict(policy.state_dict())
         self.submit()
         if first:  # the first rollout may compile, and no other thread may run meanwhile
@@ -80,11 +92,14 @@ class OverlappedCollector(Collector):
     def submit(self) -> None:
         self.before = copy.deepcopy(self.inner.state_dict())
         self.inner.buffer, self.back_buffer = self.back_buffer, self.inner.buffer
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.env.device))
         self.ahead = self.thread.submit(self.fill, torch.get_num_threads())
 
     def fill(self, torch_threads: int) -> Rollout:
         torch.set_num_threads(torch_threads)  # torch applies it per thread
-        return self.inner._collect(self.policy)
+        with torch.cuda.stream(self.stream):  # without a stream, this does nothing
+            return self.inner._collect(self.policy)
 
     def cancel(self) -> None:
         """Discard the rollout in progress and restore the state at its start."""

@@ -81,7 +81,7 @@ class WarpPhysics:
         self.overflow = shared(self.data.overflow)  # [N] sticky bits
         self.broken = torch.zeros(num_envs, dtype=torch.bool, device=device)  # worlds that have ever diverged
         self.trouble = torch.zeros(2, dtype=torch.long, pin_memory=device.type == "cuda")
-        self.told = False
+        self.warned: set[str] = set()  # of what; no number, whose change would have a captured rollout captured again
         self.pose = self.qpos[:1].clone()
         self.derived = {name: shared(getattr(self.data, name)) for name in outputs}
         self.outputs = {name: x.clone() for name, x in self.derived.items()}
@@ -157,29 +157,29 @@ class WarpPhysics:
         self.time.masked_fill_(mask, 0)
 
     def tell(self) -> None:
-        """Warn once of worlds with exceeded capacities, and of diverged ones.  The counts are copied without waiting,
-        so recent events are reported by a later call."""
+        """Warn once of worlds with exceeded capacities, and once of diverged ones.  The counts are copied without
+        waiting, so recent events are reported by a later call."""
         kinds = self.mujoco_warp.OverflowType
         full = (self.overflow & ~int(kinds.ITERATIONS | kinds.LS_ITERATIONS)) != 0
         self.trouble.copy_(torch.stack([full, self.broken]).sum(-1), non_blocking=True)
         crowded, broken = self.trouble.tolist()
-        if crowded:
+        if crowded and "crowded" not in self.warned:
+            self.warned.add("crowded")
             warnings.warn(
                 f"{crowded} of {self.num_envs} worlds ran out of room for contacts or constraints, and ignored some: "
                 f"raise env.warp_contacts above {self.contacts} or env.warp_constraints above {self.constraints}",
                 stacklevel=3,
             )
-        if broken:
+        if broken and "broken" not in self.warned:
+            self.warned.add("broken")
             warnings.warn(
                 f"{broken} of {self.num_envs} worlds reached numbers that are not finite, and began again from rest",
                 stacklevel=3,
             )
-        self.told = bool(crowded or broken)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the worlds.  Also warns of worlds that were not simulated correctly."""
-        if not self.told:
-            self.tell()
+        self.tell()
         state = {name: getattr(self, name).clone() for name in STATE}
         return state | {"outputs": {name: x.clone() for name, x in self.outputs.items()}}
 
