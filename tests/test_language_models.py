@@ -257,7 +257,7 @@ def test_rewards_are_zero_on_average_over_what_the_pretrained_model_writes(tmp_p
     [
         ("pretrain", ["reviews=0"], "reviews must be a whole number at least 1"),
         ("pretrain", ["size.heads=5"], "width must be a multiple"),
-        ("pretrain", ["reviws=3"], "did you mean reviews?"),
+        ("pretrain", ["reviws=3"], "did you mean reviews or device?"),
         ("reward_model", [], "no language model at runs/language/model/model.pt: python scripts/pretrain.py makes one"),
         ("reward_model", ["noise=0"], "noise must be a number greater than 0"),
     ],

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgsuite import seeding, settings
 from pgsuite.components import find_object, make_object
@@ -198,6 +198,9 @@ class LanguageEnv:
             truncation_penalty,
         )
         self.ensemble, self.device, self.dtype = ensemble, torch.device(device), dtype
+        for reward in (*rewards, scorer):
+            if isinstance(reward, nn.Module):
+                reward.to(self.device)
         self.pad, self.stop = tokens.pad, tokens.stop
         if not self.texts:
             raise ValueError("env.prompts are none")

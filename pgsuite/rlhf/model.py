@@ -28,6 +28,10 @@ class WordModel(LanguageModel):
         super().__init__(body, generator)
         self.vocabulary = vocabulary
 
+    @property
+    def device(self) -> torch.device:
+        return self.out.weight.device
+
     def log_probability(self, tokens: Tensor, real: Tensor) -> Tensor:
         """The log-probability [T - 1, N] of each token but the first, given the preceding ones, for tokens [T, N]; zero
         where it is not real."""
@@ -35,12 +39,12 @@ class WordModel(LanguageModel):
         return logp.gather(-1, tokens[1:].unsqueeze(-1)).squeeze(-1).where(real[1:], 0.0)
 
     def generate(self, prompts: Sequence[str], generator: Generator, longest: int = LONGEST) -> list[str]:
-        """Sample a response of at most ``longest`` tokens to each prompt.
+        """Sample a response of at most ``longest`` tokens to each prompt.  The generator is on the model's device.
 
         Raises ValueError for unknown words.
         """
         rows = [torch.tensor([BEGIN, *self.vocabulary.numbers_of(prompt)]) for prompt in prompts]
-        tokens = pad_sequence(rows, padding_value=PAD, padding_side="left")
+        tokens = pad_sequence(rows, padding_value=PAD, padding_side="left").to(self.device)
         policy = language_policy(self.body, self.out)
         text = generate(policy, tokens, tokens != PAD, longest, STOP, generator, pad=PAD)
         return self.vocabulary.decode(text.tokens[len(tokens) :])

@@ -38,8 +38,8 @@ def compare(
 ) -> list[Preference]:
     """Sample preferences between two responses to each prompt by the model of Bradley and Terry (1952):
     P(first) = sigmoid((score(first) - score(second)) / noise)."""
-    p = ((scorer(prompts, first) - scorer(prompts, second)) / noise).sigmoid()
-    wins = torch.rand(len(p), generator=generator) < p
+    p = ((scorer(prompts, first) - scorer(prompts, second)) / noise).sigmoid().cpu()
+    wins = torch.rand(len(p), generator=generator, device=generator.device).cpu() < p
     rows = zip(prompts, first, second, p.tolist(), wins.tolist(), strict=True)
     return [Preference(q, a, b, x) if won else Preference(q, b, a, 1 - x) for q, a, b, x, won in rows]
 
@@ -81,7 +81,7 @@ def load(path: Path, vocabulary: Vocabulary | None = None) -> list[Preference]:
             raise UserError(f"line {number} of {path} is no preference: it must be {wanted}") from error
         try:
             if vocabulary is not None:
-                vocabulary.encode(*([text] for text in (each.prompt, f"{each.chosen} {each.rejected}")))
+                vocabulary.encode([each.prompt], [f"{each.chosen} {each.rejected}"])
         except ValueError as error:
             raise UserError(f"line {number} of {path}: {error}") from error
         found.append(each)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pgsuite import seeding, settings
-from pgsuite.app.build import commit, versions
+from pgsuite.app.build import commit, pick_device, versions
 from pgsuite.app.train import short
 from pgsuite.errors import UserError
 from pgsuite.files import write_text
@@ -54,6 +54,7 @@ class Pretraining:
     batch: Count = 64  # reviews to a step
     lr: Positive = 3e-3  # rises over the first fifty steps, and falls to zero
     points: Count = 20  # measurements on the way
+    device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     torch_threads: TorchThreads = 1  # CPU threads of torch
     size: Size = field(default_factory=Size)
 
@@ -64,10 +65,12 @@ class Pretraining:
 class HeldOut:
     """Held-out reviews, with their log-probabilities under the grammar."""
 
-    def __init__(self, grammar: Grammar, vocabulary: Vocabulary, reviews: list[Review]) -> None:
+    def __init__(
+        self, grammar: Grammar, vocabulary: Vocabulary, reviews: list[Review], device: torch.device | None = None
+    ) -> None:
         self.reviews = reviews
-        self.tokens, self.real = encode(vocabulary, reviews)
-        self.log_probability = torch.tensor([grammar.log_probability(review) for review in reviews])
+        self.tokens, self.real = encode(vocabulary, reviews, device)
+        self.log_probability = torch.tensor([grammar.log_probability(review) for review in reviews], device=device)
 
     def perplexity(self, logp: Tensor) -> float:
         """Perplexity per token, including stop tokens, from the log-probabilities of reviews [N]."""
@@ -87,8 +90,9 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
     """Pretrain a language model; writes model.pt, TensorBoard events and summary.json to a run directory.
 
     The likelihood of held-out reviews is compared with that under the grammar, which is the upper bound in expectation.
-    Raises UserError if the settings are inconsistent, or the directory already holds a model.
+    Raises UserError if the settings are inconsistent, the device is not there, or the directory already holds a model.
     """
+    device = pick_device(wanted.device)
     path, grammar, began = files.require_empty(folder, FILE), Grammar(), perf_counter()
     torch.set_num_threads(wanted.torch_threads)
     vocabulary, generator = Vocabulary(grammar.words), seeding.generator(wanted.seed, "language model")
@@ -96,13 +100,15 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         body = Transformer(len(vocabulary), **asdict(wanted.size), generator=generator)
     except ValueError as error:
         raise UserError(str(error)) from error
-    model = WordModel(vocabulary, body, generator)
-    held_out = HeldOut(grammar, vocabulary, grammar.sample(wanted.held_out, seeding.number(wanted.seed, "held out")))
+    model = WordModel(vocabulary, body, generator).to(device)
+    unread = grammar.sample(wanted.held_out, seeding.number(wanted.seed, "held out"))
+    held_out = HeldOut(grammar, vocabulary, unread, device)
     facts = {"grammar_perplexity": held_out.perplexity(held_out.log_probability)}
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
     say(
         f"{wanted.reviews:,} reviews of {len(vocabulary.words)} words | the grammar's own perplexity "
-        f"{facts['grammar_perplexity']:.3f} on {wanted.held_out:,} held out | {facts['parameters']:,} parameters"
+        f"{facts['grammar_perplexity']:.3f} on {wanted.held_out:,} held out | {facts['parameters']:,} parameters on "
+        f"{device}"
     )
     corpus, found = grammar.sample(wanted.reviews, wanted.seed), dict[str, float]()
     optimizer, steps = Adam([model], wanted.lr, max_grad_norm=1.0), -(-wanted.reviews // wanted.batch)
@@ -110,7 +116,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
         for step in range(steps):
             optimizer.lr.fill_(wanted.lr * min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
             chosen = corpus[step * wanted.batch : (step + 1) * wanted.batch]
-            metrics = optimizer.step(partial(loss, model), *encode(vocabulary, chosen))
+            metrics = optimizer.step(partial(loss, model), *encode(vocabulary, chosen, device))
             if (step + 1) % max(1, steps // wanted.points) == 0 or step + 1 == steps:
                 found = held_out.measure(model)
                 for name, x in (metrics | found).items():
@@ -136,14 +142,14 @@ def loss(model: WordModel, tokens: Tensor, real: Tensor) -> tuple[Tensor, Metric
     return loss, {"loss": loss.detach()}
 
 
-def encode(vocabulary: Vocabulary, reviews: list[Review]) -> tuple[Tensor, Tensor]:
-    return vocabulary.encode([r.prompt for r in reviews], [r.response for r in reviews])
+def encode(vocabulary: Vocabulary, reviews: list[Review], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    return vocabulary.encode([r.prompt for r in reviews], [r.response for r in reviews], device)
 
 
 def samples(model: WordModel, reviews: list[Review], seed: int, count: int = 5) -> list[str]:
     """Sample responses of the model to some prompts."""
     prompts = [review.prompt for review in reviews[:count]]
-    written = model.generate(prompts, seeding.generator(seed, "samples"))
+    written = model.generate(prompts, seeding.generator(seed, "samples", model.device))
     return [str(Review(*pair)) for pair in zip(prompts, written, strict=True)]
 
 

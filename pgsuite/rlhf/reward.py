@@ -55,13 +55,18 @@ class RewardModel(nn.Module):
         self.vocabulary, self.combine = vocabulary, combine
         self.judges = nn.ModuleList(judges)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], responses: Sequence[str], batch: int = 1024) -> Tensor:
-        """Rewards [N].  Raises ValueError for unknown words, and unless there are as many responses as prompts."""
+        """Rewards [N], on the model's device.  Raises ValueError for unknown words, and unless there are as many
+        responses as prompts."""
         chunks = []
         for start in range(0, len(prompts), batch):
             chosen = slice(start, start + batch)
-            chunks.append(self.score(*self.vocabulary.encode(prompts[chosen], responses[chosen])))
+            chunks.append(self.score(*self.vocabulary.encode(prompts[chosen], responses[chosen], self.device)))
         return torch.cat(chunks)
 
     def score(self, tokens: Tensor, real: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def best_of(rewards: Tensor, n: int) -> Tensor:
     if count == 0:
         raise ValueError(f"the best of {n} samples needs as many, got {rewards.shape[1]}")
     groups = rewards[:, : count * n].unflatten(1, (count, n))
-    return groups.argmax(-1) + n * torch.arange(count)
+    return groups.argmax(-1) + n * torch.arange(count, device=rewards.device)
 
 
 def best_of_kl(n: int) -> float:

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pgsuite import seeding, settings
-from pgsuite.app.build import commit, versions
+from pgsuite.app.build import commit, pick_device, versions
 from pgsuite.app.train import short
 from pgsuite.errors import UserError
 from pgsuite.files import write_text
@@ -48,6 +48,7 @@ class RewardTraining:
     epochs: Count = 2  # passes over the training pairs
     batch: Count = 64  # pairs to a step
     lr: Positive = 5e-4  # falls to zero
+    device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     torch_threads: TorchThreads = 1  # CPU threads of torch
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ def margins(reward: RewardModel, pairs: Sequence[Preference]) -> Tensor:
     """The reward margins [N], chosen minus rejected response, of preferences."""
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = ([getattr(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
-    return reward(prompts, chosen) - reward(prompts, rejected)
+    return (reward(prompts, chosen) - reward(prompts, rejected)).cpu()
 
 
 def accuracy(margin: Tensor) -> float:
@@ -99,7 +100,8 @@ def fit(
         optimizer.lr.fill_(wanted.lr * (1 - step / len(batches)))
         some = [pairs[i] for i in chosen.tolist()]
         responses = [pair.chosen for pair in some] + [pair.rejected for pair in some]
-        metrics = optimizer.step(loss, *vocabulary.encode([pair.prompt for pair in some] * 2, responses))
+        asked = [pair.prompt for pair in some] * 2
+        metrics = optimizer.step(loss, *vocabulary.encode(asked, responses, judge.shift.device))
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -112,10 +114,11 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     Ziegler et al. (2019).  They are not scaled, which would undo their calibration.  Raises UserError if a file is
     missing or invalid, or too many pairs are held out.
     """
+    device = pick_device(wanted.device)
     path, began = files.require_empty(folder, FILE), perf_counter()
     torch.set_num_threads(wanted.torch_threads)
-    model = WordModel.load(wanted.model)
-    generator = seeding.generator(wanted.seed, "preferences")
+    model = WordModel.load(wanted.model).to(device)
+    generator = seeding.generator(wanted.seed, "preferences", device)
     count = wanted.count if wanted.pairs is None else REFERENCES
     prompts = [review.prompt for review in Grammar().sample(count, seeding.number(wanted.seed, "prompts"))]
     if wanted.pairs is None:
@@ -127,12 +130,13 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     if wanted.held_out >= len(pairs):
         raise UserError(f"held_out={wanted.held_out} of {len(pairs)} pairs leaves none to train on")
     train, held = pairs[: -wanted.held_out], pairs[-wanted.held_out :]
-    references = model.vocabulary.encode(prompts[:REFERENCES], model.generate(prompts[:REFERENCES], generator))
+    asked = prompts[:REFERENCES]
+    references = model.vocabulary.encode(asked, model.generate(asked, generator), device)
     judges: list[Judge] = []
     with SummaryWriter(str(folder)) as writer:
         for member in range(wanted.members):
             generator = seeding.generator(wanted.seed, f"judge {member}")
-            judge = Judge(copy.deepcopy(model.body).requires_grad_(), generator)
+            judge = Judge(copy.deepcopy(model.body).cpu().requires_grad_(), generator).to(device)
             for step, x in enumerate(fit(judge, model.vocabulary, train, wanted, generator), 1):
                 writer.add_scalar(f"training/loss_{member}", x, step)
             with torch.no_grad():

@@ -33,7 +33,9 @@ class Vocabulary:
             (word,) = error.args
             raise ValueError(f"{word!r} is no word of the {len(self.words)}; {closest(word, self.numbers)}") from None
 
-    def encode(self, prompts: Sequence[str], responses: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, prompts: Sequence[str], responses: Sequence[str] | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Right-padded tokens [T, N] and the mask of real ones [T, N].  Each column is BEGIN and a prompt, followed by
         the response and STOP if responses are given.
 
@@ -42,7 +44,8 @@ class Vocabulary:
         rows = [[BEGIN, *self.numbers_of(prompt)] for prompt in prompts]
         if responses is not None:
             rows = [[*row, *self.numbers_of(text), STOP] for row, text in zip(rows, responses, strict=True)]
-        return pad(rows)
+        tokens, real = pad(rows)
+        return tokens.to(device), real.to(device)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """The texts of tokens [T, N], each up to its first STOP, without PAD and BEGIN."""
