@@ -1,5 +1,6 @@
 """Each test is one claim about memory, of policies and of critics, and about bodies that they share."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -211,6 +212,29 @@ def test_a_shared_body_learns_and_only_a_joint_loss_moves_it_for_the_critic(cls:
     algorithm.update(batch)
     assert torch.equal(before, flat(algorithm)) == (cls not in (A2C, PPO, PPOPenalty))
     assert (algorithm.critic(batch) - said).mean() > 0
+
+
+@pytest.mark.parametrize("kind", ["none", "gru"])
+@pytest.mark.parametrize("cls", [A2C, PPO, PPOPenalty])
+def test_a_loss_computes_a_shared_body_once(cls: type[Algorithm], kind: Any) -> None:
+    """Its value and gradient are those of two passes; and a critic whose loss has no weight is not computed at all."""
+    env = PointMass(16, max_episode_steps=15)
+    algorithm = sharing(cls, env, kind)
+    batch = algorithm.compute_advantages(algorithm.preprocess(collector(algorithm, env).collect(algorithm.policy)))
+    passes: list[Any] = []
+    once = algorithm.policy.body.hidden.register_forward_hook(lambda *_: passes.append(_))
+    loss, metrics = algorithm.loss(batch)
+    assert len(passes) == 1
+    once.remove()
+    algorithm.critic.body = copy.copy(algorithm.policy.body)  # the same parameters, and another object
+    other, _ = algorithm.loss(batch)
+    params = [*algorithm.policy.parameters(), *algorithm.critic.out.parameters()]
+    both = [torch.autograd.grad(x, params, materialize_grads=True) for x in (loss, other)]
+    torch.testing.assert_close((loss, *both[0]), (other, *both[1]), rtol=1e-4, atol=1e-6)
+
+    algorithm.value_coef = 0.0
+    algorithm.critic.forward = None
+    assert "value_loss" in metrics and "value_loss" not in algorithm.loss(batch)[1]
 
 
 def test_a_shared_trust_region_is_the_policys_alone() -> None:

@@ -8,7 +8,9 @@ from torch import Tensor
 from pgsuite.algorithms.base import ActorCritic
 from pgsuite.components import Component
 from pgsuite.functional import objectives
+from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.optim import make_optimizer
+from pgsuite.nn.policy import dist_and_value
 from pgsuite.settings import NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_means
 
@@ -47,20 +49,28 @@ class A2C(ActorCritic):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss [], policy loss + value_coef * value loss - entropy_coef * entropy, each a mean over real cells; and
         metrics."""
-        dist = self.policy.dist(batch)
+        dist, value = self.evaluate(batch)
         logp = dist.log_prob(batch.action)
         log_ratio = objectives.log_ratio(logp, batch.logp)
         ratio = self.ratio_of(log_ratio, batch.mask)
-        cells = {
-            "policy_loss": -self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch),
-            "value_loss": self.value_error(self.critic(batch), batch),
-            "entropy": dist.entropy(),
-        }
+        cells = {"policy_loss": -self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch)}
+        if value is not None:
+            cells["value_loss"] = self.value_error(value, batch)
+        cells["entropy"] = dist.entropy()
         with torch.no_grad():
             cells |= self.ratio_metrics(log_ratio, ratio, batch)
         means = masked_means(cells, batch.mask)
-        loss = means["policy_loss"] + self.value_coef * means["value_loss"] - self.entropy_coef * means["entropy"]
+        loss = means["policy_loss"]
+        if value is not None:
+            loss = loss + self.value_coef * means["value_loss"]
+        loss = loss - self.entropy_coef * means["entropy"]
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
+
+    def evaluate(self, batch: Batch) -> tuple[Distribution, Tensor | None]:
+        """The action distributions of a batch, and the critic's values [...]: None if their loss has no weight."""
+        if isinstance(self.value_coef, Tensor) or self.value_coef > 0:  # a schedule, or a constant
+            return dist_and_value(self.policy, self.critic, batch)
+        return self.policy.dist(batch), None
 
     def value_error(self, value: Tensor, batch: Batch) -> Tensor:
         """Value loss per cell [...]."""

@@ -108,6 +108,14 @@ class Policy(Network):
         return self.head.metrics(action, mask)
 
 
+def dist_and_value(policy: Policy, critic: Critic, seen: PolicyInput) -> tuple[Distribution, Tensor]:
+    """The action distributions and the values [...] of cells; a body that both networks use is computed once."""
+    if critic.body is not policy.body:
+        return policy.dist(seen), critic(seen)
+    features = policy.body.sequence(seen)[0]
+    return policy.distribution(features, seen.obs), critic.read(features)
+
+
 class Critic(Network):
     """State values [...] of observations [..., *O].
 
