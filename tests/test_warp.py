@@ -20,8 +20,9 @@ from pgsuite.testing.reads import NothingRead
 WORLDS, STEPS = 32, {"Ant": 30}
 MUJOCO = sorted(name for name in tasks.__all__ if "warp" in getattr(getattr(tasks, name), "backends", ()))
 SHORT = ("HalfCheetah", "Ant", "InvertedPendulum")
-# mujoco-warp 4.0 turns the contact frame of a capsule that meets a plane steeply.  The share of states that this changes:
-STEEP = {"Ant": 0.45, "Humanoid": 0.05}  # at most
+# mujoco-warp 4.0 turns the contact frame of a capsule that meets a plane steeply.  The greatest share of states that
+# this may change:
+STEEP = {"Ant": 0.45, "Humanoid": 0.05}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
