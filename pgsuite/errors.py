@@ -4,6 +4,7 @@ import dis
 import sys
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,19 @@ def is_own(file: str) -> bool:
     return not file.startswith(("<", *OTHERS))
 
 
-def place(error: BaseException) -> str:
+def place(error: BaseException, *, except_for: Sequence[str] | None = None) -> str:
     """``my_env.py:41: `` for the innermost frame of an error's traceback in a file of the user's own; empty if there is
-    none."""
+    none.  With ``except_for``, files of this package count as well, except for those."""
     found = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         found.append((error.filename or "<unknown>", error.lineno))
-    own = [_place(file, line or 1) for file, line in found if is_own(file)]
+
+    def counts(file: str) -> bool:
+        if except_for is None:
+            return is_own(file)
+        return file not in except_for and (file.startswith(OTHERS[0]) or is_own(file))
+
+    own = [_place(file, line or 1) for file, line in found if counts(file)]
     return own[-1] if own else ""
 
 

@@ -52,10 +52,10 @@ def world(num_envs: int = 16, **options: Any) -> LanguageEnv:
     return LanguageEnv(["b", "cde", "gh", "fab"], Letters(), [vowels], num_envs=num_envs, **options)
 
 
-def speaker(size: int, seed: int = 0, width: int = 16, **options: Any) -> Policy:
+def speaker(size: int, seed: int = 0, width: int = 16, layers: int = 2, **options: Any) -> Policy:
     """A policy that says something, each token with a probability of its own."""
     generator = torch.Generator().manual_seed(seed)
-    model = LanguageModel(Transformer(size, width, 2, 2, generator), generator)
+    model = LanguageModel(Transformer(size, width, layers, 2, generator), generator)
     with torch.no_grad():
         model.out.weight.normal_(0, 0.3, generator=generator)
     return language_policy(model.body, model.out, **options)

@@ -5,6 +5,7 @@ Without a GPU a tape of operations stands in for CUDA's graphs, and everything a
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from tape import Tape
+from tape import Tape, failing
 from toys import ALL, PointMass, build, collector, mostly_long
 
 from pgsuite import distributed
@@ -212,9 +213,56 @@ def test_what_the_host_counts_or_reads_is_found_and_named() -> None:
     run = trainer(A2C, env, Tape)
     observe = env.task.observe
     env.task.observe = lambda: observe() * float(env.clock[0] < 1_000)
-    with pytest.warns(UserWarning, match="collecting is not captured: __float__"):
+    with pytest.warns(UserWarning, match=r"collecting is not captured: \S*test_cuda_graphs.py:\d+: __float__"):
         for _ in range(ITERATIONS):
             run.iterate()
+
+
+def test_a_generator_that_no_graph_was_told_of_is_found_and_named() -> None:
+    """CUDA refuses its draws in a capture; here it is in a closure, which is not searched."""
+    runs = [trainer(A2C, make("CartPole", 8, max_episode_steps=16), record) for record in (None, Tape)]
+    for run in runs:
+        task: Any = run.collector.env.task  # pyright: ignore[reportAttributeAccessIssue]
+        observe, hidden = task.observe, torch.Generator().manual_seed(0)
+        task.observe = lambda observe=observe, hidden=hidden: observe().add_(torch.rand((), generator=hidden))
+    message = r"collecting is not captured: \S*test_cuda_graphs.py:\d+: rand draws from a generator that was not regist"
+    with pytest.warns(UserWarning, match=message):
+        for _ in range(ITERATIONS):
+            run_alike(runs)
+    check(*(run.training_state() for run in runs))
+
+
+PLACES = ("begin", "end", 100)
+FAILURES = [(cls, where) for cls in ALL for where in PLACES]
+FAIL = [*zip(ALL, 2 * PLACES, strict=True)]
+
+
+@pytest.mark.parametrize(("cls", "where"), mostly_long(FAILURES, *FAIL))
+def test_a_capture_that_fails_leaves_the_run_as_it_is_without_one(cls: type[Algorithm], where: Any) -> None:
+    """To the last bit, generators included; and says where it failed."""
+    runs = [trainer(cls, make("CartPole", 8, max_episode_steps=16), record) for record in (None, failing(where))]
+    fail_alike(runs, r"pgsuite/\S+.py:\d+: CUDA error" if where == 100 else "CUDA error")
+
+
+@pytest.mark.parametrize("where", ["launch", pytest.param("end", marks=pytest.mark.long)])
+def test_a_capture_that_fails_after_a_launch_on_warp_leaves_the_worlds_as_they_were(where: Any) -> None:
+    envs = [make("InvertedPendulum", 4, backend="warp", max_episode_steps=6) for _ in range(2)]
+    runs = [trainer(PPO, env, record) for env, record in zip(envs, (None, failing(where)), strict=True)]
+    fail_alike(runs, r"pgsuite/envs/physics/mujoco_warp.py:\d+: CUDA error", parts=1 if where == "launch" else PARTS)
+
+
+def fail_alike(runs: list[Trainer], message: str, parts: int = PARTS) -> None:
+    """Eight iterations of each, of which the last but a few would be replayed, if some parts could be captured."""
+    made, replayed = Tape.made, Tape.replays
+    with pytest.warns(UserWarning) as told:
+        for _ in range(ITERATIONS):
+            run_alike(runs)
+    check(*(run.training_state() for run in runs))
+    assert len(told) == parts and Tape.made - made == PARTS
+    assert Tape.replays - replayed == (PARTS - parts) * (ITERATIONS - 4)
+    assert re.match(f"execution=cuda_graph: collecting is not captured: {message}", str(told[0].message))
+    for x, what in zip(told, ["collecting", "learning", "packing the host data"], strict=False):
+        assert re.match(rf"execution=cuda_graph: {what} is not captured: (pgsuite/\S+: )?CUDA error", str(x.message))
 
 
 class Draws:

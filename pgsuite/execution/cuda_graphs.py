@@ -11,6 +11,7 @@ must keep their values, otherwise the function is captured again; and nothing ma
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from pgsuite import distributed
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs import TaskEnv, VectorEnv
 from pgsuite.envs.physics.mujoco_warp import WarpPhysics
+from pgsuite.errors import place
 from pgsuite.kernel import Kernel
 from pgsuite.rollout import Collector
 from pgsuite.training.trainer import Trainer
@@ -34,6 +36,7 @@ FOREIGN = ("gymnasium", "mujoco", "mujoco_warp", "numpy", "warp")  # packages wh
 CLOCKS = sys.intern("seconds")  # attribute with wall-clock times, which the search ignores
 STEADY = 2  # consecutive calls, after the first, with unchanged host state before a function is captured
 PATIENCE = 20  # calls after which a function that never became steady is given up
+AROUND = (__file__, inspect.getfile(Kernel))  # files that every captured function is called through
 
 COLLECTING, LEARNING, PACKING = "collecting", "learning", "packing the host data"
 Uncapturable = Sequence[Kernel[..., None]]  # kernels whose launches cannot be part of a graph of torch
@@ -307,7 +310,8 @@ class Captured:
             self.outputs = graphs.record(work)
         except (RuntimeError, ChangedError) as error:
             state.undo()
-            self.leave(str(error).partition("\n")[0])
+            where = place(error, except_for=(*AROUND, inspect.getfile(self.record)))
+            self.leave(where + str(error).partition("\n")[0])
             return self.function(*args)
         self.state, self.args, self.graphs = state, args, graphs
         graphs.replay()
