@@ -366,6 +366,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["-m", "seed=1,2", "policy=null"], "policy=null: a group takes the name of one of its choices"),
     (["hydra.run.dir=q[/y]"], "in quotes, within the shell's: 'hydra.run.dir=\"q[/y]\"'"),
     (["env=gym", "env.id=&x"], "in quotes, within the shell's: 'env.id=\"&x\"'"),
+    (["seed=f(x)"], "Unknown function 'f' Available: bool,choice,"),
+    (["algo.clip=1\n2"], "in quotes, within the shell's: 'algo.clip=\"...\"'"),
     (["env.id='x"], "in quotes, within the shell's: 'env.id=\"...\"'"),
     (["algo.lr[0]=1"], "'algo.lr[0]' is no name of a setting"),
     (["algo.clip=0"], "PPO.clip must be a number greater than 0, got 0"),

@@ -195,7 +195,8 @@ def _unparsed(argument: str, reason: str) -> str:
         return f"{argument!r} is no setting, which are written as algo.lr=1e-3 ({reason})"
     if re.search(r"[^\w./@+~-]", setting):
         return f"{argument!r}: {setting!r} is no name of a setting: they are of letters, digits, dots and slashes"
-    quoted = shlex.quote(f'{setting}="{value}"') if not set("\"'\\") & set(value) else f"'{setting}=\"...\"'"
+    plain = value.isprintable() and not set("\"'\\") & set(value)
+    quoted = shlex.quote(f'{setting}="{value}"') if plain else f"'{setting}=\"...\"'"
     return (
         f"{argument!r} cannot be read ({reason.partition(' expecting ')[0]}): lists are written as [1, 2], "
         f"dictionaries as {{a: 1}}, and other text with such characters in quotes, within the shell's: {quoted}"
@@ -203,7 +204,8 @@ def _unparsed(argument: str, reason: str) -> str:
 
 
 def shorten(message: str) -> str:
-    """A message cut off at ``LONGEST`` characters."""
+    """A message in one line, cut off at ``LONGEST`` characters."""
+    message = " ".join(message.splitlines())
     return message if len(message) <= LONGEST else f"{message[: LONGEST - 4]} ..."
 
 
