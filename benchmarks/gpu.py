@@ -56,10 +56,10 @@ GPU = (  # of 480 seconds
     Part("target", 60, ("HalfCheetah",)),
 )
 CPU = (  # of 60 seconds
-    Part("versions", 4, ("",)),
-    Part("warp", 9, ("InvertedPendulum",)),
-    Part("methods", 18, ("ppo",)),
-    Part("speeds", 11, ("CartPole", "width 512"), at_once=2),
+    Part("versions", 5, ("",)),
+    Part("warp", 11, ("InvertedPendulum",)),
+    Part("methods", 13, ("ppo",)),
+    Part("speeds", 13, ("CartPole", "width 512"), at_once=2),
     Part("peer", 12, ("pgsuite", "jax"), at_once=2),
     Part("target", 6, ("HalfCheetah",)),
 )

@@ -38,7 +38,7 @@ from pgsuite.training.recovery import Recovery, clone
 from pgsuite.training.trainer import Trainer
 
 CAPTURED = STEADY + 3  # iterations after which a captured run is replayed
-TASKS = {"cuda": ("CartPole", "HalfCheetah"), "cpu": ("CartPole", "InvertedPendulum")}  # the second on Warp
+TASKS = {"cuda": ("CartPole", "HalfCheetah"), "cpu": ("CartPole",)}  # of methods; HalfCheetah on Warp
 PPO = {  # workloads of speeds
     "CartPole": "algo.epochs=1 horizon=64 policy.hidden=[128] critic.hidden=[128]",  # and minibatches of 32,768
     "MuJoCo": "algo.epochs=5 horizon=32 algo.minibatches=4",
@@ -106,6 +106,7 @@ def checks(method: str, task: str, device: str) -> Iterator[Line]:
         for _ in range(CAPTURED):
             eager.iterate()
             replayed.iterate()
+    left += not_replayed(replayed)
     yield {"check": "everything is captured", "holds": not left, "left eager": left}
     yield {"check": "replay equals eager"} | alike(eager, replayed, device)
 
@@ -159,6 +160,7 @@ def end_to_end(settings: str, device: str, window: float) -> Iterator[Line]:
             guard(run)
             for _ in range(CAPTURED if way == "captured" else 2):
                 run.step()
+        left += not_replayed(run) if way == "captured" else []
         steps = run.collector.horizon * run.collector.env.num_envs
         yield {"what": way, "left eager": left} | rate(run.step, steps, window, device)
         del run
@@ -261,6 +263,12 @@ def tape_or_graphs(device: str) -> type[Graphs]:
         return Graphs
     sys.path.append(str(ROOT / "tests"))
     return importlib.import_module("tape").Tape
+
+
+def not_replayed(run: Trainer) -> list[str]:
+    """The kernels of a captured run that are not replayed, whatever the reason."""
+    kernels = (run.collector.collect, run.algorithm.training_step, run.pack_host_data)
+    return [x.name for x in kernels if getattr(getattr(x.run, "__self__", None), "graphs", None) is None]
 
 
 def failing(kind: Any, device: str) -> type[Graphs]:

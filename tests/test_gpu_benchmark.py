@@ -120,6 +120,6 @@ def test_every_part_that_a_cpu_has_runs() -> None:
     """With more time than it needs, so that a busy machine does not cut it off."""
     code, lines = walk("--budget", "300")
     assert code == 0, lines[-1]
-    assert set(lines[-1]["summary"].values()) <= {"ran", "skipped"} and lines[-1]["checks"] >= 13
+    assert set(lines[-1]["summary"].values()) <= {"ran", "skipped"} and lines[-1]["checks"] >= 7
     assert next(x["observation"]["worst"] for x in lines if x["part"] == "warp" and "check" in x) > 1e-6  # it moved
     assert {x["what"] for x in lines if "steps/s" in x} >= {"eager", "physics"}
