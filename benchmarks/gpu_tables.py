@@ -38,7 +38,8 @@ def checks(lines: list[Line]) -> str:
     """How many of the checks of a method hold in an environment, and the names of those that do not."""
     found: dict[str, dict[str, list[Line]]] = {}
     for x in of(lines, "methods", "check"):
-        found.setdefault(x["job"], {}).setdefault(x["env"], []).append(x)
+        if x["holds"] is not None:
+            found.setdefault(x["job"], {}).setdefault(x["env"], []).append(x)
 
     def cell(each: list[Line]) -> str:
         wrong = [x["check"] for x in each if x["holds"] is False]
@@ -107,7 +108,7 @@ def target(lines: list[Line]) -> str:
 
 
 def unfinished(lines: list[Line]) -> str:
-    found = [f"{x['part']} {x['job']} ({x['ended']})" for x in lines if x.get("ended", "ran") != "ran"]
+    found = [f"{x['part']} {x['job']}".strip() + f" ({x['ended']})" for x in lines if x.get("ended", "ran") != "ran"]
     return f"Not measured: {', '.join(found)}." if found else ""
 
 
