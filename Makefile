@@ -41,6 +41,7 @@ plots: $(VENV)/.dev
 	$(RUN) benchmarks/wallclock.py table --docs
 	$(RUN) benchmarks/scaling.py table --docs
 	$(RUN) benchmarks/parity.py --docs
+	$(RUN) benchmarks/gpu.py --docs
 	$(RUN) benchmarks/envs.py --docs
 	$(RUN) benchmarks/language.py table --docs
 	$(RUN) benchmarks/language.py plot

@@ -1,89 +1,208 @@
-"""Steps/s of whole iterations on a GPU, as they are written and as CUDA graphs.
+"""Everything that this suite claims of a GPU, in one command: is it correct, and how fast is it?
 
-    python benchmarks/gpu.py [--only CartPole] [--rounds 7] [--seconds 5]
+    python benchmarks/gpu.py --budget 480                  # seconds; writes benchmarks/results/gpu/cuda.jsonl
+    python benchmarks/gpu.py --only warp speeds --out /tmp/some.jsonl
+    python benchmarks/gpu.py --budget 60 --device cpu      # tries out every part that a CPU has
+    python benchmarks/gpu.py --docs                        # measures nothing: puts the kept result into docs/gpu.md
 
-In one process, in turn: PPO on HalfCheetah, simulated by Warp (2,048 environments x 32 steps, 5 epochs x 4 minibatches,
-two networks of 64-64 tanh), the same with networks of 512-512-512 in each precision, and on CartPole with PufferLib's
-workload (4,096 environments x 64 steps, one epoch on minibatches of 32,768, a hidden layer of 128).  What guards a run
-against numbers that are not finite is part of an iteration.  Prints steps/s of each round, then medians; writes
-benchmarks/results/gpu.json with the name of the card.  ``--device cpu`` tries the script out, and writes nothing.
+The parts are in benchmarks/gpu_parts.py, and the peer in benchmarks/jax_peer.py.  A part consists of jobs, each in a
+process of its own: one that crashes, hangs or runs out of memory costs no other.  The parts share the budget by their
+weights; what one leaves goes to those after it.  Every line of the output is JSON, printed and appended to the file as
+soon as it is known, so whatever stops this command loses nothing.  ``seconds`` in a line counts from the start of its
+job.
+
+Exits with 1 if a job failed or was cut off, or if a check does not hold; a job that lacks what it needs is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic
+from typing import TextIO
 
-import torch
-from hydra import compose, initialize_config_dir
-from record import RESULTS, keep, source
+from gpu_job import Line, results
 
-from pgsuite.app import schema
-from pgsuite.app.build import build, parse_run_config, to_dict
-from pgsuite.app.cli import CONFIGS
-from pgsuite.training.recovery import Recovery
-from pgsuite.training.trainer import Trainer
+RESULT = Path(__file__).parent / "results" / "gpu" / "cuda.jsonl"
 
-WARM_UP = 8  # iterations: some that settle, one that is captured, some that are replayed
-CHEETAH = "env=HalfCheetah num_envs=2048 horizon=32 algo.epochs=5 algo.minibatches=4"
-WIDE = f"{CHEETAH} policy.hidden=[512,512,512] critic.hidden=[512,512,512]"
-CARTPOLE = (
-    "env=CartPole num_envs=4096 horizon=64 algo.epochs=1 algo.minibatches=8 policy.hidden=[128] critic.hidden=[128]"
+
+@dataclass(frozen=True)
+class Part:
+    """A function of gpu_parts.py, each of whose jobs is a call in a process of its own."""
+
+    name: str
+    weight: float  # its share of the budget
+    jobs: tuple[str, ...]
+    at_once: int = 1
+
+
+GPU = (  # of 480 seconds
+    Part("versions", 15, ("",)),
+    Part("warp", 120, ("HalfCheetah", "Ant", "InvertedPendulum", "Humanoid"), at_once=4),
+    Part("methods", 90, ("ppo", "trpo", "a2c", "npg", "reinforce"), at_once=5),
+    Part("speeds", 140, ("HalfCheetah", "CartPole", "Ant", "Humanoid", "width 512")),
+    Part("peer", 55, ("pgsuite", "jax")),
+    Part("target", 60, ("HalfCheetah",)),
 )
-GRAPH = "execution=cuda_graph"
-CONTENDERS = {
-    "HalfCheetah": CHEETAH,
-    "HalfCheetah, CUDA graphs": f"{CHEETAH} {GRAPH}",
-    "HalfCheetah 512-512-512, CUDA graphs": f"{WIDE} {GRAPH}",
-    "HalfCheetah 512-512-512, CUDA graphs, tf32": f"{WIDE} {GRAPH} precision=tf32",
-    "HalfCheetah 512-512-512, CUDA graphs, bf16": f"{WIDE} {GRAPH} precision=bf16",
-    "CartPole": CARTPOLE,
-    "CartPole, CUDA graphs": f"{CARTPOLE} {GRAPH}",
-}
+CPU = (  # of 60 seconds
+    Part("versions", 5, ("",)),
+    Part("warp", 11, ("InvertedPendulum",)),
+    Part("methods", 13, ("ppo",)),
+    Part("speeds", 13, ("CartPole", "width 512"), at_once=2),
+    Part("peer", 12, ("pgsuite", "jax"), at_once=2),
+    Part("target", 6, ("HalfCheetah",)),
+)
 
 
-def trainer(settings: str, device: str) -> Trainer:
-    cfg = compose("train", [*settings.split(), f"device={device}", f"total_steps={10**12}", "~tuned"])
-    made = build(parse_run_config(to_dict(cfg)))
-    made.failure_handler = Recovery(Path(), {}, attempts=0, say=print)
-    made.failure_handler.on_start(made)
-    for _ in range(WARM_UP):
-        made.step()
-    return made
+class Log:
+    """Prints lines of JSON, and appends them to a file, at once."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.lines, self.lock = file, list[Line](), threading.Lock()
+
+    def __call__(self, line: Line) -> None:
+        text = json.dumps(line)
+        with self.lock:
+            self.lines.append(line)
+            for out in (sys.stdout, self.file):
+                out.write(f"{text}\n")
+                out.flush()
 
 
-def speed(run: Trainer, seconds: float) -> float:
-    """Steps/s; an iteration ends when the host has read what came of it."""
-    steps, began = run.steps, perf_counter()
-    while (now := perf_counter()) - began < seconds:
-        run.step()
-    return (run.steps - steps) / (now - began)
+class Schedule:
+    """Runs the jobs of parts as processes, within a budget in seconds.
+
+    command: the arguments of the process of a part, a job and its time limit, which prints a line of JSON a result.
+    """
+
+    def __init__(self, command: Callable[[str, str, float], list[str]], say: Callable[[Line], None]) -> None:
+        self.command, self.say = command, say
+        self.running: set[subprocess.Popen[str]] = set()
+
+    def run(self, parts: tuple[Part, ...], budget: float) -> None:
+        end = monotonic() + budget
+        for i, part in enumerate(parts):
+            left = end - monotonic()
+            self.run_part(part, monotonic() + left * part.weight / sum(x.weight for x in parts[i:]))
+
+    def run_part(self, part: Part, end: float) -> None:
+        def attempt(i: int) -> None:
+            turns = math.ceil((len(part.jobs) - i) / part.at_once)  # this one's, and those of the jobs that wait
+            self.run_job(part.name, part.jobs[i], (end - monotonic()) / turns)
+
+        with ThreadPoolExecutor(part.at_once) as pool:
+            try:
+                list(pool.map(attempt, range(len(part.jobs))))
+            except BaseException:  # a signal
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.running):
+                    kill(process)
+                raise
+
+    def run_job(self, part: str, job: str, limit: float) -> None:
+        about, began = {"part": part, "job": job}, monotonic()
+        if limit <= 0:
+            self.say(about | {"ended": "cut off", "why": "no time was left for it"})
+            return
+        process = subprocess.Popen(
+            self.command(part, job, limit),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # so that what it starts ends with it
+        )
+        self.running.add(process)
+        overdue = threading.Timer(limit, kill, [process])
+        overdue.start()
+        kinds: set[str] = set()
+        assert process.stdout is not None
+        for text in process.stdout:
+            line = parsed(text)
+            if line is None:
+                print(text, end="", file=sys.stderr, flush=True)
+                continue
+            kinds |= line.keys() & {"failed", "skipped"} or {"ran"}
+            self.say(about | {"seconds": round(monotonic() - began, 2)} | line)
+        code, seconds = process.wait(), round(monotonic() - began, 2)
+        overdue.cancel()
+        self.running.discard(process)
+        if code == -signal.SIGKILL and seconds >= limit:
+            ended: Line = {"ended": "cut off", "why": f"its limit of {limit:.0f} s"}
+        elif code:
+            ended = {"ended": "failed", "why": f"exit code {code}"}
+        else:
+            ended = {"ended": next((x for x in ("failed", "ran", "skipped") if x in kinds), "ran")}
+        self.say(about | {"seconds": seconds} | ended)
+
+
+def parsed(text: str) -> Line | None:
+    """A line of output as JSON; None if it is something else, such as what a library prints."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process, and the processes that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def summary(lines: list[Line]) -> Line:
+    """How each job ended, and the checks that do not hold."""
+    ended = {f"{x['part']} {x['job']}".strip(): x["ended"] for x in lines if "ended" in x}
+    wrong = [{key: x for key, x in line.items() if key != "seconds"} for line in lines if line.get("holds") is False]
+    return {"summary": ended, "checks": sum("holds" in x for x in lines), "do not hold": wrong}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="contenders whose name begins so")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds of all parts together")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--only", nargs="+", default=[], choices=[x.name for x in GPU], help="these parts")
+    parser.add_argument("--out", type=Path, help="file of the lines; results/gpu/cuda.jsonl for all parts on a GPU")
+    parser.add_argument("--docs", action="store_true", help="put the kept result into docs/gpu.md")
+    parser.add_argument("--job", nargs=2, metavar=("PART", "JOB"), help="in this process, which a schedule has started")
     args = parser.parse_args()
-    on_gpu = args.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py needs a CUDA device; --device cpu tries the script out")
-    names = [x for x in CONTENDERS if x.startswith(args.only) and (on_gpu or not {"CUDA", "tf32"} & set(x.split()))]
-    schema.register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        runs = {name: trainer(CONTENDERS[name], args.device) for name in names}
-    rounds = [{name: speed(run, args.seconds) for name, run in runs.items()} for _ in range(args.rounds)]
-    for name in names:
-        each = [x[name] for x in rounds]
-        print(f"{name:<45}{statistics.median(each):>12,.0f} steps/s, from {min(each):,.0f} to {max(each):,.0f}")
-    if on_gpu:
-        card = torch.cuda.get_device_name(args.device)
-        commands = {name: CONTENDERS[name] for name in names}
-        keep(source() | {"card": card, "settings": commands, "rounds": rounds}, RESULTS / "gpu.json")
+    if args.docs:
+        from gpu_tables import write
+
+        write(RESULT)
+        return
+    if args.job:
+        part, job = args.job
+        for line in results(part, job, args.device, args.budget):
+            print(json.dumps(line), flush=True)
+        os._exit(0)  # at once: taking a device's context apart takes seconds
+    parts = tuple(x for x in (CPU if args.device == "cpu" else GPU) if not args.only or x.name in args.only)
+    out = args.out or (None if args.only or args.device == "cpu" else RESULT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def command(part: str, job: str, seconds: float) -> list[str]:
+        this = [sys.executable, str(Path(__file__).resolve())]
+        return [*this, "--device", args.device, "--budget", f"{seconds:.1f}", "--job", part, job]
+
+    with (out or Path(os.devnull)).open("w") as file:
+        say = Log(file)
+        Schedule(command, say).run(parts, args.budget)
+        found = summary(say.lines)
+        say(found)
+    sys.exit(bool(found["do not hold"]) or bool({"failed", "cut off"} & set(found["summary"].values())))
 
 
 if __name__ == "__main__":

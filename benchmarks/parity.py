@@ -76,6 +76,8 @@ def forced(name: str, device: str) -> Iterator[Errors]:
     exact.reset()
     for action in random_actions(exact, 100):
         rough.task.physics.load_state_dict(exact.task.physics.state_dict())
+        exact.task.simulate(action.double())
+        rough.task.simulate(action.to(device).float())
         reward, terminated = exact.task.advance(action.double())
         found = rough.task.advance(action.to(device).float())
         obs = (exact.task.observe() - rough.task.observe().cpu().double()).abs().amax(-1)
