@@ -49,9 +49,9 @@ class Part:
 
 GPU = (  # of 480 seconds
     Part("versions", 15, ("",)),
-    Part("warp", 120, ("HalfCheetah", "Ant", "InvertedPendulum", "Humanoid"), at_once=4),
-    Part("methods", 90, ("ppo", "trpo", "a2c", "npg", "reinforce"), at_once=5),
-    Part("speeds", 140, ("HalfCheetah", "CartPole", "Ant", "Humanoid", "width 512")),
+    Part("warp", 100, ("HalfCheetah", "Ant", "InvertedPendulum", "Humanoid"), at_once=4),
+    Part("methods", 80, ("ppo", "trpo", "a2c", "npg", "reinforce"), at_once=5),
+    Part("speeds", 170, ("HalfCheetah", "CartPole", "Ant", "Humanoid", "width 512", "compiled")),
     Part("peer", 55, ("pgsuite", "jax")),
     Part("target", 60, ("HalfCheetah",)),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 Line = dict[str, Any]
 
-OPTIONAL = ("jax", "mujoco_warp", "optax", "warp")  # packages without which a job is skipped
+OPTIONAL = ("jax", "mujoco_warp", "optax", "triton", "warp")  # packages without which a job is skipped
 
 
 class Unavailable(Exception):  # noqa: N818

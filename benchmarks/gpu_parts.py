@@ -145,6 +145,10 @@ def speeds(job: str, device: str, seconds: float) -> Iterator[Line]:
             settings += "policy.hidden=[512,512] critic.hidden=[512,512]"
             yield from guarded(end_to_end(settings, device, seconds / 40), precision=precision)
         return
+    if job == "compiled":  # kernels inside captured graphs
+        settings = f"{workload('CartPole', 4096)} execution=compile"
+        yield from guarded(end_to_end(settings, device, seconds / 20, ("captured",)), worlds=4096)
+        return
     worlds = (4096, 16384, 1024) if device == "cuda" else (16,)
     window = seconds / len(worlds) / 20  # nine of them, and what comes before the first
     for n in worlds:
@@ -152,9 +156,11 @@ def speeds(job: str, device: str, seconds: float) -> Iterator[Line]:
         yield from guarded(physics(job, n, device, window), worlds=n)
 
 
-def end_to_end(settings: str, device: str, window: float) -> Iterator[Line]:
+def end_to_end(
+    settings: str, device: str, window: float, ways: tuple[str, ...] = ("captured", "eager")
+) -> Iterator[Line]:
     """Captured and eager: an iteration ends when the host has read its results."""
-    for way in ("captured", "eager") if device == "cuda" else ("eager",):
+    for way in ways if device == "cuda" else ("eager",):
         with uncaptured() as left:
             run = trainer(settings, device, Graphs if way == "captured" else None)
             guard(run)
@@ -238,8 +244,10 @@ def require(device: str, *packages: str) -> None:
 
 
 def simulator(task: str, device: str) -> tuple[str, ...]:
-    """The package that simulates a task on a device."""
-    return ("mujoco_warp",) if device == "cuda" and task != "CartPole" else ()
+    """The package that a task needs on a device: its simulator, or the compiler of its kernels."""
+    if device == "cpu" or task == "CartPole":
+        return ()
+    return ("triton",) if task == "compiled" else ("mujoco_warp",)
 
 
 def some_actions(env: Any) -> Tensor:
