@@ -86,7 +86,7 @@ def fit(
     judge: Judge, vocabulary: Vocabulary, pairs: Sequence[Preference], wanted: RewardTraining, generator: Generator
 ) -> list[float]:
     """Minimize the Bradley-Terry loss -log sigmoid(r(chosen) - r(rejected)).  Returns its mean in each step."""
-    losses: list[float] = []
+    losses: list[Tensor] = []
     optimizer = Adam([judge], wanted.lr, max_grad_norm=1.0)
 
     def loss(tokens: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,8 +102,8 @@ def fit(
         responses = [pair.chosen for pair in some] + [pair.rejected for pair in some]
         asked = [pair.prompt for pair in some] * 2
         metrics = optimizer.step(loss, *vocabulary.encode(asked, responses, judge.shift.device))
-        losses.append(float(metrics["loss"]))
-    return losses
+        losses.append(metrics["loss"])
+    return torch.stack(losses).tolist()  # read from the device once
 
 
 def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], object]) -> RewardModel:
