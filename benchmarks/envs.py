@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from record import RESULTS, keep, source, write_table
 
-from pgsuite.envs import Gym, VectorEnv, make, tasks
+from pgsuite.envs import Atari, VectorEnv, make, tasks
 from pgsuite.envs.tasks.classic import ClassicTask
 from pgsuite.testing import random_actions
 
@@ -89,9 +89,7 @@ def rows(names: list[str], sizes: list[int], device: str) -> dict[tuple[str, str
     if device == "cpu" and importlib.util.find_spec("ale_py"):
         for name in ATARI:
             for size in (8, 64):
-                options = {"autoreset_mode": "SameStep"}
-                world = Gym(id=f"ALE/{name}-v5", import_="ale_py", native=True, options=options)
-                found[name, "ale-py", size] = complete(make(world, size))
+                found[name, "ale-py", size] = complete(make(Atari(game=name), size))
     return found
 
 

@@ -116,7 +116,9 @@ def plain(hint: Any) -> Any:
     if get_origin(hint) is Literal:
         return type(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
-        return functools.reduce(operator.or_, (plain(arg) for arg in get_args(hint)))
+        kinds = [plain(arg) for arg in get_args(hint)]
+        kinds += [int] if {float, str} <= {*kinds} else []  # in such a union, a whole number is not converted
+        return functools.reduce(operator.or_, kinds)
     if get_origin(hint) in (list, tuple, Sequence):
         return list[plain(get_args(hint)[0])]
     if get_origin(hint) is dict:

@@ -58,7 +58,6 @@ def test_a_setting_that_a_method_inherits_and_does_not_use_is_none_of_its_own(co
         ([], "reference.penalty=loss", "reference.coef=null"),
         (["reference.coef=0.1"], "reference.horizon=5", "reference.target=null"),
         (["standardize_obs=false"], "clip_obs=5", "standardize_obs=false"),
-        (["scale_reward=false"], "clip_reward=5", "scale_reward=false"),
         (["algo=reinforce", "horizon=null"], "critic.hidden=[8]", "algo.baseline=leave-one-out"),
         (["algo=reinforce", "horizon=null", "algo.baseline=none"], "algo.critic_lr=0.1", "algo.baseline=none"),
     ],

@@ -32,7 +32,7 @@ from pgsuite.errors import UserError
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
 from pgsuite.nn.network import Features, Network
-from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
+from pgsuite.nn.normalize import ClipReward, RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import OverlappedCollector
 from pgsuite.settings import closest
@@ -206,10 +206,10 @@ def build(run: Run) -> Trainer:
     check_memory(env, horizon)
     seed = seeding.of_process(run.seed, distributed.rank())
     policy, critic = build_networks(env, run)
-    reward_scale = None
-    if run.scale_reward or run.whiten_reward:
-        kind = WhitenReward if run.whiten_reward else RewardScale
-        reward_scale = kind(env.num_envs, run.clip_reward).to(device)
+    scaled = run.scale_reward or run.whiten_reward
+    clip = (10.0 if scaled else None) if run.clip_reward == "auto" else run.clip_reward
+    kind = WhitenReward if run.whiten_reward else RewardScale if run.scale_reward else ClipReward
+    reward_scale = kind(env.num_envs, clip).to(device) if scaled or clip is not None else None
     reference = dict(vars(run.reference))
     algorithm: Algorithm = instantiate(
         run.algo,
@@ -275,6 +275,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words.append(f"{count:,} parameters on {env.device}")
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
+    words += [f"rewards clipped to +-{run.clip_reward:g}"] if isinstance(run.clip_reward, float | int) else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
     words += ["collecting beside learning"] if run.overlap else []
     words += [MODES[trainer.execution]]

@@ -32,7 +32,7 @@ def main() -> None:
     Console(width=110, markup=False, emoji=False).print(table)
     print(f"\nenv=gym env.id=<id>: any of the {len(gymnasium.registry)} that gymnasium knows here")
     print("env=gym env.import=<package> env.id=<id>: any that a package of yours registers")
-    print(f"env=Pong, env=Breakout, or any Atari game with env=Pong env.id=ALE/<Game>-v5: {install('atari')}")
+    print(f"env=atari env.game=<Game>, env=Pong, env=Breakout: any Atari game: {install('atari')}")
     print(f"env=envpool env.id=<id>: any that envpool lists: {install('envpool')}")
     print("env=torch env.entry=<package>:<callable>: any that steps torch tensors itself")
     print(f"Options of one: {command('train')} env=<name> --help")

@@ -86,7 +86,9 @@ class Run:
     standardize_obs: bool = True  # by their running mean and standard deviation
     clip_obs: Positive | None = 10.0  # standardized observations are clipped to +- this; null does not clip
     scale_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
-    clip_reward: Positive | None = 10.0  # scaled rewards are clipped to +- this; null does not clip
+    clip_reward: Positive | Literal["auto"] | None = (
+        "auto"  # the method learns from rewards clipped to +- this; auto is 10 for scaled rewards and null for others
+    )
     whiten_reward: bool = False  # divide the rewards of each rollout by their standard deviation instead
     resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
     trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any

@@ -167,7 +167,6 @@ def _run(
 
 def _refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
     """Raise UserError for settings of the command line that have no effect because of another setting."""
-    rewards_as_they_are = not run.scale_reward and not run.whiten_reward
     critic = [f"critic.{f.name}" for f in fields(CriticConfig)]
     own = [f"algo.{f.name}" for f in fields(algorithm) if f.name.startswith("critic_")]
     layers = [f.name for f in fields(CriticConfig) if f.name not in ("body", "shared", "zero_init")]
@@ -181,7 +180,6 @@ def _refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
         ("reference.coef=null", run.reference.coef is None, [f"reference.{x}" for x in ("penalty", *adaptive)]),
         ("reference.target=null", run.reference.target is None, ["reference.horizon"]),
         ("standardize_obs=false", not run.standardize_obs, ["clip_obs"]),
-        ("scale_reward=false", rewards_as_they_are, ["clip_reward"]),
     ]
     for name, network in (("policy", run.policy), ("critic", run.critic)):
         unused.append((f"{name}.body", getattr(network, "body", None) is not None, [f"{name}.{x}" for x in layers]))

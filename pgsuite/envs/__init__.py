@@ -1,5 +1,6 @@
 """Vector environments of tensors, which report true successor states and restart within the step."""
 
+from pgsuite.envs.atari import Atari
 from pgsuite.envs.base import BrokenEnvError, VectorEnv
 from pgsuite.envs.envpool_env import EnvPool
 from pgsuite.envs.gym_env import Gym, GymEnv
@@ -8,6 +9,7 @@ from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.torch_env import TorchNative, TorchNativeEnv
 
 __all__ = [
+    "Atari",
     "BrokenEnvError",
     "EnvPool",
     "Gym",

@@ -125,6 +125,16 @@ class RewardScale(nn.Module):
         self.moments.update(sums, mask)
 
 
+class ClipReward(RewardScale):
+    """Rewards [T, N] as they are, clipped."""
+
+    def forward(self, reward: Tensor, mask: Tensor) -> Tensor:
+        return clip_to(reward, self.clip)
+
+    def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
+        """Do nothing: there are no statistics."""
+
+
 class WhitenReward(RewardScale):
     """Rewards [T, N] scaled to unit standard deviation within each rollout, with their mean unchanged (Ziegler et al.,
     2019: whitening without shift of the mean)."""
