@@ -1,4 +1,4 @@
-"""Align the generated reviews' language model with every method, and set what is gained in truth beside its KL.
+"""Align the generated reviews' language model with every method, and set the true score beside the KL.
 
     python benchmarks/language.py run ppo rloo --seeds 0 1 2 3 4      # trains, and measures every checkpoint
     python benchmarks/language.py run ppo --label=-free --set reference.coef=0 algo.lr=1e-3    # strays freely
@@ -60,8 +60,8 @@ def aligned(path: Path, reference: WordModel) -> WordModel:
 
 
 def compare(model: WordModel, reference: WordModel, reward: RewardModel, seed: int = 0) -> dict[str, float]:
-    """One response of each to the same prompts: what they score in truth and under the reward model, how often the
-    model's is better in truth (a tie counts half), and its KL from the reference, in nats a response."""
+    """One response of each to the same prompts: their true scores and those of the reward model, how often the
+    model's has the higher true score (a tie counts half), and its KL from the reference, in nats per response."""
     prompts = [review.prompt for review in Grammar().sample(PROMPTS, seeding.number(seed, "evaluation"))]
     generator = seeding.generator(seed, "evaluation")
     ours, theirs = model.generate(prompts, generator), reference.generate(prompts, generator)
@@ -165,7 +165,7 @@ def table() -> str:
     """In Markdown: the last checkpoint of each method, means over seeds with the least and the greatest."""
     results = load()
     lines = [
-        "| | seeds | true score | reward | beats the reference | KL, nats a response | tokens | seconds |",
+        "| | seeds | true score | reward | beats the reference | KL, nats per response | tokens | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
@@ -209,12 +209,12 @@ def plot(out: Path) -> None:
             kl, value = (np.mean([[x[k] for x in run["points"][:count]] for run in runs], 0) for k in ("kl", key))
             look = {"color": COLORS.get(name.split("-")[0]), "linestyle": "-" if name in METHODS else ":"}
             panel.plot(kl, value, label=name if len(runs) == 1 else f"{name}, {len(runs)} seeds", **look)
-    for panel, title in zip(axes, ("under the reward model", "in truth"), strict=True):
+    for panel, title in zip(axes, ("reward model", "true score"), strict=True):
         panel.set_title(title)
         panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))  # as Gao et al., 2023
         panel.set_xlim(left=0)
         panel.set_xticks([x for x in (0, 1, 5, 10, 20, 40, 70, 100, 150, 200) if x <= panel.get_xlim()[1]])
-        panel.set_xlabel("KL from the reference, nats a response, drawn at its root")
+        panel.set_xlabel("KL to the reference, nats per response (square-root axis)")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean score of responses")

@@ -49,7 +49,7 @@ def test_evaluations_have_a_chart_where_there_are_any(tmp_path: Path) -> None:
 
 def test_language_models_have_charts_of_what_aligns_them_before_others(tmp_path: Path) -> None:
     charts = list(layout_of(SETTINGS | {"policy.model": "model.pt"}, tmp_path / "one"))
-    assert charts.index("true score, and the reference's") < charts.index("return")
+    assert charts.index("true score, and that of the reference") < charts.index("return")
     assert "reward" not in layout_of(SETTINGS, tmp_path / "another")
 
 

@@ -108,8 +108,8 @@ class Alignment(Callback):
         if trainer.steps >= trainer.total_steps:
             true = f", true score {found['true_score']:.2f}" if "true_score" in found else ""
             self.run.console.print(
-                f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats a response"
-                f" | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}",
+                f"held-out prompts: wins {found['wins']:.1%} against its reference at {found['kl']:.1f} nats per "
+                f"response | reward {found['reward']:.2f}{true} | such as: {ours.prompts[0]} / {ours.responses[0]}",
             )
 
     def on_end(self, trainer: Trainer) -> None:

@@ -27,7 +27,7 @@ CHARTS = {
     "entropy": "algorithm/entropy",
     "explained variance": "algorithm/explained_variance",
     "clipped, or fraction of the full step": "algorithm/(clip_fraction|step_fraction)",
-    "policy loss, or gain": "algorithm/(policy_loss|surrogate_improvement)",
+    "policy loss, or surrogate improvement": "algorithm/(policy_loss|surrogate_improvement)",
     "value loss": "algorithm/value_loss",
     "gradient norms": "algorithm/.*grad_norm",
     "learning rate": "algorithm/learning_rate",
@@ -35,12 +35,12 @@ CHARTS = {
     "steps per second": "time/steps_per_second",
 }
 ALIGNMENT = {
-    "true score, and the reference's": "language/(reference_)?true_score",
+    "true score, and that of the reference": "language/(reference_)?true_score",
     "reward": "language/reward",
-    "how often the better response": "language/wins",
-    "KL from the reference, nats a response": "language/kl",
-    "tokens a response": "language/length",
-    "price of the KL": "algorithm/reference_coef",
+    "win rate against the reference": "language/wins",
+    "KL to the reference, nats per response": "language/kl",
+    "tokens per response": "language/length",
+    "KL coefficient": "algorithm/reference_coef",
 }
 BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
 MACHINERY = re.compile(rf"(device|backend|execution|torch_threads|({'|'.join(INCIDENTAL)})(\..*)?)$")
