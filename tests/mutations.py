@@ -876,7 +876,7 @@ MUTATIONS = [
     fault(
         "directories of transformers may bring pickles",
         "rlhf/policy.py",
-        "use_safetensors=True, ",
+        "use_safetensors=True,\n            ",
         "",
         "trust::test_a_language_model_of_a_stranger_runs_no_code_either",
     ),

@@ -1,15 +1,18 @@
 """A language model of the transformers library in the place of our own."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lm_worlds import Letters, collector, vowels
+from test_cli import Cli, command  # noqa: F401
 
 from pgsuite import seeding
 from pgsuite.algorithms import PPO, TRPO
 from pgsuite.algorithms.reference import Reference
+from pgsuite.app.policy_io import restore
 from pgsuite.nn.policy import Critic
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.policy import language_policy, load
@@ -60,6 +63,64 @@ def test_it_is_aligned_by_first_and_second_order_methods(directory: Path, cls: A
     metrics = algorithm.iterate(rollouts)
     assert all(x.isfinite() for x in metrics.values())
     assert not all(torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))
+
+
+def tokenizer(folder: Path, words: int) -> Path:
+    """A tokenizer of so many words, the last of which ends a text, as a directory of transformers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {f"w{i}": i for i in range(words - 1)} | {"</s>": words - 1}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def length(prompts: Any, responses: Any) -> torch.Tensor:
+    return torch.tensor([float(len(text.split())) for text in responses])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_aligned_and_is_a_directory_of_transformers_again(
+    directory: Path,
+    dtype: Any,
+    command: Cli,  # noqa: F811
+) -> None:
+    """With a vocabulary that is padded beyond the tokenizer's, and tied weights; a file in bfloat16 is trained in
+    float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    given = tokenizer(command.folder / "given", 7)
+    model.save_pretrained(given)
+    (command.folder / "prompts.txt").write_text("w1 w2\nw3\n")
+    settings = [f"policy.model={given}", f"env.tokens={given}", "env.prompts=prompts.txt", "env.held_out=prompts.txt"]
+    settings += [f"env.reward={__name__}:length", "env.rewards=null", "env.scorer=null", "env.length=4"]
+    code, _, err = command(
+        "train", "algo=ppo", "env=rlhf", *settings, "num_envs=8", "total_steps=64", "hydra.run.dir=run"
+    )
+    assert code == 0, err
+    code, out, err = command("export", "run=run", "format=transformers", "to=aligned")
+    assert code == 0 and "from_pretrained" in out, err
+    code, _, err = command("export", "run=run", "format=transformers", "to=aligned")
+    assert code == 1 and "aligned is there already" in err
+    code, _, err = command("export", "run=run")
+    assert code == 1 and "cannot express a language model: take format=transformers" in err
+
+    aligned = transformers.AutoModelForCausalLM.from_pretrained(command.folder / "aligned").eval()
+    assert aligned.dtype == torch.float32
+    assert aligned.get_output_embeddings().weight is aligned.get_input_embeddings().weight
+    policy, tokens = restore(command.folder / "run").policy, torch.tensor([[1], [2], [3]])
+    rollout: Any = SimpleNamespace(obs=tokens, hidden_state={}, start=torch.tensor([[True], [False], [False]]))
+    logits = aligned(input_ids=tokens.T).logits[0, :, :7].log_softmax(-1)
+    assert policy.dist(rollout).log_prob(torch.tensor([[4], [5], [6]])).flatten().tolist() == pytest.approx(
+        logits.gather(-1, torch.tensor([[4], [5], [6]])).flatten().tolist(), abs=1e-5
+    )
+    before = transformers.AutoModelForCausalLM.from_pretrained(given, dtype=torch.float32)
+    pairs = zip(aligned.parameters(), before.parameters(), strict=True)
+    moved = [(x != y).double().mean() for x, y in pairs]
+    assert max(moved) > 0.9
+    read = transformers.AutoTokenizer.from_pretrained(command.folder / "aligned")
+    assert read("w1 w2")["input_ids"] == [1, 2]
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ class Export:
     """The settings of an export."""
 
     run: str = ""  # a run directory, or one checkpoint of it
-    format: Literal["onnx", "torch"] = "onnx"  # an ONNX graph, or a torch.export program
-    to: str | None = None  # file to write; null takes policy.onnx or policy.pt2 in the run directory
+    format: Literal["onnx", "torch", "transformers"] = (
+        "onnx"  # an ONNX graph, a torch.export program, or a language model as a directory of transformers
+    )
+    to: str | None = None  # file or directory to write; null takes policy.onnx, .pt2 or model in the run directory
     seed: Natural = 0  # of the random observations on which the file is tested
     trust: Trust = False  # classes from outside pgsuite that a run of somebody else's may name; true for any
     tolerance: Positive = TOLERANCE  # largest permitted difference between outputs of the file and of the policy
@@ -61,6 +63,11 @@ def export(cfg: DictConfig) -> None:
         raise UserError(f"format=onnx needs {', '.join(missing)}: {install('onnx')}, or take format=torch")
     restored = restore(wanted.run, trust=wanted.trust)
     folder = checkpoint.run_of(restored.path)
+    if wanted.format == "transformers":
+        export_language_model(restored, Path(wanted.to) if wanted.to is not None else folder / "model")
+        return
+    if hasattr(restored.policy, "save_pretrained"):
+        raise UserError(f"format={wanted.format} cannot express a language model: take format=transformers")
     path = Path(wanted.to) if wanted.to is not None else folder / f"policy{SUFFIXES[wanted.format]}"
     if path.suffix != SUFFIXES[wanted.format]:
         raise UserError(f"to must end in {SUFFIXES[wanted.format]} for format={wanted.format}, got {path.name!r}")
@@ -80,6 +87,22 @@ def export(cfg: DictConfig) -> None:
     console().print(f"{path} | takes {inputs} | {restored.steps:,} steps | {found}")
     if portable.law is None:
         console().print("its samples are no function of noise: draw from the parameters that it gives")
+
+
+def export_language_model(restored: Restored, to: Path) -> None:
+    """Write the language model of a run, and its tokenizer, to a directory that does not exist or is empty."""
+    save = getattr(restored.policy, "save_pretrained", None)
+    if save is None:
+        raise UserError("format=transformers is for language models: take format=onnx or torch")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} is there already: move it away, or give another to=")
+    tokens = Path(restored.config["env"].get("tokens", ""))
+    try:
+        with quiet():
+            save(to, tokens if tokens.is_dir() else None)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    console().print(f"{to} | {restored.steps:,} steps | loads with transformers' from_pretrained")
 
 
 def shape_of(x: Tensor) -> str:

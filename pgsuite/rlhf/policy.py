@@ -87,11 +87,12 @@ class TokenHead(CategoricalHead):
     """
 
     def __init__(self, space: spaces.Space[Any], temperature: float = 1.0, top_p: float = 1.0) -> None:
+        """Logits beyond the tokens of ``space``, with which models pad their vocabulary, are ignored."""
         super().__init__(space)
         self.temperature, self.top_p = temperature, top_p
 
     def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
-        logits = (permitted(numbers, allowed) / self.temperature).log_softmax(-1)
+        logits = (permitted(numbers[..., : self.inputs], allowed) / self.temperature).log_softmax(-1)
         if self.top_p < 1:
             with torch.no_grad():
                 chance, order = logits.exp().sort(-1, descending=True)
@@ -106,6 +107,24 @@ class LanguagePolicy(Policy):
 
     def critic_body(self) -> Body | None:
         return self.body.another("critic") if isinstance(self.body, TokenBody) else None
+
+    def save_pretrained(self, folder: Path, tokens: Path | None = None) -> None:
+        """Write the model, with the tokenizer of the directory ``tokens``, as a directory that the transformers library
+        loads.  Raises ValueError if the model is none of that library."""
+        assert isinstance(self.body, TokenBody)
+        body = self.body.transformer
+        if not isinstance(body, Pretrained):
+            raise ValueError("format=transformers is for models of the transformers library, and this one is our own")
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
+
+        model: Any = AutoModelForCausalLM.from_config(body.model.config).float()
+        model.base_model.load_state_dict(body.model.state_dict())
+        model.get_output_embeddings().load_state_dict(self.out.state_dict())  # the same parameters, where they are tied
+        model.save_pretrained(folder)
+        if tokens is not None:
+            AutoTokenizer.from_pretrained(tokens, local_files_only=True, trust_remote_code=False).save_pretrained(
+                folder
+            )
 
     def frozen_copy(self) -> LanguagePolicy:
         """A copy that later updates do not change, sharing frozen layers.  Its distribution is not truncated to a
@@ -131,12 +150,14 @@ class LanguageModelConfig(PolicyConfig):
         """Build the policy over the tokens of ``action_space``.  Raises ValueError if the model does not fit it."""
         if self.model is None:
             raise ValueError("responses are written by language models: give policy.model")
-        policy = language_policy(*load(self.model), temperature=self.temperature, top_p=self.top_p, frozen=self.frozen)
-        if policy.head.inputs != int(getattr(action_space, "n", 0)):
+        body, out = load(self.model)
+        tokens = int(getattr(action_space, "n", 0))
+        if not 0 < tokens <= body.vocabulary or (tokens < body.vocabulary and isinstance(body, Transformer)):
             raise ValueError(
-                f"the language model of policy.model knows {policy.head.inputs} tokens, and actions are {action_space}"
+                f"the language model of policy.model knows {body.vocabulary} tokens, and actions are {action_space}"
             )
-        return policy
+        options: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "frozen": self.frozen}
+        return language_policy(body, out, tokens=tokens, **options)
 
 
 class Pretrained(nn.Module):
@@ -194,7 +215,12 @@ def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
         raise ValueError(f"{path} is a model of transformers: {install('rlhf')}") from error
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager"
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+            dtype=torch.float32,  # a file in bfloat16 would lose most of each small update
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no causal language model of transformers: {error}") from error
@@ -208,12 +234,13 @@ def language_policy(
     temperature: float = 1.0,
     top_p: float = 1.0,
     frozen: int = 0,
+    tokens: int | None = None,
 ) -> LanguagePolicy:
-    """A policy from a language model.  If ``frozen``, the embedding and that many lowest layers are not trained.
-    Raises ValueError if the model has fewer layers."""
+    """A policy from a language model, over the first ``tokens`` of its vocabulary, by default all.  If ``frozen``, the
+    embedding and that many lowest layers are not trained.  Raises ValueError if the model has fewer layers."""
     if frozen > len(body.blocks):
         raise ValueError(f"policy.frozen={frozen}, but the model has {len(body.blocks)} layers")
-    space = spaces.Discrete(body.vocabulary)
+    space = spaces.Discrete(tokens or body.vocabulary)
     norm = Standardize(space, None, enabled=False)
     policy = LanguagePolicy(norm, space, body=TokenBody(body, norm), head=TokenHead(space, temperature, top_p))
     policy.out = out  # pyright: ignore[reportAttributeAccessIssue]
