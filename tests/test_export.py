@@ -118,7 +118,8 @@ def test_a_file_that_differs_is_not_left(command: Cli, trained: Path) -> None:
     [
         ([], "run must be a run directory"),
         (["run=nowhere"], "no run directory nowhere"),
-        (["run=run", "format=jit"], "format must be one of onnx, torch, got 'jit'"),
+        (["run=run", "format=transformers"], "format=transformers is for language models: take format=onnx or torch"),
+        (["run=run", "format=jit"], "format must be one of onnx, torch, transformers, got 'jit'"),
         (["run=run", "format=torch", "to=policy.onnx"], "to must end in .pt2 for format=torch, got 'policy.onnx'"),
         (["run=run", "format=torch", "to=no/where.pt2"], "no directory no to write where.pt2 in"),
     ],
