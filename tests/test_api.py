@@ -184,8 +184,17 @@ def test_callbacks_are_called_saved_and_resumed(here: Path) -> None:
         train(callbacks=[wrong])
 
 
-def test_an_interrupt_saves_and_then_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("own", [signal.default_int_handler, signal.SIG_IGN], ids=["default", "ignored"])
+def test_an_interrupt_saves_and_then_raises(here: Path, capsys: pytest.CaptureFixture[str], own: Any) -> None:
+    """Also where interrupts are ignored, as shells have it in background jobs."""
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        interrupted(own, capsys)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted(handler: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(callbacks=[Counter(kill_at=3)], total_steps=100_000)
     assert signal.getsignal(signal.SIGINT) is handler

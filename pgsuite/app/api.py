@@ -158,6 +158,8 @@ def train(
         torch.set_num_threads(threads)
     if outcome.stopped:
         signal.raise_signal(outcome.stopped)  # to this process' own handler: SIGINT raises KeyboardInterrupt
+        if outcome.stopped == signal.SIGINT:
+            raise KeyboardInterrupt  # where it is ignored, as shells have it in background jobs
     return Run(outcome.folder, trust=True)  # with whose code it has just been trained
 
 
