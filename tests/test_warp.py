@@ -62,7 +62,7 @@ def errors(name: str, device: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", map(compared, MUJOCO))
+@pytest.mark.parametrize("name", [compared(name) for name in MUJOCO])
 def test_one_step_is_mujocos_to_single_precision(name: str, device: str) -> None:
     """One state in a thousand may meet a contact or a limit that single precision misses by a hair."""
     found = errors(name, device)
