@@ -247,7 +247,7 @@ def test_recipes_are_picked_up_and_overridden(command: Cli) -> None:
 )
 def test_every_recipe_begins_a_run(command: Cli, recipe: str) -> None:
     algo, env = recipe.split("-")
-    cheap = ["horizon=8", "algo.epochs=1"] if env == "Breakout" else []
+    cheap = ["horizon=8", "algo.epochs=1"] if algo == "ppo" and env in ("atari", "Breakout", "Pong") else []
     code, out, err = command("train", f"algo={algo}", f"env={env}", "total_steps=1", *cheap)
     assert code == 0 and f"recipe {recipe}" in out, err
 
