@@ -26,17 +26,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import returns
 import yaml
-from record import RESULTS, ROOT, keep, source
+from record import RESULTS, keep, source
 
 FIRST_SEED = 100
 
@@ -84,13 +82,10 @@ def key_of(env: str, overrides: list[str], steps: int, seed: int) -> str:
 
 def train(algo: str, env: str, overrides: list[str], steps: int, seed: int) -> dict[str, Any]:
     """One run in a process of its own: the mean return of its last tenth; null if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [f"algo={algo}", f"env={env}", f"seed={seed}", f"total_steps={steps}", *overrides]
-        command = [sys.executable, "scripts/train.py", *arguments, "env_threads=1", f"hydra.run.dir={folder}/run"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return {"return": None, "error": done.stderr.strip().splitlines()[-1:]}
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    try:
+        summary = returns.train(f"{algo}-{env}", seed, [f"total_steps={steps}", *overrides])["summary"]
+    except SystemExit as error:
+        return {"return": None, "error": str(error).strip().splitlines()[-1:]}
     return {"return": summary["return_mean"], "seconds": round(summary["seconds"])}
 
 

@@ -27,7 +27,12 @@ from pgsuite.envs import TorchNativeEnv, make
 from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig
 from pgsuite.nn.normalize import RewardScale, Standardize, WhitenReward
 from pgsuite.nn.policy import Critic, Policy
+from pgsuite.nn.transformer import Transformer
+from pgsuite.rlhf import pretraining
 from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.model import WordModel
+from pgsuite.rlhf.reward import Judge, RewardModel
+from pgsuite.rlhf.tokens import Vocabulary
 from pgsuite.rollout import Collector, EpisodeCollector, OverlappedCollector
 from pgsuite.training.trainer import Trainer
 from pgsuite.types import ACTION_MASK, Batch, Metrics, Obs, Step, map_obs
@@ -240,6 +245,29 @@ def test_language_models_stay_on_the_device(name: str) -> None:
     cls, settings = SPOKEN[name]
     with on_fake_device():
         iterate(trainer(cls, prompts(), **settings), 1)
+
+
+def test_reward_models_and_pretraining_take_their_texts_to_the_device() -> None:
+    """Texts become tensors on the CPU, and the parameters are on the device."""
+    vocabulary = Vocabulary(["a", "b", "c"])
+    size: dict[str, Any] = {"width": 8, "layers": 1, "heads": 2}
+    with on_fake_device():
+        with fake_device.values():
+            judges = [Judge(Transformer(len(vocabulary), **size)) for _ in range(2)]
+            reward = RewardModel(vocabulary, judges, "minimum")
+            model = WordModel(vocabulary, Transformer(len(vocabulary), **size))
+        fake_device.place(reward, model)
+        assert reward(["a b", "c"], ["b", "a a a"]).device == fake_device.device()
+        read = vocabulary.encode(["a", "b"], ["c", "c"], model.device)
+        assert pretraining.loss(model, *read)[0].device == fake_device.device()
+
+
+def test_a_reward_model_moves_to_the_device_of_the_environment_that_calls_it() -> None:
+    judge = Judge(Transformer(len(Letters()), width=8, layers=1, heads=2))
+    assert judge.shift.device.type == "cpu"
+    rewards: Any = [judge]  # only its place is asked for
+    LanguageEnv(["b"], Letters(), rewards, num_envs=2, device="meta")
+    assert {x.device.type for x in judge.parameters()} == {"meta"} and judge.shift.device.type == "meta"
 
 
 TASKS = ("CartPole", "Pendulum", "Acrobot", "MountainCar", "MountainCarContinuous")

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from test_cli import Cli, command  # noqa: F401
 from toys import mostly_long
 
 from pgsuite import errors
 from pgsuite.algorithms import PPO
-from pgsuite.app.schema import locate, schema
+from pgsuite.app.build import build, parse_run_config, to_dict
+from pgsuite.app.cli import CONFIGS
+from pgsuite.app.schema import locate, register, schema
 from pgsuite.errors import UserError
+from pgsuite.nn.normalize import ClipReward, RewardScale, WhitenReward
 from pgsuite.reports import runs
 
 SHORT = ["env=CartPole", "num_envs=4", "horizon=8", "total_steps=64"]
@@ -78,6 +82,26 @@ def test_settings_that_take_effect_together_are_not_refused(command: Cli) -> Non
     together += ["whiten_reward=true", "scale_reward=false", "clip_reward=5", "reference.coef=0.1"]
     code, _, err = command("train", *SHORT, *together, "reference.penalty=loss", "env.max_episode_steps=8")
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "clip"),
+    [
+        ([], RewardScale, 10.0),
+        (["clip_reward=null"], RewardScale, None),
+        (["whiten_reward=true", "scale_reward=false"], WhitenReward, 10.0),
+        (["scale_reward=false"], None, None),
+        (["scale_reward=false", "clip_reward=1"], ClipReward, 1.0),
+    ],
+    ids=str,
+)
+def test_rewards_are_clipped_as_the_settings_say(given: list[str], kind: Any, clip: float | None) -> None:
+    register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["env=CartPole", "num_envs=2", "device=cpu", "~tuned", *given])
+    scale = build(parse_run_config(to_dict(cfg))).algorithm.reward_scale
+    assert (scale is None) == (kind is None)
+    assert scale is None or (type(scale) is kind and scale.clip == clip)
 
 
 def test_a_dictionary_can_be_given_on_the_command_line(command: Cli) -> None:  # noqa: F811
