@@ -104,7 +104,10 @@ def test_what_a_critic_says_is_what_it_would_have_said_step_by_step(kind: Any) -
     hidden_state = critic.body.initial_state(6)
     for _ in range(3):
         rollout = rollouts.collect(algorithm.policy)
-        value, next_value = critic.values_and_next_values(critic.attach_critic_state(rollout))
+        seen = critic.attach_critic_state(rollout)
+        value, next_value = critic.values_and_next_values(seen)
+        for found, again in zip(critic.values_by_need(seen), (value, next_value), strict=True):
+            assert torch.allclose(found, again, atol=1e-6)  # no episode ends in a terminal state here
         for t in range(10):
             features, hidden_state = critic.body.step(rollout.obs[t], hidden_state, rollout.start[t])
             assert torch.allclose(critic.read(features), value[t], atol=1e-6)

@@ -9,6 +9,8 @@ from torch import Tensor
 from toys import Corridor, PointMass, Toy, TwoSteps, build, collector
 
 from pgsuite.algorithms import PPO, Reinforce
+from pgsuite.execution.modes import execute
+from pgsuite.nn import network
 from pgsuite.rollout import EpisodeCollector, EpisodeTracker, RolloutBuffer, StepCollector, minibatches
 from pgsuite.types import Batch, Rollout
 
@@ -173,3 +175,32 @@ def test_two_steps_end_where_they_should() -> None:
     env = TwoSteps(1)
     rollout = StepCollector(env, 4).collect(build(PPO, env).policy)
     assert rollout.reward[:, 0].tolist() == [0, 1, 0, 1] and rollout.terminated[:, 0].tolist() == [False, True] * 2
+
+
+def test_values_are_computed_once_for_each_observation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: where a successor is the next observation its value is not computed again, and a terminal one, which
+    may be anything, is not looked at.  A pass over many large observations is done in pieces."""
+    env = Counter(3, [3, 100, 100], limit=4)
+    algorithm = build(PPO, env)
+    steps = StepCollector(env, 10)
+    execute(algorithm, steps, "eager")
+    critic = algorithm.critic
+    assert critic.values_and_next_values.run == critic.values_by_need
+    rollout = steps.collect(algorithm.policy)
+    value, following = critic.values_and_next_values.function(rollout)
+    rollout.next_obs[rollout.terminated] = torch.nan
+    seen: list[int] = []
+    encode = critic.body.encode
+    monkeypatch.setattr(critic.body, "encode", lambda obs: seen.append(obs[..., 0].numel()) or encode(obs))
+    for largest, passes in ((10**6, [30]), (9, [9, 9, 9, 3]), (1, [3] * 10)):
+        monkeypatch.setattr(network, "LARGEST_PASS", largest)
+        seen.clear()
+        found = critic.values_and_next_values(rollout)
+        assert seen == [*passes, 2 * 2 + 3]  # two worlds are truncated twice; and there is the last row
+        assert torch.allclose(found[0], value, atol=1e-6)
+        assert torch.allclose(found[1][~rollout.terminated], following[~rollout.terminated], atol=1e-6)
+        assert found[1].isfinite().all() and rollout.terminated.any() and rollout.truncated.any()
+        with torch.no_grad():
+            own, others = (algorithm.estimator(rollout, *x, None, gamma=0.9) for x in (found, (value, following)))
+        for a, b in zip(own, others, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)

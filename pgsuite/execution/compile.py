@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,8 +132,9 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
         step.run = Compiled(step.run, collector.wait).__call__
     for critic in algorithm.critics:
         if not critic.sequential:  # a recurrence would be unrolled through time
-            values = critic.values_and_next_values
-            values.run = compiled(values.run)
+            values, sequence = critic.values_and_next_values, compiled(critic.body.sequence)
+            by_need = values.run == critic.values_by_need
+            values.run = partial(critic.values_by_need, sequence=sequence) if by_need else compiled(values.run)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         parallel = ParallelCriticUpdate(algorithm, collector.wait)
         linearize = CompiledLinearization(algorithm.linearize.run, parallel.exclusive)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import conv2d
 
 from pgsuite.types import Obs
 
@@ -85,9 +86,14 @@ class Convolutions(nn.Module):
         self.size = channels * math.prod(sides)
 
     def forward(self, image: Tensor) -> Tensor:
+        first, *rest = self.net
+        assert isinstance(first, nn.Conv2d)
         x = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)  # twice as fast
-        x = x.to(next(self.net.parameters()).dtype) / 255
-        return self.net(x).reshape(*image.shape[:-3], self.size)
+        # Weights are divided by 255 in place of every pixel.
+        x = conv2d(x.to(first.weight.dtype), first.weight / 255, first.bias, first.stride)
+        for layer in rest:
+            x = layer(x)
+        return x.reshape(*image.shape[:-3], self.size)
 
 
 class Joined(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -37,6 +37,10 @@ class Shape(TypedDict, total=False):
     recurrent: Component
     recurrent_size: int
     generator: Generator | None
+
+
+Sequencer = Callable[[Rollout], tuple[Tensor, HiddenState]]
+LARGEST_PASS = 2**24  # numbers of the observations in one pass over a rollout without gradient
 
 
 class Body(nn.Module):
@@ -88,6 +92,25 @@ class Body(nn.Module):
         """Features [T, N, size] of each observation and of its true successor, processed in the same episode."""
         features, after = self.sequence(rollout)
         return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
+
+    def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
+        """The same, where a successor that is the next observation is not computed again, nor a terminal one, whose
+        features are then arbitrary.  Reads from the device where episodes were truncated.  ``sequence`` stands for the
+        method of that name."""
+        if self.sequential:
+            features, after = sequence(rollout)
+        else:
+            cells = max(1, LARGEST_PASS // max(1, sum(x[0, 0].numel() for x in leaves(rollout.obs))))
+            rows = max(1, cells // rollout.start.shape[1])
+            parts = [sequence(rollout[t : t + rows])[0] for t in range(0, len(rollout.start), rows)]
+            features, after = torch.cat(parts), {}
+        anew = rollout.truncated.clone()
+        anew[-1] = True
+        index = anew.nonzero(as_tuple=True)
+        obs, after = map_obs(lambda x: x[index], rollout.next_obs), {name: x[index] for name, x in after.items()}
+        following = features.roll(-1, 0)
+        following[index] = self.step(obs, after, torch.zeros_like(rollout.start[index]))[0]
+        return features, following
 
 
 def make_body(choice: Component, obs_norm: Standardize, name: str, generator: Generator | None) -> Body:

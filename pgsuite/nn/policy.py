@@ -19,7 +19,7 @@ from pgsuite.components import Component
 from pgsuite.kernel import Kernel
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
-from pgsuite.nn.network import Body, Features, Network, PolicyInput, Shape
+from pgsuite.nn.network import Body, Features, Network, PolicyInput, Sequencer, Shape
 from pgsuite.nn.normalize import Standardize
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Metrics, Obs, Rollout
 
@@ -168,6 +168,11 @@ class Critic(Network):
     def _values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The values [T, N] of each observation and of its true successor."""
         features, following = self.body.successors(rollout)
+        return self.read(features), self.read(following)
+
+    def values_by_need(self, rollout: Rollout, sequence: Sequencer | None = None) -> tuple[Tensor, Tensor]:
+        """The same except for terminal successors, in half the time; see ``Body.successors_by_need``."""
+        features, following = self.body.successors_by_need(rollout, sequence or self.body.sequence)
         return self.read(features), self.read(following)
 
     def attach_critic_state(self, rollout: Rollout) -> Rollout:

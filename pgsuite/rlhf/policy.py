@@ -15,7 +15,7 @@ from pgsuite.errors import install
 from pgsuite.nn.configs import PolicyConfig
 from pgsuite.nn.distributions import Categorical, Distribution
 from pgsuite.nn.heads import FORBIDDEN, CategoricalHead, permitted
-from pgsuite.nn.network import Body, PolicyInput
+from pgsuite.nn.network import Body, PolicyInput, Sequencer
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Policy
 from pgsuite.nn.transformer import SEEN, Transformer, look
@@ -71,6 +71,9 @@ class TokenBody(Body):
         real = started(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
         features = self.transformer(tokens, real)
         return features[:-1], features[1:]
+
+    def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
+        return self.successors(rollout)
 
 
 def started(start: Tensor) -> Tensor:
