@@ -22,7 +22,7 @@ from pgsuite import distributed
 Metrics = dict[str, Tensor]  # zero-dimensional, on the device; only the trainer reads them back
 Obs = Any  # Tensor, or dict[str, Obs]
 HiddenState = dict[str, Tensor]  # [..., H] by name of the recurrent network; empty if there is none
-PRIVILEGED, ACTION_MASK = "critic_obs", "action_mask"
+PRIVILEGED, ACTION_MASK, LIFE_LOST = "critic_obs", "action_mask", "life_lost"
 
 
 class Step(NamedTuple):
@@ -34,6 +34,7 @@ class Step(NamedTuple):
     terminated: Tensor  # [N] bool, a terminal state was reached: its value is zero
     truncated: Tensor  # [N] bool, the time limit was reached and no terminal state: bootstrap from next_obs
     mask: Tensor | None = None  # [N] bool, false where the step only restarted the environment; None if no step does
+    life_lost: Tensor | None = None  # [N] bool, terminal to the learner, though the episode goes on; None if never
 
     @property
     def done(self) -> Tensor:
@@ -96,7 +97,7 @@ class Rollout(Experience):
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
     mask: Tensor  # [T, N] bool, false in cells without a transition
-    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each, computed during preprocessing
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each: life_lost, and what preprocessing computes
 
     @property
     def done(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Games report their own score, whatever a method learns from."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from toys import PointMass, build, collector
 from pgsuite.algorithms import PPO
 from pgsuite.envs import Atari, make
 from pgsuite.nn.normalize import ClipReward
-from pgsuite.rollout import EpisodeTracker
+from pgsuite.rollout import EpisodeTracker, StepCollector
 
 pytest.importorskip("ale_py", reason="needs the atari extra")
 
@@ -41,6 +42,23 @@ def test_actions_stick_or_do_not() -> None:
     assert torch.equal(end(0.25, 1), end(0.25, 1)) and not torch.equal(end(0.25, 1), end(0.25, 9))
 
 
+def test_a_lost_life_is_terminal_to_what_learns_and_to_nothing_else() -> None:
+    """Of Breakout's five lives the last one ends the game."""
+    env = make(Atari(game="Breakout", terminal_on_life_loss=True, sticky=0.0), 2, seed=1)
+    algorithm = build(PPO, env, scale=False)
+    rollout = StepCollector(env, 300).collect(algorithm.policy)
+    lost, done = rollout.extra["life_lost"], rollout.done
+    assert done.any() and not (lost & done).any() and not rollout.truncated.any()
+    for world in range(2):
+        ends = [0, *(done[:, world].nonzero().flatten() + 1).tolist()]
+        assert all(lost[a:b, world].sum() == 4 for a, b in itertools.pairwise(ends))
+    assert torch.equal(rollout.start[1:], done[:-1])
+    assert torch.equal(algorithm.preprocess(rollout).terminated, rollout.terminated | lost)
+    returns, lengths = EpisodeTracker(2, torch.device("cpu")).finished_episodes(rollout)
+    assert len(returns) == done.sum() and lengths.min() > 60
+    assert "life_lost" not in StepCollector(make(Atari(game="Breakout"), 2), 3).collect(algorithm.policy).extra
+
+
 def test_an_unknown_game_is_answered_with_those_that_are_near() -> None:
     with pytest.raises(ValueError, match="no environment 'ALE/Qbertt-v5'; did you mean ALE/Qbert-v5"):
         make(Atari(game="Qbertt"), 1)
@@ -62,5 +80,7 @@ def test_the_recipe_is_that_of_games_and_their_evaluation_is_of_whole_ones(comma
     code, out, err = command("train", "env=atari", "env.game=MsPacman", *small, "hydra.run.dir=run")
     assert code == 0, err
     assert "recipe ppo-atari" in out and "rewards clipped to +-1" in out and "critic on the same body" in out
+    code, out, err = command("train", "env=atari", "env.game=MsPacman", *small, "~tuned", "hydra.run.dir=bare")
+    assert code == 0 and "; for observations that are images there is tuned=ppo-images" in out, err
     code, out, err = command("evaluate", "run=run", "episodes=2", "deterministic=false")
     assert code == 0 and "40.0 steps each" in out, err

@@ -23,7 +23,17 @@ from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
 from pgsuite.rollout.minibatches import check_split
 from pgsuite.settings import Count, Fraction, Positive
-from pgsuite.types import Batch, Metrics, Rollout, average, explained_variance, masked_mean, moments, standardize
+from pgsuite.types import (
+    LIFE_LOST,
+    Batch,
+    Metrics,
+    Rollout,
+    average,
+    explained_variance,
+    masked_mean,
+    moments,
+    standardize,
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,7 +81,9 @@ class Algorithm(Scheduled, ABC):
     @is_phase("preprocess")
     def preprocess(self, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities and KL penalty, with rewards scaled by statistics that
-        include it, if these are configured, and with the critics' hidden states."""
+        include it, if these are configured, and with the critics' hidden states.  Lost lives are terminal in it."""
+        if LIFE_LOST in rollout.extra:
+            rollout = replace(rollout, terminated=rollout.terminated | rollout.extra[LIFE_LOST])
         if self.reward_scale is not None:
             self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
         if self.reference is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gymnasium import spaces
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +31,7 @@ from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
 from pgsuite.files import write_text
 from pgsuite.nn.configs import CriticConfig
+from pgsuite.nn.normalize import is_image
 from pgsuite.settings import flatten
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
@@ -144,7 +146,7 @@ def _run(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     trainer.failure_handler = Recovery(folder, facts, settings.recover.attempts, say)
-    for line in (*describe(trainer, settings), *_recipe(hydra, choices)):
+    for line in (*describe(trainer, settings), _recipe(hydra, choices, trainer.collector.env.observation_space)):
         say(line)
     if before is not None:
         resume_trainer(trainer, before.state, say)
@@ -284,12 +286,18 @@ def objective(folder: Path) -> float | None:
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
-def _recipe(hydra: HydraConf, choices: dict[str, Any]) -> list[str]:
-    """A line on the recipe of a run of these choices."""
+def _recipe(hydra: HydraConf, choices: dict[str, Any], space: spaces.Space[Any]) -> str:
+    """Of a run of these choices: which recipe it has, and which it might have, for observations of this space."""
     name = choices.get("tuned")
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    found = any((folder / "tuned" / f"{name}.yaml").is_file() for folder in folders)
-    return [f"recipe {name}" if found else "recipe none: the method's defaults"]
+    have = {path.stem for folder in folders for path in (folder / "tuned").glob("*.yaml")}
+    if name in have:
+        return f"recipe {name}"
+    none, fitting = "recipe none: the method's defaults", f"{choices['algo']}-images"
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    if fitting in have and any(map(is_image, parts)):
+        return f"{none}; for observations that are images there is tuned={fitting}"
+    return none
 
 
 def short(folder: Path) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pgsuite import settings
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.gym_env import Gym, GymEnv
 from pgsuite.settings import Count, Fraction, Natural
+from pgsuite.types import Step
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,12 +30,13 @@ class Atari(VectorEnvConfig):
     stack: Count = 4  # screens in an observation
     noop_max: Natural = 30  # a game begins with up to so many frames without an action
     full_actions: bool = False  # all 18 actions, instead of those that matter in the game
+    terminal_on_life_loss: bool = False  # to what learns; the game goes on, and the score is of whole games
     max_episode_steps: Count = 27_000  # after which a game is cut: half an hour at 60 frames a second
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")
 
-    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> GymEnv:
+    def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> AtariEnv:
         """Raises ValueError for an unknown game, or if ale-py is not installed."""
         options = {
             "autoreset_mode": "SameStep",
@@ -47,4 +50,21 @@ class Atari(VectorEnvConfig):
         }
         gym = Gym(id=f"ALE/{self.game}-v5", import_="ale_py", native=True, options=options)
         vec = gym.vectorize(num_envs)
-        return GymEnv(vec, name=gym.id, max_episode_steps=self.max_episode_steps, device=device, dtype=dtype, seed=seed)
+        env = AtariEnv(
+            vec, name=gym.id, max_episode_steps=self.max_episode_steps, device=device, dtype=dtype, seed=seed
+        )
+        env.terminal_on_life_loss = self.terminal_on_life_loss
+        return env
+
+
+class AtariEnv(GymEnv):
+    """Games, whose lost lives may be terminal to what learns."""
+
+    terminal_on_life_loss = False
+
+    def _step(self, action: Tensor) -> Step:
+        lives = self.info["lives"].copy()
+        step = super()._step(action)
+        if not self.terminal_on_life_loss:
+            return step
+        return step._replace(life_lost=torch.from_numpy(self.info["lives"] < lives) & ~step.done)

@@ -350,11 +350,12 @@ class GymEnv:
         self.origin = seeding.number(seed, "environment")
         self.seed: int | None = self.origin
         self.restarting = np.zeros(self.num_envs, dtype=bool)  # environments whose next step only restarts them
+        self.info: dict[str, Any] = {}  # of the last step
 
     def reset(self) -> Obs:
         seed, self.seed = self.seed, None  # for the first reset only; later ones continue the environments' generators
         with broken_env(f"{self.name} failed to reset:"):
-            obs, _ = self.vec.reset(seed=seed)
+            obs, self.info = self.vec.reset(seed=seed)
             self.last = self._obs(obs)
         self.restarting[:] = False
         return self.link.to_device(self.last)
@@ -367,7 +368,7 @@ class GymEnv:
 
     def _step(self, action: Tensor) -> Step:
         """A step on the host."""
-        obs, reward, terminated, truncated, info = self.vec.step(native_action(self.action_space, action))
+        obs, reward, terminated, truncated, self.info = self.vec.step(native_action(self.action_space, action))
         terminated, truncated = (np.array(x, dtype=bool) for x in (terminated, truncated))
         truncated &= ~terminated
         done, idle = terminated | truncated, self.restarting.copy()
@@ -383,7 +384,7 @@ class GymEnv:
         else:
             new = next_obs = self._obs(obs)
             if done.any():
-                next_obs = self._final(new, done, info)
+                next_obs = self._final(new, done, self.info)
         self.last = new
         return Step(
             obs=new,

@@ -14,7 +14,7 @@ from pgsuite.envs.base import VectorEnv
 from pgsuite.kernel import Kernel, phase
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout.buffer import RolloutBuffer
-from pgsuite.types import HiddenState, Obs, Rollout, map_obs
+from pgsuite.types import LIFE_LOST, HiddenState, Obs, Rollout, map_obs
 
 
 class Collector(ABC):
@@ -85,6 +85,7 @@ class Collector(ABC):
             terminated=step.terminated,
             truncated=step.truncated,
             mask=live,
+            extra={} if step.life_lost is None else {LIFE_LOST: step.life_lost},
         )
         with phase("write"):
             self.buffer.write(t, row)
