@@ -6,10 +6,13 @@
     python benchmarks/returns.py run ppo-HalfCheetah --apart compile --set execution=compile
     python benchmarks/returns.py compare compile --docs
 
-``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the command, the
-commit and the machine.  ``table`` sets what is there beside the figures of published.csv: interquartile means over
-seeds with 95% bootstrap intervals.  Marks compare the plain mean, as published ones are plain means.  What is run
-``--apart`` is kept beside them under a name, and ``compare`` sets it beside the same cells of the table.
+``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the returns of its
+last policy in 20 whole episodes with and without sampling, the command, the commit and the machine.  What is there of
+the same commit is not run again, so it goes on where it was cut off.  ``table`` sets what is there beside the figures
+of published.csv: interquartile means over seeds with 95% bootstrap intervals.  Marks compare plain means with the
+highest published mean of three seeds or more at as many steps, like with like: with the return of training, of sampled
+evaluation, or of deterministic evaluation.  What is run ``--apart`` is kept beside them under a name, and ``compare``
+sets it beside the same cells of the table.
 """
 
 from __future__ import annotations
@@ -37,12 +40,25 @@ METHODS = ("reinforce", "a2c", "npg", "trpo", "ppo")
 ENVIRONMENTS = (
     *("CartPole", "Acrobot", "Pendulum", "MountainCarContinuous"),
     *("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum", "Reacher"),
+    *("Ant", "Humanoid", "HumanoidStandup", "Pusher", "InvertedDoublePendulum"),
 )
+EPISODES = 20  # of the evaluations of a last policy
 MARKS = {"above": "▲", "within": "≈", "short": "▼", "": ""}
 
 
-def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """One run in a process of its own."""
+def evaluate(run: Path, how: str) -> dict[str, float]:
+    """The return of a run's last policy over whole episodes, with actions that are sampled or not."""
+    options = [f"run={run}", f"episodes={EPISODES}", f"deterministic={str(how == 'deterministic').lower()}"]
+    command = [sys.executable, "scripts/evaluate.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(options)} failed:\n{done.stderr}")
+    found = json.loads((run / "evaluation.json").read_text())
+    return {name: found[f"return_{name}"] for name in ("mean", "std")}
+
+
+def train(name: str, seed: int, overrides: list[str], *, evaluations_too: bool = True) -> dict[str, Any]:
+    """One run in a process of its own, and evaluations of its last policy."""
     algo, env = name.split("-", 1)
     begun_at = commit()  # before the run: the tree may move on meanwhile
     arguments = [f"algo={algo}", f"env={env}", f"seed={seed}", *overrides]
@@ -55,11 +71,13 @@ def train(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         summary = json.loads((run / "summary.json").read_text())
         with (run / "metrics.csv").open(newline="") as file:
             rows = [(int(row["steps"]), row["episode/return"]) for row in csv.DictReader(file) if row["episode/return"]]
+        evaluations = {how: evaluate(run, how) for how in ("sampled", "deterministic") if evaluations_too}
     return {
         "command": f"python scripts/train.py {' '.join(arguments)}",
         "commit": begun_at,
         "machine": machine(),
         "summary": summary,
+        "evaluation": evaluations,
         "curve": {"steps": [s for s, _ in rows], "return": [round(float(r), 2) for _, r in rows]},
     }
 
@@ -74,8 +92,11 @@ def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str], fol
 
     def work(item: tuple[str, int]) -> None:
         name, seed = item
+        path = folder / f"{name}-s{seed}.json"
+        if path.is_file() and json.loads(path.read_text())["commit"] == commit():
+            return
         result = train(name, seed, overrides)
-        keep(result, folder / f"{name}-s{seed}.json")
+        keep(result, path)
         summary = result["summary"]
         print(f"{name} seed {seed}: {summary['return_mean']:,.1f} in {summary['seconds']:,.0f} s", flush=True)
 
@@ -92,18 +113,38 @@ def load(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def published() -> dict[str, dict[str, str]]:
-    """What others report, by environment and method, as ``HalfCheetah/ppo``."""
+def published() -> dict[str, list[dict[str, str]]]:
+    """What others report, by environment and method, as ``HalfCheetah/ppo``, the highest mean first: those of three
+    seeds or more if there are any, and of single runs otherwise."""
+    found: dict[str, list[dict[str, str]]] = {}
     with PUBLISHED.open(newline="") as file:
-        return {f"{row['environment']}/{row['method']}": row for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            found.setdefault(f"{row['environment']}/{row['method']}", []).append(row)
+    for rows in found.values():
+        rows.sort(key=lambda row: (row["seeds"] != "1", float(row["mean"])), reverse=True)
+    return found
 
 
-def verdict(mean: float, steps: int, figure: dict[str, str] | None) -> str:
-    """How a mean compares with a published one, where that took as many steps (a last rollout apart) or more."""
-    if figure is None or steps > 1.05 * int(figure["steps"]):
-        return ""
-    level, deviation = float(figure["mean"]), float(figure["deviation"])
+def highest(key: str, steps: int, figures: dict[str, list[dict[str, str]]]) -> dict[str, str] | None:
+    """The highest published mean where that took as many steps (a last rollout apart) or more."""
+    return next((row for row in figures.get(key, []) if steps <= 1.05 * int(row["steps"])), None)
+
+
+def verdict(mean: float, figure: dict[str, str]) -> str:
+    """How a mean compares with a published one."""
+    level, deviation = float(figure["mean"]), float(figure["deviation"] or 0)
     return "above" if mean >= level else "within" if mean >= level - deviation else "short"
+
+
+def means_of(results: list[dict[str, Any]], metric: str) -> np.ndarray:
+    """The mean return of each run by a metric of published.csv: in training, or of its last policy.  Where it is not
+    said how actions were chosen in a test they were sampled; of results without evaluations, those of training."""
+    how = {"test": "sampled"}.get(metric, metric)
+    training = metric == "training" or not all(result.get("evaluation") for result in results)
+    return np.array([
+        result["summary"]["return_mean"] if training else result["evaluation"][how]["mean"]
+        for result in results
+    ])  # fmt: skip
 
 
 def cells() -> dict[str, dict[str, str]]:
@@ -115,20 +156,25 @@ def cells() -> dict[str, dict[str, str]]:
             if key not in results:
                 continue
             summaries = [result["summary"] for result in results[key]]
-            means = np.array([summary["return_mean"] for summary in summaries])
+            means = means_of(results[key], "training")
             ends = interval(interquartile_mean, means)
-            figure = figures.get(key)
+            figure = highest(key, summaries[0]["steps"], figures)
+            evaluated = all(result.get("evaluation") for result in results[key])
             digits = 0 if max(abs(means)) >= 1000 else 1
             found[key] = {
                 "steps": f"{round(summaries[0]['steps'], -4):,}",
                 "seeds": str(len(means)),
                 "iqm": f"{interquartile_mean(means):,.{digits}f}",
                 "interval": f"[{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "-",
-                "mean": f"{means.mean():,.{digits}f}",
+                "mean": f"{means.mean():,.{digits}f} ± {means.std():,.{digits}f}",
+                **{
+                    how: f"{means_of(results[key], how).mean():,.{digits}f}" if evaluated else "-"
+                    for how in ("sampled", "deterministic")
+                },
                 "speed": f"{statistics.median(s['steps_per_second'] for s in summaries):,.0f}",
-                "published": f"{float(figure['mean']):,.4g} ± {float(figure['deviation']):,.4g}" if figure else "-",
-                "source": f"{figure['source']}, {int(figure['steps']):,} steps, {figure['over']}" if figure else "-",
-                "verdict": verdict(float(means.mean()), summaries[0]["steps"], figure),
+                "published": _figure(figure) if figure else "-",
+                "source": _source(figure) if figure else "-",
+                "verdict": verdict(float(means_of(results[key], figure["metric"]).mean()), figure) if figure else "",
             }
     return found
 
@@ -149,13 +195,26 @@ def table() -> str:
         "",
         "<details><summary>Every cell: steps, seeds, mean, source, speed</summary>",
         "",
-        "| environment | method | steps | seeds | interquartile mean | 95% | mean | published | by | | steps/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| environment | method | steps | seeds | interquartile mean | 95% | mean | sampled | deterministic | "
+        "published | by | | steps/s |",
+        "|---" * 13 + "|",
     ]
-    columns = ("steps", "seeds", "iqm", "interval", "mean", "published", "source", "verdict", "speed")
+    columns = ("steps", "seeds", "iqm", "interval", "mean", "sampled", "deterministic")
+    columns += ("published", "source", "verdict", "speed")
     for key, cell in found.items():
         lines.append(f"| {' | '.join((*key.split('/'), *(cell[column] for column in columns)))} |")
     return "\n".join([*lines, "", "</details>"])
+
+
+def _figure(figure: dict[str, str]) -> str:
+    """A published mean and its deviation over seeds."""
+    deviation = f" ± {float(figure['deviation']):,.4g}" if figure["deviation"] else ""
+    return f"{float(figure['mean']):,.5g}{deviation}"
+
+
+def _source(figure: dict[str, str]) -> str:
+    seeds = {"": "several seeds", "1": "1 run"}.get(figure["seeds"], f"{figure['seeds']} seeds")
+    return f"{figure['source']}, {figure['version']}, {int(figure['steps']):,} steps, {seeds}, {figure['metric']}"
 
 
 def compare(name: str) -> str:
@@ -202,7 +261,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("run", help="train and keep the results")
     train_parser.add_argument("names", nargs="+", help="<algo>-<env>, as recipes are named, or all that there are")
-    train_parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    train_parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     train_parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     train_parser.add_argument("--set", nargs="*", default=[], help="further overrides")
     table_parser = commands.add_parser("table", help="print what is kept")

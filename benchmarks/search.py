@@ -83,7 +83,8 @@ def key_of(env: str, overrides: list[str], steps: int, seed: int) -> str:
 def train(algo: str, env: str, overrides: list[str], steps: int, seed: int) -> dict[str, Any]:
     """One run in a process of its own: the mean return of its last tenth; null if it failed."""
     try:
-        summary = returns.train(f"{algo}-{env}", seed, [f"total_steps={steps}", *overrides])["summary"]
+        settings = [f"total_steps={steps}", *overrides]
+        summary = returns.train(f"{algo}-{env}", seed, settings, evaluations_too=False)["summary"]
     except SystemExit as error:
         return {"return": None, "error": str(error).strip().splitlines()[-1:]}
     return {"return": summary["return_mean"], "seconds": round(summary["seconds"])}
