@@ -22,6 +22,10 @@ validation of distributions is off.  They differ in this:
 - pgsuite's REINFORCE compares an action's return with the other episodes', Tianshou's with a running mean; both take 64
   whole episodes for one gradient step.
 - "SB3, its defaults" does other work (`DEFAULTS`): what its PPO does unless told otherwise.
+
+Of games, all contenders have the network of Mnih et al. (2015) for actor and critic alike, clipped
+rewards, ale-py's vector environment with sticky actions, no scaling and no standardization.  CleanRL is a script and no
+library: what stands for it is a loop of the shape of its ppo_atari_envpool.py, with a value at every step.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
@@ -62,6 +66,10 @@ class Workload:
     hidden: tuple[int, ...] = (64, 64)
 
     @property
+    def game(self) -> bool:
+        return self.env.startswith("ALE/")
+
+    @property
     def batch(self) -> int:
         """Environment steps an iteration."""
         return self.envs * self.horizon
@@ -84,6 +92,8 @@ WORKLOADS = {
     "a2c": Workload("HalfCheetah-v5", "A2C"),
     "reinforce": Workload("HalfCheetah-v5", "Reinforce", horizon=1000),
     "cartpole": Workload("CartPole-v1", "PPO", 4096, 64, epochs=1, minibatches=8, hidden=(128,)),
+    "breakout": Workload("ALE/Breakout-v5", "PPO", 8, 128, epochs=4, minibatches=4, hidden=(512,)),
+    "pong": Workload("ALE/Pong-v5", "PPO", 8, 128, epochs=4, minibatches=4, hidden=(512,)),
 }
 # Of a contender that is measured with work of its own.
 DEFAULTS = {"SB3, its defaults": Workload("HalfCheetah-v5", "PPO", 1, 2048, epochs=10, minibatches=32)}
@@ -139,18 +149,21 @@ def environment(env: Any) -> None:
 
 def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) -> Iterate:
     from pgsuite import algorithms, seeding
-    from pgsuite.envs import make
+    from pgsuite.envs import Atari, make
     from pgsuite.execution.modes import execute
-    from pgsuite.nn.normalize import RewardScale, Standardize
+    from pgsuite.nn.normalize import ClipReward, RewardScale, Standardize
     from pgsuite.nn.policy import Critic, Policy
 
-    env = make(work.env, work.envs, seed=1)
+    env = make(Atari(game=work.env[4:-3]) if work.game else work.env, work.envs, seed=1)
     generator = seeding.generator(0, "networks")
     norm = Standardize(env.observation_space)
-    policy = Policy(norm, env.action_space, hidden=work.hidden, generator=generator)
-    parts: dict[str, Any] = {"policy": policy, "reward_scale": RewardScale(work.envs), "generator": generator}
+    look = {"hidden": work.hidden, "activation": "relu" if work.game else "tanh"}
+    policy = Policy(norm, env.action_space, **look, generator=generator)
+    scale = ClipReward(work.envs, 1.0) if work.game else RewardScale(work.envs)
+    parts: dict[str, Any] = {"policy": policy, "reward_scale": scale, "generator": generator}
     if work.method != "Reinforce":
-        parts["critic"] = Critic(norm, shared=policy if one_body else None, hidden=work.hidden, generator=generator)
+        shared = policy if one_body or work.game else None
+        parts["critic"] = Critic(norm, shared=shared, **look, generator=generator)
     natural = {"critic_lr": LR, "critic_epochs": work.epochs, "critic_minibatches": work.minibatches}
     natural |= {"fisher": "gauss-newton" if execution == "compile" else "double-backward"}  # the same, to rounding
     natural |= {"cg_iters": CG_ITERS, "damping": DAMPING, "max_kl": MAX_KL}
@@ -179,6 +192,14 @@ def pool(work: Workload) -> Any:
     import envpool
 
     return envpool.make_gymnasium(work.env, num_envs=work.envs, batch_size=work.envs, seed=1)
+
+
+def screens(work: Workload) -> Any:
+    """ale-py's games, on every core."""
+    from ale_py.vector_env import AtariVectorEnv
+
+    name = "".join("_" * (c.isupper() and i > 0) + c.lower() for i, c in enumerate(work.env[4:-3]))
+    return AtariVectorEnv(name, work.envs, autoreset_mode="SameStep", repeat_action_probability=0.25)
 
 
 def rsl_rl(work: Workload, compile_mode: str | None = None) -> Iterate:
@@ -273,9 +294,37 @@ def sb3(work: Workload, on: str = "DummyVecEnv") -> Iterate:
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
             return [False] * work.envs
 
+    class Games(Pool):
+        def __init__(self) -> None:
+            self.games = screens(work)
+            vec_env.VecEnv.__init__(
+                self, work.envs, self.games.single_observation_space, self.games.single_action_space
+            )
+            self.nothing: list[dict[str, Any]] = [{} for _ in range(work.envs)]
+
+        def reset(self) -> np.ndarray:
+            return self.games.reset()[0]
+
+        def step_async(self, actions: np.ndarray) -> None:
+            self.actions = actions
+
+        def step_wait(self) -> Any:
+            obs, reward, terminated, truncated, info = self.games.step(self.actions)
+            over, infos = terminated | truncated, self.nothing
+            if over.any():
+                infos = infos.copy()
+                for i in np.flatnonzero(over):
+                    cut = bool(truncated[i] and not terminated[i])
+                    infos[i] = {"terminal_observation": info["final_obs"][i], "TimeLimit.truncated": cut}
+            return obs, reward.astype(np.float32), over, infos
+
     each = [partial(gymnasium.make, work.env)] * work.envs
-    env = vec_env.VecNormalize(Pool() if on == "envpool" else getattr(vec_env, on)(each), gamma=GAMMA)
-    look = {"net_arch": list(work.hidden), "activation_fn": nn.Tanh}
+    env = (
+        Games()
+        if work.game
+        else vec_env.VecNormalize(Pool() if on == "envpool" else getattr(vec_env, on)(each), gamma=GAMMA)
+    )
+    look = {} if work.game else {"net_arch": list(work.hidden), "activation_fn": nn.Tanh}
     shared = {"learning_rate": LR, "n_steps": work.horizon, "gamma": GAMMA, "gae_lambda": LAM, "policy_kwargs": look}
     learning: dict[str, Any] = {
         "PPO": {"batch_size": work.minibatch, "n_epochs": work.epochs, "max_grad_norm": MAX_GRAD_NORM},
@@ -285,10 +334,72 @@ def sb3(work: Workload, on: str = "DummyVecEnv") -> Iterate:
         | {"target_kl": MAX_KL},
     }[work.method]
     cls = TRPO if work.method == "TRPO" else getattr(stable_baselines3, work.method)
-    model = cls("MlpPolicy", env, device="cpu", seed=1, **shared, **learning)
+    model = cls("CnnPolicy" if work.game else "MlpPolicy", env, device="cpu", seed=1, **shared, **learning)
 
     def iterate() -> int:
         model.learn(work.batch, log_interval=None, reset_num_timesteps=False)
+        return work.batch
+
+    return iterate
+
+
+def cleanrl(work: Workload) -> Iterate:
+    """The shape of CleanRL's ppo_atari_envpool.py."""
+    games = screens(work)
+    actions, shape = int(games.single_action_space.n), games.single_observation_space.shape
+
+    def layer(module: Any, gain: float = 2**0.5) -> Any:
+        nn.init.orthogonal_(module.weight, gain)
+        nn.init.zeros_(module.bias)
+        return module
+
+    body = nn.Sequential(
+        *(layer(nn.Conv2d(4, 32, 8, 4)), nn.ReLU(), layer(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()),
+        *(layer(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten(), layer(nn.Linear(3136, work.hidden[0])), nn.ReLU()),
+    )
+    actor, critic = layer(nn.Linear(work.hidden[0], actions), 0.01), layer(nn.Linear(work.hidden[0], 1), 1.0)
+    params = [*body.parameters(), *actor.parameters(), *critic.parameters()]
+    adam = torch.optim.Adam(params, lr=LR, eps=1e-5)
+    obs = torch.zeros(work.horizon, work.envs, *shape)
+    taken = torch.zeros(work.horizon, work.envs, dtype=torch.long)
+    logp, reward, value, ended = (torch.zeros(work.horizon, work.envs) for _ in range(4))
+    now = [torch.Tensor(games.reset()[0]), torch.zeros(work.envs)]
+
+    def look(screen: torch.Tensor) -> tuple[torch.distributions.Categorical, torch.Tensor]:
+        features = body(screen / 255.0)
+        return torch.distributions.Categorical(logits=actor(features)), critic(features).flatten()
+
+    def iterate() -> int:
+        for t in range(work.horizon):
+            obs[t], ended[t] = now
+            with torch.no_grad():
+                dist, value[t] = look(obs[t])
+                taken[t] = dist.sample()
+                logp[t] = dist.log_prob(taken[t])
+            screen, paid, terminated, truncated, _ = games.step(taken[t].numpy())
+            reward[t] = torch.tensor(paid)
+            now[:] = torch.Tensor(screen), torch.Tensor(terminated | truncated)
+        with torch.no_grad():
+            after, over, last = look(now[0])[1], now[1], 0
+            advantage = torch.zeros_like(reward)
+            for t in reversed(range(work.horizon)):
+                delta = reward[t] + GAMMA * after * (1 - over) - value[t]
+                advantage[t] = last = delta + GAMMA * LAM * (1 - over) * last
+                after, over = value[t], ended[t]
+            target = advantage + value
+        flat = [x.flatten(0, 1) for x in (obs, taken, logp, advantage, target)]
+        for _ in range(work.epochs):
+            for index in torch.randperm(work.batch).split(work.minibatch):
+                screen, action, before, gain, aim = (x[index] for x in flat)
+                dist, guess = look(screen)
+                ratio = (dist.log_prob(action) - before).exp()
+                gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+                loss = -torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain).mean()
+                loss = loss + 0.5 * ((guess - aim) ** 2).mean() - 0.01 * dist.entropy().mean()
+                adam.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+                adam.step()
         return work.batch
 
     return iterate
@@ -361,6 +472,8 @@ CONTENDERS: dict[str, Callable[[Workload], Iterate]] = {
     "SB3 on SubprocVecEnv": partial(sb3, on="SubprocVecEnv"),
     "SB3 on envpool": partial(sb3, on="envpool"),
     "SB3, its defaults": sb3,
+    "SB3 on ale-py": sb3,
+    "CleanRL's shape on ale-py": cleanrl,
     "Tianshou on DummyVectorEnv": tianshou,
     "Tianshou on envpool": partial(tianshou, on="envpool"),
 }

@@ -46,6 +46,8 @@ RACERS = {
     "npg": ["physics alone", *OURS, *TIANSHOU],
     "a2c": ["physics alone", *OURS, *SB3, *TIANSHOU],
     "reinforce": ["physics alone", *OURS, *TIANSHOU],
+    "breakout": [*OURS, "SB3 on ale-py", "CleanRL's shape on ale-py"],
+    "pong": [*OURS, "SB3 on ale-py", "CleanRL's shape on ale-py"],
 }
 # With how many torch threads.  CartPole's minibatches are large enough for a second one to pay.  Tianshou takes minutes
 # for an iteration of it.
@@ -121,7 +123,8 @@ def describe(work: Workload) -> str:
     steps = f"{whose}{work.gradient_steps} steps on the whole batch" if work.minibatches == 1 else steps
     steps = "one gradient step" if work.gradient_steps == 1 else steps
     method = work.method.upper()
-    return f"{work.env}, {method}: {work.envs:,} environments x {work.horizon:,} steps, {steps}, {shape} tanh"
+    network = "convolutions of Mnih et al. (2015)" if work.game else f"{shape} tanh"
+    return f"{work.env}, {method}: {work.envs:,} environments x {work.horizon:,} steps, {steps}, {network}"
 
 
 def text(table: str, result: dict[str, Any]) -> str:
