@@ -56,6 +56,7 @@ KINDS: dict[str, tuple[Spaces, dict[str, Any], dict[str, Any]]] = {  # spaces, t
     "categorical": ((BOX, spaces.Discrete(4, start=2)), {}, {}),
     "multicategorical": ((BOX, spaces.MultiDiscrete([2, 3, 4], start=[1, 0, 5])), {}, {}),
     "bernoulli": ((BOX, spaces.MultiBinary(3)), {"activation": "elu"}, {}),
+    "joined": ((BOX, spaces.Tuple([spaces.Discrete(3, start=1), TORQUE])), {}, {}),
     "discrete": ((spaces.Discrete(6), spaces.Discrete(2)), {"activation": "silu"}, {}),
     "images": ((IMAGE, spaces.Discrete(3)), {"activation": "relu"}, {}),
     "images-lstm": ((IMAGE, spaces.Discrete(3)), LSTM, {"standardize_obs": False}),

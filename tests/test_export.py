@@ -18,7 +18,7 @@ from test_cli import command as command
 
 import pgsuite
 from pgsuite.app.policy_io import restore
-from pgsuite.envs.spaces import of_data, to_data
+from pgsuite.envs.spaces import leaves, of_data, to_data
 from pgsuite.errors import UserError
 from pgsuite.export.command import METADATA, compare, runner
 from pgsuite.export.command import Run as File
@@ -147,11 +147,11 @@ def test_what_is_loaded_acts_as_the_policy_does(kind: str, tmp_path: Path) -> No
         action = single.act(obs)
         assert single.action_space.contains(action), action
         assert single.action_space.contains(sampler.act(obs))
-        both = batched.act(stacked)
-        assert isinstance(both, np.ndarray) and np.allclose(both, np.stack([action, action]), atol=1e-5)
         given = stack([obs], lambda parts: torch.as_tensor(parts[0]))
-        same = tensors.act(given)
-        assert isinstance(same, torch.Tensor) and np.allclose(same.numpy(), action, atol=1e-6)
+        acts = [leaves(single.action_space, x) for x in (action, batched.act(stacked), tensors.act(given))]
+        for (_, _, one), (_, _, both), (_, _, same) in zip(*acts, strict=True):
+            assert isinstance(both, np.ndarray) and np.allclose(both, np.stack([one, one]), atol=1e-5)
+            assert isinstance(same, torch.Tensor) and np.allclose(same.numpy(), one, atol=1e-6)
 
 
 def stack(many: list[Any], fn: Callable[[list[Any]], Any] = np.stack) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pgsuite import seeding
 from pgsuite.app.build import build_policy, parse_run_config
-from pgsuite.envs.spaces import first_action, leaves, of_data, split, tensor_space, tensors, to_device
+from pgsuite.envs.spaces import ToSpace, leaves, nested_action, of_data, split, tensor_space, tensors, to_device
 from pgsuite.errors import UserError
 from pgsuite.nn.policy import Policy
 from pgsuite.training import checkpoint
@@ -30,10 +30,6 @@ class Interface(nn.Module):
     Observations are those of ``observation_space``, which has no entries for the critic only.
     """
 
-    low: Tensor
-    high: Tensor
-    first: Tensor
-
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
         super().__init__()
         public, apart = split(observation_space)
@@ -46,25 +42,12 @@ class Interface(nn.Module):
         self.key = None
         if bare and isinstance(seen, spaces.Dict):  # the policy's only entry of a dictionary
             self.key = next(key for key in seen if key != PRIVILEGED)
-        if isinstance(action_space, spaces.Box):
-            self.register_buffer("low", torch.tensor(action_space.low))
-            self.register_buffer("high", torch.tensor(action_space.high))
-        else:
-            self.register_buffer("first", torch.as_tensor(first_action(action_space)))
+        self.action = ToSpace(action_space)
 
     def read(self, obs: Any, device: torch.device | str = "cpu") -> Obs:
         """A batch of observations as tensors of the policy."""
         found = to_device(tensors(self.observation_space, obs), torch.device(device), torch.float32)
         return found if self.key is None else {self.key: found}
-
-    def action(self, action: Tensor) -> Tensor:
-        """Actions [N, *A] of the policy as actions of the environment: clipped to a Box and rounded to its whole
-        numbers, or shifted to the start of a discrete space."""
-        x = action.reshape(-1, *(self.action_space.shape or ()))
-        if isinstance(self.action_space, spaces.Box):
-            x = x.round() if self.action_space.dtype.kind in "iu" else x
-            return torch.minimum(torch.maximum(x, self.low.to(x)), self.high.to(x))
-        return x + self.first.to(x)
 
 
 @dataclass
@@ -158,10 +141,14 @@ class Actor:
         choice = self.policy.act(seen, hidden_state, start, self.generator, deterministic=self.deterministic)
         self.hidden_state = choice.hidden_state
         action = self.interface.action(choice.action)
-        action = action if size is not None else action[0]
-        if isinstance(like, Tensor):
-            return action.to(like.device)
-        return action.cpu().numpy().astype(self.action_space.dtype)[()]
+        action = action.to(like.device) if isinstance(like, Tensor) else action.cpu()
+
+        def part(space: spaces.Space[Any], x: Tensor) -> Any:
+            x = x.reshape(-1, *(space.shape or ()))
+            x = x if size is not None else x[0]
+            return x if isinstance(like, Tensor) else x.numpy().astype(space.dtype)[()]
+
+        return nested_action(self.action_space, action, part)
 
     def _measure(self, obs: Any) -> tuple[int | None, Any]:
         """The batch size, None for a single observation, and one of the observation's arrays or tensors."""

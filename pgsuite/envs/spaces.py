@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Obs, map_obs
 
 VECTOR = "vector"
 LARGEST = 2**20  # numbers of a one-hot vector
-NAMES = torch.nn.ModuleDict()  # whose attributes are names that no part of it may have
+NAMES = nn.ModuleDict()  # whose attributes are names that no part of it may have
 FIXED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 Leaf = tuple[str, spaces.Space[Any], Any]  # path, space, batch of observations
 
@@ -213,14 +213,91 @@ def to_device(obs: Obs, device: torch.device, dtype: torch.dtype) -> Obs:
     return map_obs(lambda x: x.to(device) if x.ndim == 4 or x.dtype is torch.bool else x.to(device, dtype), obs)
 
 
+class ToSpace(nn.Module):
+    """A policy's actions [N, *A] as elements of a space, in tensors: clipped to a Box and rounded to its whole numbers,
+    or offset by a discrete space's start.  Those of dictionaries and tuples stay one vector of their parts' numbers."""
+
+    low: Tensor
+    high: Tensor
+    first: Tensor
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__()
+        self.space = space
+        self.parts = nn.ModuleList([ToSpace(part) for _, part, _ in leaves(space)] if is_joined(space) else [])
+        self.dtype = torch.float32
+        if isinstance(space, spaces.Box):
+            self.register_buffer("low", torch.tensor(space.low))
+            self.register_buffer("high", torch.tensor(space.high))
+        elif not is_joined(space):
+            self.register_buffer("first", torch.as_tensor(first_action(space)))
+        if not is_joined(space):
+            self.dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
+
+    def forward(self, action: Tensor) -> Tensor:
+        if is_joined(self.space):
+            each = zip(self.parts, split_action(self.space, action), strict=True)
+            return torch.cat([part(x).reshape(-1, x.shape[-1]).to(action) for part, x in each], -1)
+        x = action.reshape(-1, *(self.space.shape or ()))
+        if not isinstance(self.space, spaces.Box):
+            return x + self.first.to(x)
+        x = x.round() if self.space.dtype.kind in "iu" else x
+        return torch.minimum(torch.maximum(x, self.low.to(x)), self.high.to(x))
+
+    def elements(self, action: Tensor) -> Any:
+        """The same with the dtypes of the space, in new memory, nested as it is."""
+        parts = iter(self.parts if is_joined(self.space) else [self])
+
+        def part(space: spaces.Space[Any], x: Tensor) -> Tensor:
+            return x.reshape(-1, *(space.shape or ())).to(next(parts).dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+        return nested_action(self.space, self(action), part)
+
+
+def is_joined(space: spaces.Space[Any]) -> bool:
+    """Whether actions have parts."""
+    return isinstance(space, spaces.Dict | spaces.Tuple)
+
+
+def split_action(space: spaces.Space[Any], action: Tensor) -> list[Tensor]:
+    """The numbers [N, size] of every part of joined actions [N, A], in order."""
+    return list(action.split([math.prod(part.shape or ()) for _, part, _ in leaves(space)], -1))
+
+
+def nested_action(space: spaces.Space[Any], action: Tensor, of: Callable[[spaces.Space[Any], Tensor], Any]) -> Any:
+    """Actions [N, *A] nested as their space, each part as ``of`` returns it."""
+    if not is_joined(space):
+        return of(space, action)
+    columns = iter(split_action(space, action))
+
+    def nest(part: spaces.Space[Any]) -> Any:
+        if isinstance(part, spaces.Dict):
+            return {key: nest(inner) for key, inner in part.items()}
+        if isinstance(part, spaces.Tuple):
+            return tuple(nest(inner) for inner in part)
+        return of(part, next(columns))
+
+    return nest(space)
+
+
+def joined_action(space: spaces.Space[Any], native: Any) -> Tensor:
+    """The policy's action [*A] for an element of the space; the inverse of ``native_action`` for a single one."""
+    parts = [torch.as_tensor(x) - torch.as_tensor(first_action(part)) for _, part, x in leaves(space, native)]
+    return torch.cat([x.flatten() for x in parts]) if is_joined(space) else parts[0]
+
+
 def first_action(space: spaces.Space[Any]) -> Any:
     """The native action for a policy's action 0: ``start`` of discrete spaces."""
     return space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
 
 
-def native_action(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
-    """A policy's actions [N, *A] as elements of the space: clipped to a Box and rounded to its whole numbers, or offset
-    by a discrete space's start."""
+def native_action(space: spaces.Space[Any], action: Tensor) -> Any:
+    """A policy's actions [N, *A] as a batch of the space: clipped to a Box and rounded to its whole numbers, or offset
+    by a discrete space's start; those of dictionaries and tuples are nested."""
+    return nested_action(space, action, _native)
+
+
+def _native(space: spaces.Space[Any], action: Tensor) -> np.ndarray:
     x = action.cpu().numpy().reshape(-1, *(space.shape or ()))
     if not isinstance(space, spaces.Box):
         return x.astype(space.dtype) + first_action(space)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pgsuite import seeding, settings
 from pgsuite.components import make_object
 from pgsuite.envs.base import VectorEnvConfig, broken_env
-from pgsuite.envs.spaces import first_action, tensor_space, tensors, to_device
+from pgsuite.envs.spaces import ToSpace, tensor_space, tensors, to_device
 from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
 
@@ -87,11 +87,7 @@ class TorchNativeEnv:
             self.space = spaces.Dict({ours: self.space[theirs] for ours, theirs in self.groups.items()})
         self.observation_space: spaces.Space[Any] = tensor_space(self.space)
         self.lives_on = torch.device(find(env, "device") or device)
-        self.first = torch.as_tensor(first_action(self.action_space), device=self.lives_on)
-        self.bounds: tuple[Tensor, Tensor] | None = None
-        if isinstance(self.action_space, spaces.Box):
-            low, high = self.action_space.low, self.action_space.high
-            self.bounds = torch.as_tensor(low, device=self.lives_on), torch.as_tensor(high, device=self.lives_on)
+        self.to_space = ToSpace(self.action_space).to(self.lives_on)
         limit = max_episode_steps or find(env, "max_episode_length", "max_episode_steps", "_max_episode_steps")
         limit = limit or getattr(find(env, "spec"), "max_episode_steps", None)
         self.max_episode_steps = None if limit is None else int(limit)
@@ -136,13 +132,9 @@ class TorchNativeEnv:
                 stacklevel=3,
             )
 
-    def _action(self, action: Tensor) -> Tensor:
+    def _action(self, action: Tensor) -> Any:
         """The actions for the environments, in new memory."""
-        x = action.to(self.lives_on).reshape(self.num_envs, *(self.action_space.shape or ()))
-        if self.bounds is not None:
-            whole = not self.bounds[0].is_floating_point()
-            return (x.round() if whole else x).clamp(*self.bounds).to(self.bounds[0].dtype)
-        return x + self.first
+        return self.to_space.elements(action.to(self.lives_on))
 
     def _obs(self, obs: Any) -> Obs:
         if self.groups:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pgsuite import seeding, settings
 from pgsuite.app.build import instantiate, to_dict
 from pgsuite.app.policy_io import Restored, restore
-from pgsuite.envs.spaces import native_action
+from pgsuite.envs.spaces import is_joined, leaves, native_action
 from pgsuite.errors import UserError, install
 from pgsuite.export.portable import Named, Portable, nested, parameters, with_noise
 from pgsuite.files import replacing
@@ -193,6 +193,7 @@ class Agreement:
 def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agreement:
     """Compare a file with the policy as it acts in training, with hidden states carried over several steps."""
     policy, interface, found = restored.policy, restored.interface, Agreement()
+    space = interface.action_space
     for size in SIZES:
         hidden_state = policy.initial_state(size)
         carried = next(iter(hidden_state.values()), None)
@@ -211,7 +212,9 @@ def compare(portable: Portable, restored: Restored, run: Run, seed: int) -> Agre
             if portable.law is not None:
                 expected["sample"] = policy.act(obs, hidden_state, start, draws[1]).action
             for name, action in expected.items():
-                found.note(name, torch.as_tensor(native_action(interface.action_space, action)), theirs[name])
+                parts = [torch.as_tensor(x) for _, _, x in leaves(space, native_action(space, action))]
+                native = torch.cat([x.reshape(size, -1) for x in parts], -1) if is_joined(space) else parts[0]
+                found.note(name, native, theirs[name])
             for name, x in parameters(portable.look(inputs)[0]).items():
                 found.note(name, x, theirs[name])
             hidden_state = choice.hidden_state

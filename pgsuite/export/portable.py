@@ -19,6 +19,7 @@ from pgsuite.nn.distributions import (
     Categorical,
     Distribution,
     Gaussian,
+    Joined,
     MultiCategorical,
     Reparameterized,
     Squashed,
@@ -35,7 +36,8 @@ class Portable(nn.Module):
     [N, *A], the mode; ``sample`` [N, *A], a sample as a function of the noise; the parameters of the distribution;
     ``next_memory`` [N, H].
 
-    Distributions that are not reparameterized, such as Beta, have neither ``noise`` nor ``sample``.
+    Distributions that are not reparameterized, such as Beta and joined ones, have neither ``noise`` nor ``sample``.
+    Actions of a dictionary or tuple are the numbers of its parts, one after the other in the order of the space.
 
     Raises UserError if an entry of the observation has the name of another input or of an output.
     """
@@ -110,6 +112,9 @@ def parameters(dist: Distribution) -> Named:
             return {"logits": dist.logits}
         case MultiCategorical():
             return {"logits": torch.cat(dist.logits, -1)}
+        case Joined():
+            each = zip(dist.slots, dist.parts, strict=True)
+            return {f"{slot.name}.{name}": x for slot, part in each for name, x in parameters(part).items()}
     return {}
 
 

@@ -6,8 +6,9 @@ Distributions are stateless functions of tensors; a policy constructs one in eac
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
@@ -129,8 +130,30 @@ class Categorical(Reparameterized):
         return Categorical(self.logits.detach())
 
 
+class Independent:
+    """A distribution of independent parts: log-probability, entropy and KL are sums over them."""
+
+    @property
+    def parts(self) -> Sequence[Distribution]:
+        raise NotImplementedError
+
+    def split(self, action: Tensor) -> Iterable[Tensor]:
+        """The action of each part."""
+        raise NotImplementedError
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        each = zip(self.parts, self.split(action), strict=True)
+        return torch.stack([part.log_prob(x) for part, x in each]).sum(0)
+
+    def entropy(self) -> Tensor:
+        return torch.stack([part.entropy() for part in self.parts]).sum(0)
+
+    def kl(self, other: Self) -> Tensor:
+        return torch.stack([p.kl(q) for p, q in zip(self.parts, other.parts, strict=True)]).sum(0)
+
+
 @dataclass(frozen=True)
-class MultiCategorical(Reparameterized):
+class MultiCategorical(Independent, Reparameterized):
     """Independent categorical distributions, one for each of ``logits``, which must be normalized."""
 
     logits: tuple[Tensor, ...]  # [..., n] each
@@ -139,6 +162,9 @@ class MultiCategorical(Reparameterized):
     @property
     def parts(self) -> list[Categorical]:
         return [Categorical(x) for x in self.logits]
+
+    def split(self, action: Tensor) -> Iterable[Tensor]:
+        return action.unbind(-1)
 
     def noise(self, generator: Generator | None = None) -> Tensor:
         return torch.cat([part.noise(generator) for part in self.parts], -1)
@@ -149,16 +175,6 @@ class MultiCategorical(Reparameterized):
 
     def mode(self) -> Tensor:
         return torch.stack([part.mode() for part in self.parts], -1)
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        each = zip(self.parts, action.unbind(-1), strict=True)
-        return torch.stack([part.log_prob(x) for part, x in each]).sum(0)
-
-    def entropy(self) -> Tensor:
-        return torch.stack([part.entropy() for part in self.parts]).sum(0)
-
-    def kl(self, other: MultiCategorical) -> Tensor:
-        return torch.stack([p.kl(q) for p, q in zip(self.parts, other.parts, strict=True)]).sum(0)
 
     def detach(self) -> MultiCategorical:
         return MultiCategorical(tuple(x.detach() for x in self.logits))
@@ -192,6 +208,45 @@ class Bernoulli(Reparameterized):
 
     def detach(self) -> Bernoulli:
         return Bernoulli(self.logits.detach())
+
+
+class Slot(NamedTuple):
+    """Where the numbers of a part are within those of a joined action."""
+
+    name: str
+    size: int  # numbers
+    whole: bool  # whole numbers, which the part's distribution takes as integers
+    scalar: bool  # the part's distribution takes a number rather than a vector
+
+
+@dataclass(frozen=True)
+class Joined(Independent):
+    """Distributions of the parts of an action [..., A], whose numbers follow one another as ``slots`` says."""
+
+    each: tuple[Distribution, ...]
+    slots: tuple[Slot, ...]
+
+    @property
+    def parts(self) -> Sequence[Distribution]:
+        return self.each
+
+    def join(self, actions: Iterable[Tensor]) -> Tensor:
+        columns = [x.unsqueeze(-1) if slot.scalar else x for x, slot in zip(actions, self.slots, strict=True)]
+        return torch.cat(columns, -1)
+
+    def split(self, action: Tensor) -> Iterator[Tensor]:
+        for x, slot in zip(action.split([slot.size for slot in self.slots], -1), self.slots, strict=True):
+            x = x.long() if slot.whole else x
+            yield x.squeeze(-1) if slot.scalar else x
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        return self.join(part.sample(generator) for part in self.parts)
+
+    def mode(self) -> Tensor:
+        return self.join(part.mode() for part in self.parts)
+
+    def detach(self) -> Joined:
+        return Joined(tuple(part.detach() for part in self.parts), self.slots)
 
 
 def into_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,9 @@ from pgsuite.nn.distributions import (
     Categorical,
     Distribution,
     Gaussian,
+    Joined,
     MultiCategorical,
+    Slot,
     Squashed,
 )
 from pgsuite.types import Metrics, masked_mean
@@ -218,6 +220,50 @@ class BernoulliHead(Head):
         return Bernoulli(permitted(numbers, allowed))
 
 
+class JoinedHead(Head):
+    """A head for each part of a Dict or Tuple of actions; the parts are independent given the observation.
+
+    The numbers of an action [..., A] are those of its parts, one after the other.  The entries of a mask are in the
+    order of gymnasium's flattened space; those for a Box have no effect.
+    """
+
+    def __init__(self, space: spaces.Space[Any], distribution: Component = "auto", **options: Any) -> None:
+        super().__init__(space)
+        parts = dict(leaves(space))
+        boxes = {name for name, part in parts.items() if isinstance(part, spaces.Box)}
+        self.heads, self.slots, self.masks = nn.ModuleList(), [], []
+        for name, part in parts.items():
+            chosen = name in boxes or not boxes  # by what is said of Boxes, which no other part would take
+            self.heads.append(make_head(part, distribution, **options) if chosen else make_head(part))
+            size, scalar = math.prod(part.shape or ()), isinstance(part, spaces.Discrete)
+            self.slots.append(Slot(name, size, whole=name not in boxes, scalar=scalar))
+            self.masks.append(spaces.flatdim(part))
+        self.inputs = sum(head.inputs for head in self.each)
+
+    @property
+    def each(self) -> list[Head]:
+        return [head for head in self.heads if isinstance(head, Head)]
+
+    def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
+        masks = [None] * len(self.slots) if allowed is None else allowed.split(self.masks, -1)
+        each = zip(self.each, numbers.split([head.inputs for head in self.each], -1), masks, strict=True)
+        return Joined(tuple(head(x, mask) for head, x, mask in each), tuple(self.slots))
+
+    def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
+        columns = action.split([slot.size for slot in self.slots], -1)
+        each = zip(self.each, self.slots, columns, strict=True)
+        return {f"{slot.name}.{key}": x for head, slot, x in each for key, x in head.metrics(x, mask).items()}
+
+
+def leaves(space: spaces.Space[Any], name: str = "") -> Iterator[tuple[str, spaces.Space[Any]]]:
+    """The parts of a Dict or Tuple, of its parts in turn, and so on, by name; a space without parts itself."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
+            yield from leaves(part, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, space
+
+
 def permitted(logits: Tensor, allowed: Tensor | None) -> Tensor:
     return logits if allowed is None else logits.masked_fill(~allowed, FORBIDDEN)
 
@@ -249,15 +295,21 @@ def continuous(space: spaces.Space[Any]) -> spaces.Space[Any]:
 
 def make_head(space: spaces.Space[Any], distribution: Component = "auto", **options: Any) -> Head:
     """Make the head that ``policy.distribution`` chooses; ``auto`` chooses by the type of the action space.  Options
-    that are None or have their default are ignored.
+    that are None or have their default are ignored.  In dictionaries and tuples, distribution and options are those of
+    every Box.
 
     Raises ValueError for an unknown head, an unsupported space, and options of other heads.
     """
+    if isinstance(space, spaces.Dict | spaces.Tuple) and (distribution == "auto" or distribution in list(HEADS)):
+        return JoinedHead(space, distribution, **options)
     space = continuous(space)
     if distribution == "auto":
         names = [name for kind, name in DEFAULTS if isinstance(space, kind)]
         if not names or (isinstance(space, spaces.Box) and space.dtype.kind != "f"):
-            raise ValueError(f"no policy for actions {space}: Box, Discrete, MultiDiscrete and MultiBinary have one")
+            raise ValueError(
+                f"no policy for actions {space}: Box, Discrete, MultiDiscrete, MultiBinary, and dictionaries and "
+                "tuples of them have one"
+            )
         (distribution,) = names
     cls = component_class(distribution, HEADS, Head, "policy.distribution")
     given = {name: x for name, x in options.items() if x is not None and x is not True and x != "free"}

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite.envs.base import VectorEnv
-from pgsuite.envs.spaces import first_action
+from pgsuite.envs.spaces import joined_action
 from pgsuite.types import Obs, Step, map_obs
 
 
@@ -48,8 +48,8 @@ def check_vector_env(make: Callable[[int], VectorEnv], steps: int = 200, *, seed
 def random_actions(env: VectorEnv, steps: int) -> list[Tensor]:
     """Samples [N, *A] of the action space, equal in every call; those of discrete spaces count from zero."""
     env.action_space.seed(0)
-    first = torch.as_tensor(first_action(env.action_space))
-    rows = [[torch.as_tensor(env.action_space.sample()) - first for _ in range(env.num_envs)] for _ in range(steps)]
+    space = env.action_space
+    rows = [[joined_action(space, space.sample()) for _ in range(env.num_envs)] for _ in range(steps)]
     return [torch.stack(row).to(env.device) for row in rows]
 
 
