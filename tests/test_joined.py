@@ -31,7 +31,7 @@ class Panel(gymnasium.Env[Any, Any]):
     def __init__(self, masked: bool = False) -> None:
         self.action_space, self.masked = KNOBS, masked
         own: dict[str, Any] = {"lamp": spaces.Discrete(3), "number": spaces.Box(0.0, 10.0, (1,))}
-        mask = {"action_mask": spaces.MultiBinary(5)} if masked else {}
+        mask: dict[str, Any] = {"action_mask": spaces.MultiBinary(5)} if masked else {}
         self.observation_space = spaces.Dict(own | mask)
 
     def reset(self, *, seed: Any = None, options: Any = None) -> Any:
