@@ -6,7 +6,7 @@
 A search is a file of YAML:
 
     algo: trpo
-    env: [HalfCheetah, Hopper]
+    env: [HalfCheetah, Hopper, gym env.id=LunarLander-v3]    # each the choice of env, and overrides
     base: [policy.log_sigma=0]                   # given to every candidate
     candidates:                                  # each a name and overrides
       recipe: []
@@ -82,8 +82,9 @@ def key_of(env: str, overrides: list[str], steps: int, seed: int) -> str:
 
 def train(algo: str, env: str, overrides: list[str], steps: int, seed: int) -> dict[str, Any]:
     """One run in a process of its own: the mean return of its last tenth; null if it failed."""
+    env, *more = env.split()
     try:
-        settings = [f"total_steps={steps}", *overrides]
+        settings = [f"total_steps={steps}", *more, *overrides]
         summary = returns.train(f"{algo}-{env}", seed, settings, evaluations_too=False)["summary"]
     except SystemExit as error:
         return {"return": None, "error": str(error).strip().splitlines()[-1:]}
