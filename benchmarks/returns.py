@@ -269,7 +269,7 @@ def main() -> None:
     train_parser.add_argument("--apart", metavar="NAME", help="keep the results under this name, outside the table")
     compare_parser = commands.add_parser("compare", help="set what was run apart beside the table")
     compare_parser.add_argument("name")
-    compare_parser.add_argument("--docs", action="store_true", help="put it into docs/speed.md as well")
+    compare_parser.add_argument("--docs", action="store_true", help="put it into docs/reference/speed.md as well")
     args = parser.parse_args()
     if args.command == "table":
         print(table())
@@ -278,7 +278,7 @@ def main() -> None:
     elif args.command == "compare":
         print(compare(args.name))
         if args.docs:
-            write_table("docs/speed.md", f"returns.py compare {args.name} --docs", compare(args.name))
+            write_table("docs/reference/speed.md", f"returns.py compare {args.name} --docs", compare(args.name))
     else:
         recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*-[A-Z]*.yaml"))
         run(

@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/api.md is executed; docs/architecture.md is compared with the code."""
+"""The Python of the README and of the page of the interface is executed; the architecture is compared with the code."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
 
 
 def block(page: str, containing: str) -> str:
@@ -49,9 +49,9 @@ def test_the_readme_trains_from_python(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_page_of_the_interface_has_all_of_it_and_its_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "api.md").read_text()
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
     assert all(re.search(rf"^\| `{name}[(`]", page, re.M) for name in pgsuite.__all__)
-    code = block("docs/api.md", "class Speed").replace("10_000", "2_000")
+    code = block("docs/reference/api.md", "class Speed").replace("10_000", "2_000")
     assert execute(code, tmp_path, monkeypatch)["speed"].speed > 0
 
 
@@ -65,7 +65,7 @@ SECTIONS = {"REINFORCE": Reinforce, "A2C": A2C, "PPO": PPO, "NPG": NPG, "TRPO": 
 
 
 def test_the_switches_of_every_method_are_its_settings() -> None:
-    page = (ROOT / "docs" / "algorithms.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "algorithms.md").read_text()
     seen = set()
     for heading, section in re.findall(r"^## (\w+)[^\n]*\n(.*?)(?=^## |\Z)", page, re.M | re.S):
         if heading in SECTIONS:
