@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_structure import FILES, FLOORS, LEVEL, imports
 from test_structure import ROOT as PACKAGE
 
@@ -17,6 +19,7 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+RENAMED_METRICS = {"algorithm/improvement": "algorithm/surrogate_improvement"}  # of runs before the present name
 ARCHITECTURE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
 
 
@@ -34,7 +37,7 @@ def execute(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def test_composing_by_hand_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = block("README.md", "trainer.fit()")
+    code = block("docs/reference/api.md", "trainer.fit()")
     assert sum(" = " in line for line in code.splitlines()) <= 10
     names = execute(code, tmp_path, monkeypatch)
     assert names["trainer"].return_mean > 100 and not list(tmp_path.iterdir())
@@ -55,10 +58,43 @@ def test_the_page_of_the_interface_has_all_of_it_and_its_example_runs(
     assert execute(code, tmp_path, monkeypatch)["speed"].speed > 0
 
 
-def test_the_first_screen_of_the_readme_has_three_ways_in() -> None:
-    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
-    assert all(way in screen for way in ("make train", "pgsuite train algo=", "pgsuite.train("))
-    assert all(name in screen for name in COMMANDS)
+def test_the_readme_is_short_and_has_three_ways_in() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert len(page.splitlines()) <= 150
+    assert all(way in page for way in ("make train", "pgsuite train algo=", "pgsuite.train("))
+    assert all(name in page for name in COMMANDS)
+
+
+def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = execute(block("README.md", "class KLPPO"), tmp_path, monkeypatch)
+    surrogate = names["KLPPO"].surrogate
+    ratio, advantage = torch.tensor([0.5, 2.0]), torch.tensor([1.0, -1.0])
+    penalty = ratio - 1 - ratio.log()
+    assert torch.allclose(surrogate(SimpleNamespace(beta=3.0), ratio, advantage), ratio * advantage - 3 * penalty)
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_the_links_outside_the_site_lead_somewhere(page: str) -> None:
+    """MkDocs checks those of the site."""
+    for link in LINK.findall((ROOT / page).read_text()):
+        path, _, anchor = link.partition("#")
+        assert "://" in link or (ROOT / path).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_metric_of_the_committed_runs_is_described() -> None:
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    described = set(re.findall(r"`((?:algorithm|episode|time)/\w+)`", page))
+    schedules = {"algorithm/lr", "algorithm/critic_lr"}  # of these runs
+    for folder in ("ppo-CartPole", "trpo-CartPole", "ppo-MountainCarContinuous", "trpo-MountainCarContinuous"):
+        for table in (ROOT / "benchmarks" / "results" / "comparing" / folder).glob("*/metrics.csv"):
+            columns = set(table.read_text().split("\n", 1)[0].split(",")) - {"steps"} - schedules
+            assert {RENAMED_METRICS.get(name, name) for name in columns} <= described
 
 
 SECTIONS = {"REINFORCE": Reinforce, "A2C": A2C, "PPO": PPO, "NPG": NPG, "TRPO": TRPO}
