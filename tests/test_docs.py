@@ -97,6 +97,11 @@ def test_every_metric_of_the_committed_runs_is_described() -> None:
             assert {RENAMED_METRICS.get(name, name) for name in columns} <= described
 
 
+def test_the_citation_is_of_this_version() -> None:
+    found = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert found and found[1] == pgsuite.__version__
+
+
 SECTIONS = {"REINFORCE": Reinforce, "A2C": A2C, "PPO": PPO, "NPG": NPG, "TRPO": TRPO}
 
 
