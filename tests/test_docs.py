@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from test_structure import FILES, FLOORS, LEVEL, imports
 from test_structure import ROOT as PACKAGE
 
 import pgsuite
 from pgsuite.__main__ import COMMANDS
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
+from pgsuite.app import sweeps  # noqa: F401  # registers what configurations call
+from pgsuite.app.schema import register
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -85,6 +89,32 @@ def test_the_links_outside_the_site_lead_somewhere(page: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def trainings() -> Iterator[tuple[str, list[str]]]:
+    """The settings of every single training that the pages show, by page and command."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]:
+        for line in re.findall(
+            r"^(?:pgsuite|python -m pgsuite|python scripts/train.py) ?(?:train )?(.*=.*)$", path.read_text(), re.M
+        ):
+            words = shlex.split(line.removesuffix("\\"), comments=True)
+            if not any(
+                "<" in x or "my" in x or x in ("-m", "\\") or x.startswith(("sweep=", "run=", "--")) for x in words
+            ):
+                yield f"{path.name}: {line}", [x for x in words if x.startswith("~") or "=" in x]
+
+
+@pytest.mark.long
+def test_the_settings_of_every_page_exist() -> None:
+    register()
+    commands = dict(trainings())
+    assert len(commands) > 30
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for command, settings in commands.items():
+            try:
+                compose("train", settings)
+            except Exception as error:  # whatever Hydra raises
+                pytest.fail(f"{command}: {error}")
 
 
 def test_every_metric_of_the_committed_runs_is_described() -> None:

@@ -1,12 +1,12 @@
-"""Walk through the documentation as a newcomer: every command of the README and of the tutorials, as typed, in a fresh clone.
+"""Walk through the documentation as a newcomer: every command of README and tutorials, as typed, in a fresh clone.
 
     python tests/walk.py                         # in a new virtual environment; downloads, and takes an hour or more
     python tests/walk.py --bin .venv/bin         # with what is installed there: installs nothing
     python tests/walk.py --bin .venv/bin --quick README.md docs/tutorials/onnx.md     # short runs, some pages
 
-A page begins in a clone of its own.  Blocks marked ``python`` whose first line is a comment with a file's name are written
-to that file, and ``yaml`` blocks after a sentence with a file's name likewise; lines of ``sh`` blocks are typed, one after the other.  A command
-that fails ends its page, and the walk exits with 1.  Commands for a GPU are left out where there is none.
+A page begins in a clone of its own.  Blocks of Python whose first line is a comment with a file's name are written to
+that file, and so are blocks after a sentence with a file's name; lines of ``sh`` blocks are typed, one after the other.
+A command that fails ends its page, and the walk exits with 1.  Commands for a GPU are left out where there is none.
 """
 
 from __future__ import annotations
@@ -60,22 +60,22 @@ def shortened(line: str) -> str:
     return line
 
 
-def walk(page: str, bin: Path | None, *, quick: bool) -> bool:
+def walk(page: str, programs: Path | None, *, quick: bool) -> bool:
     """Type every command of a page.  Returns whether all of them succeeded."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "pgsuite"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         environment = os.environ | {"VIRTUAL_ENV": str(clone / ".venv")}
         environment["PATH"] = f"{clone / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
-        if bin is None and page != "README.md":  # which installs by itself
+        if programs is None and page != "README.md":  # which installs by itself
             subprocess.run(
                 "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .",
                 shell=True,
                 cwd=clone,
                 check=True,
             )
-        if bin is not None:
-            environment["PATH"] = f"{bin.absolute()}{os.pathsep}{os.environ['PATH']}"
+        if programs is not None:
+            environment["PATH"] = f"{programs.absolute()}{os.pathsep}{os.environ['PATH']}"
             environment["PYTHONPATH"] = str(clone)
         for name, text in commands((ROOT / page).read_text()):
             if name:
@@ -83,7 +83,7 @@ def walk(page: str, bin: Path | None, *, quick: bool) -> bool:
                 (clone / name).write_text(text)
                 continue
             line = shortened(text) if quick else text
-            if (bin is not None and line.startswith(INSTALLS)) or (
+            if (programs is not None and line.startswith(INSTALLS)) or (
                 "device=cuda" in line and not shutil.which("nvidia-smi")
             ):
                 print(f"  -      {line}", flush=True)
