@@ -3,7 +3,6 @@ formulas as MathML, diagrams as SVG.  Nothing that a page shows is fetched when 
 
 from __future__ import annotations
 
-import base64
 import html
 import itertools
 import json
@@ -220,14 +219,15 @@ def as_page(notebook: dict[str, Any], name: str) -> str:
             lines += [source, ""]
             continue
         lines += ["```python", source, "```", ""]
+        said = ""
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
                 image = data["image/png"].replace("\n", "")
-                assert base64.b64decode(image).startswith(b"\x89PNG")
                 lines += [f'<img alt="figure" src="data:image/png;base64,{image}">', ""]
-            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
-                lines += ["```text", text, "```", ""]
+            else:
+                said += "".join(output.get("text", data.get("text/plain", ""))).rstrip() + "\n"
+        lines += ["```text", said.rstrip(), "```", ""] if said else []
     return "\n".join([*lines, f"This page is a notebook: [{name}]({name})."])
 
 
