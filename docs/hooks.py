@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 SCHEMA = re.compile(r"/schema/([\w.]+)")
 REPOSITORY_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
+NOTEBOOK_LINK = re.compile(r"\]\(([\w./-]+)\.ipynb\)")
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.M | re.S)
 MODULES = ("algorithms", "functional", "nn", "envs", "rollout", "training", "testing")
 
@@ -45,7 +46,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to files outside the documentation become their paths in a clone; diagrams become SVG."""
+    """Links to notebooks become links to their pages, links to files outside the documentation the paths of these in a
+    clone, and diagrams SVG."""
+    if posixpath.basename(page.file.src_uri).replace(".md", ".ipynb)") not in markdown:  # a notebook names its file
+        markdown = NOTEBOOK_LINK.sub(r"](\1.md)", markdown)
 
     def outside(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), link[2]))
