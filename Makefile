@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-long check bench peers returns plots clean
+.PHONY: train test test-long check docs bench peers returns plots clean
 
 train: $(VENV)/.train
 	$(RUN) scripts/train.py algo=ppo env=HalfCheetah $(ARGS)
@@ -20,6 +20,10 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+# The documentation as a site in build/site; a dead link is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 bench: $(VENV)/.train
 	$(RUN) benchmarks/throughput.py $(ARGS)
 
@@ -28,15 +32,15 @@ peers: $(VENV)/.train
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[peers]"
 	$(RUN) benchmarks/peers.py $(ARGS)
 
-# The learning results of the README, from nothing; hours on two cores.
+# The learning results, from nothing; hours on two cores.
 returns: $(VENV)/.train
 	$(RUN) benchmarks/returns.py run all $(ARGS)
 
 plots: $(VENV)/.dev
 	$(RUN) benchmarks/plot.py
-	$(RUN) benchmarks/returns.py table --readme
+	$(RUN) benchmarks/returns.py table --docs
 	$(RUN) benchmarks/returns.py compare compile --docs
-	$(RUN) benchmarks/throughput.py --readme
+	$(RUN) benchmarks/throughput.py --docs
 	$(RUN) benchmarks/peers.py --docs
 	$(RUN) benchmarks/wallclock.py table --docs
 	$(RUN) benchmarks/scaling.py table --docs

@@ -2,7 +2,7 @@
 
     python benchmarks/envs.py                        # every task on the back ends that are here, with several sizes
     python benchmarks/envs.py --device cuda          # the same on a GPU
-    python benchmarks/envs.py --docs                 # measures nothing: the kept results into docs/environments.md
+    python benchmarks/envs.py --docs                 # measures nothing: puts the kept results into the page
 
 Random actions, drawn beforehand.  In one process the rows take turns, round after round and in turned order every other
 time, so that what else the machine does falls on all of them.  Beside complete steps of HalfCheetah stand those of the
@@ -148,12 +148,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--torch-threads", type=int, default=1)
-    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/environments.md")
+    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/reference/environments.md")
     args = parser.parse_args()
     if args.docs:
         for path in sorted(RESULTS.glob("envs-*.json")):
             device = path.stem.removeprefix("envs-")
-            write_table("docs/environments.md", f"envs.py --docs, {device}", table(json.loads(path.read_text())))
+            write_table(
+                "docs/reference/environments.md", f"envs.py --docs, {device}", table(json.loads(path.read_text()))
+            )
         return
     torch.set_num_threads(args.torch_threads)
     found = rows(args.tasks, args.worlds, args.device)

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --budget 480                  # seconds; writes benchmarks/results/gpu/cuda.jsonl
     python benchmarks/gpu.py --only warp speeds --out /tmp/some.jsonl
     python benchmarks/gpu.py --budget 60 --device cpu      # tries out every part that a CPU has
-    python benchmarks/gpu.py --docs                        # measures nothing: puts the kept result into docs/gpu.md
+    python benchmarks/gpu.py --docs                        # measures nothing: puts the kept result into the page
 
 The parts are in benchmarks/gpu_parts.py, and the peer in benchmarks/jax_peer.py.  A part consists of jobs, each in a
 process of its own: one that crashes, hangs or runs out of memory costs no other.  The parts share the budget by their
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--only", nargs="+", default=[], choices=[x.name for x in GPU], help="these parts")
     parser.add_argument("--out", type=Path, help="file of the lines; results/gpu/cuda.jsonl for all parts on a GPU")
-    parser.add_argument("--docs", action="store_true", help="put the kept result into docs/gpu.md")
+    parser.add_argument("--docs", action="store_true", help="put the kept result into docs/reference/gpu.md")
     parser.add_argument("--job", nargs=2, metavar=("PART", "JOB"), help="in this process, which a schedule has started")
     args = parser.parse_args()
     if args.docs:

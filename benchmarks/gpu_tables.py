@@ -1,4 +1,4 @@
-"""The result of benchmarks/gpu.py as the tables of docs/gpu.md."""
+"""The result of benchmarks/gpu.py as the tables of docs/reference/gpu.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNMEASURED = "**Nothing has been measured yet.** The first machine with a GPU th
 def write(path: Path) -> None:
     lines: list[Line] = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     measured = any("check" in x or "steps/s" in x for x in lines)  # on a machine without a GPU every job is skipped
-    write_table("docs/gpu.md", "gpu.py --docs", tables(lines) if measured else UNMEASURED)
+    write_table("docs/reference/gpu.md", "gpu.py --docs", tables(lines) if measured else UNMEASURED)
 
 
 def tables(lines: list[Line]) -> str:

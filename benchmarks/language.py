@@ -35,7 +35,7 @@ from pgsuite.training import checkpoint
 
 RUNS = RESULTS / "language"
 MODELS = Path("runs/language")
-PLOT = "docs/alignment.png"
+PLOT = "docs/howto/alignment.png"
 PROMPTS = 1_000  # to which a policy and its reference respond
 ASKED, SAMPLES = 100, 512  # prompts, and samples of each, for the best of n
 METHODS = {  # what is given to scripts/train.py
@@ -238,7 +238,7 @@ def main() -> None:
     keeper.add_argument("--as", dest="name", required=True, help="name of the method")
     commands.add_parser("best", help="measure the best of n")
     teller = commands.add_parser("table", help="print what is kept")
-    teller.add_argument("--docs", action="store_true", help="put it into docs/alignment.md as well")
+    teller.add_argument("--docs", action="store_true", help="put it into docs/howto/alignment.md as well")
     drawer = commands.add_parser("plot", help="draw what is kept")
     drawer.add_argument("--out", type=Path, default=ROOT / PLOT)
     args = parser.parse_args()
@@ -259,7 +259,7 @@ def main() -> None:
     elif args.command == "table":
         print(table())
         if args.docs:
-            write_table("docs/alignment.md", "language.py table --docs", table())
+            write_table("docs/howto/alignment.md", "language.py table --docs", table())
     else:
         plot(args.out)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py                      # prints the table; writes benchmarks/results/parity-<device>.json
     python benchmarks/parity.py --device cuda        # MuJoCo Warp on a GPU; on a CPU it runs too, slowly
-    python benchmarks/parity.py --docs               # measures nothing: the kept results into docs/environments.md
+    python benchmarks/parity.py --docs               # measures nothing: puts the kept results into the page
 
 On the CPU the worlds run freely beside gymnasium's for 1,000 steps of random actions, restarts included, from equal
 starts.  Single precision would part from gymnasium within some dozens of steps, as gymnasium does from itself when a
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/environments.md")
+    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/reference/environments.md")
     args = parser.parse_args()
     if args.docs:
         for path in sorted(RESULTS.glob("parity-*.json")):
@@ -119,7 +119,7 @@ def main() -> None:
             versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if name != "pgsuite")
             caption = f"{result['machine']}; {versions}; commit {result['commit']}."
             script = f"parity.py --docs, {path.stem.removeprefix('parity-')}"
-            write_table("docs/environments.md", script, f"{table(result['rows'])}\n\n{caption}")
+            write_table("docs/reference/environments.md", script, f"{table(result['rows'])}\n\n{caption}")
         return
     torch.set_num_threads(1)
     rows = []

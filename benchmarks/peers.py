@@ -8,7 +8,7 @@ Each contender (benchmarks/contenders.py, which says what differs between them) 
 before the first round.  In every round each has its turn, in one order and then in the other, while all others wait for
 theirs; in its turn it finishes iterations until the seconds are over.  Prints steps/s round by round; writes all rounds
 to benchmarks/results/peers/<table>.json.  ``--docs`` measures nothing, puts the kept results into
-docs/speed.md, and draws docs/speed.png.
+docs/reference/speed.md, and draws docs/reference/speed.png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from contenders import DEFAULTS, WORKLOADS, Workload, work_of
 from record import RESULTS, ROOT, keep, source, write_table
 
 KEPT = RESULTS / "peers"
-PLOT = "docs/speed.png"
+PLOT = "docs/reference/speed.png"
 PEERS = ("stable-baselines3", "sb3-contrib", "rsl-rl-lib", "tianshou", "envpool")
 OURS = ["pgsuite", "pgsuite, compile"]
 SB3 = ["SB3 on DummyVecEnv", "SB3 on envpool"]
@@ -184,12 +184,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
     parser.add_argument("--out", type=Path, default=KEPT)
-    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/speed.md")
+    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/reference/speed.md")
     args = parser.parse_args()
     if args.docs:
         paths = {name: KEPT / f"{name}.json" for name in TABLES}
         kept = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-        write_table("docs/speed.md", "peers.py --docs", "\n".join(text(*item) for item in kept.items()))
+        write_table("docs/reference/speed.md", "peers.py --docs", "\n".join(text(*item) for item in kept.items()))
         draw(kept, ROOT / PLOT)
         return
     for name in args.only:

@@ -1,4 +1,4 @@
-"""Draw the README's learning curves from the committed results: python benchmarks/plot.py [--out docs/returns.png]"""
+"""Draw the learning curves from the committed results: python benchmarks/plot.py"""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "returns.png")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reference" / "returns.png")
     draw(parser.parse_args().out)

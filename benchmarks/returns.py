@@ -2,7 +2,7 @@
 
     python benchmarks/returns.py run ppo-HalfCheetah trpo-HalfCheetah --seeds 0 1 2 3 4 --jobs 2
     python benchmarks/returns.py run all --jobs 2
-    python benchmarks/returns.py table
+    python benchmarks/returns.py table --docs
     python benchmarks/returns.py run ppo-HalfCheetah --apart compile --set execution=compile
     python benchmarks/returns.py compare compile --docs
 
@@ -43,6 +43,7 @@ ENVIRONMENTS = (
     *("Ant", "Humanoid", "HumanoidStandup", "Pusher", "InvertedDoublePendulum"),
 )
 EPISODES = 20  # of the evaluations of a last policy
+BRIEF = ("CartPole", "HalfCheetah", "Hopper", "Walker2d")  # what the README shows
 MARKS = {"above": "▲", "within": "≈", "short": "▼", "": ""}
 
 
@@ -186,12 +187,9 @@ def table() -> str:
     for env in ENVIRONMENTS:
         row = [_short(found[key]) if key in found else "-" for key in (f"{env}/{method}" for method in METHODS)]
         lines.append(f"| {env} | {' | '.join(row)} |")
-    verdicts = [cell["verdict"] for cell in found.values() if cell["verdict"]]
-    count = {kind: verdicts.count(kind) for kind in ("above", "within", "short")}
     lines += [
         "",
-        f"Of {len(verdicts)} published means {count['above']} are reached ({MARKS['above']}), {count['within']} missed "
-        f"by at most a published deviation ({MARKS['within']}) and {count['short']} by more ({MARKS['short']}).",
+        counts(found),
         "",
         "<details><summary>Every cell: steps, seeds, mean, source, speed</summary>",
         "",
@@ -215,6 +213,27 @@ def _figure(figure: dict[str, str]) -> str:
 def _source(figure: dict[str, str]) -> str:
     seeds = {"": "several seeds", "1": "1 run"}.get(figure["seeds"], f"{figure['seeds']} seeds")
     return f"{figure['source']}, {figure['version']}, {int(figure['steps']):,} steps, {seeds}, {figure['metric']}"
+
+
+def counts(found: dict[str, dict[str, str]]) -> str:
+    """How many published means are reached, in words."""
+    verdicts = [cell["verdict"] for cell in found.values() if cell["verdict"]]
+    count = {kind: verdicts.count(kind) for kind in ("above", "within", "short")}
+    return (
+        f"Of {len(verdicts)} published means {count['above']} are reached ({MARKS['above']}), {count['within']} missed "
+        f"by at most a published deviation ({MARKS['within']}) and {count['short']} by more ({MARKS['short']})."
+    )
+
+
+def brief() -> str:
+    """In Markdown, for the README: a few environments, a number a method."""
+    found = cells()
+    lines = [f"| | {' | '.join(method.upper() for method in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+    for env in BRIEF:
+        row = [found.get(f"{env}/{method}") for method in METHODS]
+        shown = [f"{cell['iqm']} {MARKS[cell['verdict']]}".strip() if cell else "-" for cell in row]
+        lines.append(f"| {env} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", counts(found)])
 
 
 def compare(name: str) -> str:
@@ -265,20 +284,23 @@ def main() -> None:
     train_parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     train_parser.add_argument("--set", nargs="*", default=[], help="further overrides")
     table_parser = commands.add_parser("table", help="print what is kept")
-    table_parser.add_argument("--readme", action="store_true", help="put it into the README as well")
+    table_parser.add_argument(
+        "--docs", action="store_true", help="put it into its page, and a few rows into the README"
+    )
     train_parser.add_argument("--apart", metavar="NAME", help="keep the results under this name, outside the table")
     compare_parser = commands.add_parser("compare", help="set what was run apart beside the table")
     compare_parser.add_argument("name")
-    compare_parser.add_argument("--docs", action="store_true", help="put it into docs/speed.md as well")
+    compare_parser.add_argument("--docs", action="store_true", help="put it into docs/reference/speed.md as well")
     args = parser.parse_args()
     if args.command == "table":
         print(table())
-        if args.readme:
-            write_table("README.md", "returns.py table --readme", table())
+        if args.docs:
+            write_table("docs/reference/results.md", "returns.py table --docs", table())
+            write_table("README.md", "returns.py table --docs", brief())
     elif args.command == "compare":
         print(compare(args.name))
         if args.docs:
-            write_table("docs/speed.md", f"returns.py compare {args.name} --docs", compare(args.name))
+            write_table("docs/reference/speed.md", f"returns.py compare {args.name} --docs", compare(args.name))
     else:
         recipes = sorted(path.stem for path in (ROOT / "configs" / "tuned").glob("*-[A-Z]*.yaml"))
         run(

@@ -1,7 +1,7 @@
 """How PPO's speed, time and memory go with the number of environments, the width of the networks and the cores.
 
     python benchmarks/scaling.py run [--only envs width cores] [--seconds 3]
-    python benchmarks/scaling.py table --docs               # and draws docs/scaling.png
+    python benchmarks/scaling.py table --docs               # and draws docs/reference/scaling.png
 
 Whole iterations of 16 steps in every environment, 5 epochs x 4 minibatches, two networks of two layers, on CartPole
 (torch) and on HalfCheetah (MuJoCo), eager and compiled.  Each cell is a process of its own, so that its memory is its
@@ -182,13 +182,13 @@ def main() -> None:
     runner.add_argument("--only", nargs="+", default=list(AXES), choices=AXES)
     runner.add_argument("--seconds", type=float, default=3.0, help="of each cell")
     tabler = commands.add_parser("table")
-    tabler.add_argument("--docs", action="store_true", help="put it into docs/speed.md, with a plot beside it")
+    tabler.add_argument("--docs", action="store_true", help="put it into the page, with a plot beside it")
     args = parser.parse_args()
     if args.command == "run":
         run(args.only, args.seconds)
     elif args.docs:
-        draw(ROOT / "docs" / "scaling.png")
-        write_table("docs/speed.md", "scaling.py table --docs", text())
+        draw(ROOT / "docs" / "reference" / "scaling.png")
+        write_table("docs/reference/speed.md", "scaling.py table --docs", text())
     else:
         print(text())
 

@@ -1,11 +1,11 @@
 """How much of the physics' own speed is left when PPO trains on it.
 
-    python benchmarks/throughput.py [--readme]
+    python benchmarks/throughput.py [--docs]
 
 In one process, in turn: the batch stepper alone with random actions, and whole iterations of PPO (64 environments x 32
 steps, 5 epochs x 4 minibatches, two networks of 64-64 tanh) on HalfCheetah, as written and with the loss compiled.
 Prints steps/s of each and the ratios round by round, then medians; writes benchmarks/results/throughput.json.
-``--readme`` measures nothing, and puts what is in that file into the README.
+``--docs`` measures nothing, and puts what is in that file into docs/reference/speed.md.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def line(row: dict[str, float]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The medians and spreads as a table for the README."""
+    """The medians and spreads as a table."""
     rows = ["| HalfCheetah, 64 environments | steps/s | share of the physics alone |", "|---|---|---|"]
     rows.append(f"| batch stepper alone, random actions | {result['median']['physics']:,.0f} | |")
     for way, words in zip(WAYS, ("PPO, as written", "PPO, `execution=compile`"), strict=True):
@@ -118,10 +118,10 @@ def main() -> None:
     )
     parser.add_argument("--torch-threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--readme", action="store_true", help="put the kept result into the README")
+    parser.add_argument("--docs", action="store_true", help="put the kept result into docs/reference/speed.md")
     args = parser.parse_args()
-    if args.readme:
-        write_table("README.md", "throughput.py --readme", table(json.loads(RESULT.read_text())))
+    if args.docs:
+        write_table("docs/reference/speed.md", "throughput.py --docs", table(json.loads(RESULT.read_text())))
         return
     result = source() | measure(args.rounds, args.seconds, args.torch_threads)
     keep(result, args.out)

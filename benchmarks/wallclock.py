@@ -131,14 +131,14 @@ def main() -> None:
     runner.add_argument("--set", nargs="*", default=[], help="further overrides")
     runner.add_argument("--out", type=Path, default=KEPT)
     tabler = commands.add_parser("table")
-    tabler.add_argument("--docs", action="store_true", help="put it into docs/speed.md")
+    tabler.add_argument("--docs", action="store_true", help="put it into docs/reference/speed.md")
     args = parser.parse_args()
     if args.command == "run":
         if unknown := set(args.names) - set(TARGETS):
             parser.error(f"no target {', '.join(unknown)}: one of {', '.join(TARGETS)}")
         run(args.names, args.seeds, args.set, args.out)
     elif args.docs:
-        write_table("docs/speed.md", "wallclock.py table --docs", table())
+        write_table("docs/reference/speed.md", "wallclock.py table --docs", table())
     else:
         print(table())
 

@@ -43,7 +43,7 @@ def load(
 
     With ``deterministic=False`` actions are sampled, from ``seed`` on.  Raises ``pgsuite.UserError`` if
     there is no checkpoint, or one that names code from elsewhere than pgsuite, such as a head, unless this user trained
-    it, or ``trust`` is true or names those classes or their packages (docs/security.md).
+    it, or ``trust`` is true or names those classes or their packages (docs/howto/security.md).
     """
     from pgsuite.app.policy_io import Actor, restore
 

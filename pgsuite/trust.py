@@ -2,7 +2,7 @@
 
 Settings of a command line or of a call may name any class.  Settings that were read from a file, such as the
 checkpoint of somebody else's run, may name those of this package and of torch.optim; any other only if this user
-trained that run, or says so (docs/security.md).
+trained that run, or says so (docs/howto/security.md).
 """
 
 from __future__ import annotations

@@ -1,23 +1,30 @@
-"""The Python of the README and of docs/api.md is executed; docs/architecture.md is compared with the code."""
+"""The Python of the README and of the page of the interface is executed; the architecture is compared with the code."""
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 from test_structure import FILES, FLOORS, LEVEL, imports
 from test_structure import ROOT as PACKAGE
 
 import pgsuite
 from pgsuite.__main__ import COMMANDS
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
+from pgsuite.app import sweeps  # noqa: F401  # registers what configurations call
+from pgsuite.app.schema import register
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+RENAMED_METRICS = {"algorithm/improvement": "algorithm/surrogate_improvement"}  # of runs before the present name
+ARCHITECTURE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
 
 
 def block(page: str, containing: str) -> str:
@@ -34,7 +41,7 @@ def execute(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def test_composing_by_hand_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = block("README.md", "trainer.fit()")
+    code = block("docs/reference/api.md", "trainer.fit()")
     assert sum(" = " in line for line in code.splitlines()) <= 10
     names = execute(code, tmp_path, monkeypatch)
     assert names["trainer"].return_mean > 100 and not list(tmp_path.iterdir())
@@ -49,23 +56,87 @@ def test_the_readme_trains_from_python(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_page_of_the_interface_has_all_of_it_and_its_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "api.md").read_text()
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
     assert all(re.search(rf"^\| `{name}[(`]", page, re.M) for name in pgsuite.__all__)
-    code = block("docs/api.md", "class Speed").replace("10_000", "2_000")
+    code = block("docs/reference/api.md", "class Speed").replace("10_000", "2_000")
     assert execute(code, tmp_path, monkeypatch)["speed"].speed > 0
 
 
-def test_the_first_screen_of_the_readme_has_three_ways_in() -> None:
-    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
-    assert all(way in screen for way in ("make train", "pgsuite train algo=", "pgsuite.train("))
-    assert all(name in screen for name in COMMANDS)
+def test_the_readme_is_short_and_has_three_ways_in() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert len(page.splitlines()) <= 150
+    assert all(way in page for way in ("make train", "pgsuite train algo=", "pgsuite.train("))
+    assert all(name in page for name in COMMANDS)
+
+
+def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = execute(block("README.md", "class KLPPO"), tmp_path, monkeypatch)
+    surrogate = names["KLPPO"].surrogate
+    ratio, advantage = torch.tensor([0.5, 2.0]), torch.tensor([1.0, -1.0])
+    penalty = ratio - 1 - ratio.log()
+    assert torch.allclose(surrogate(SimpleNamespace(beta=3.0), ratio, advantage), ratio * advantage - 3 * penalty)
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_the_links_outside_the_site_lead_somewhere(page: str) -> None:
+    """MkDocs checks those of the site."""
+    for link in LINK.findall((ROOT / page).read_text()):
+        path, _, anchor = link.partition("#")
+        assert "://" in link or (ROOT / path).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def trainings() -> Iterator[tuple[str, list[str]]]:
+    """The settings of every single training that the pages show, by page and command."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]:
+        for line in re.findall(
+            r"^(?:pgsuite|python -m pgsuite|python scripts/train.py) ?(?:train )?(.*=.*)$", path.read_text(), re.M
+        ):
+            words = shlex.split(line.removesuffix("\\"), comments=True)
+            if not any(
+                "<" in x or "my" in x or x in ("-m", "\\") or x.startswith(("sweep=", "run=", "--")) for x in words
+            ):
+                yield f"{path.name}: {line}", [x for x in words if x.startswith("~") or "=" in x]
+
+
+@pytest.mark.long
+def test_the_settings_of_every_page_exist() -> None:
+    register()
+    commands = dict(trainings())
+    assert len(commands) > 30
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for command, settings in commands.items():
+            try:
+                compose("train", settings)
+            except Exception as error:  # whatever Hydra raises
+                pytest.fail(f"{command}: {error}")
+
+
+def test_every_metric_of_the_committed_runs_is_described() -> None:
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    described = set(re.findall(r"`((?:algorithm|episode|time)/\w+)`", page))
+    schedules = {"algorithm/lr", "algorithm/critic_lr"}  # of these runs
+    for folder in ("ppo-CartPole", "trpo-CartPole", "ppo-MountainCarContinuous", "trpo-MountainCarContinuous"):
+        for table in (ROOT / "benchmarks" / "results" / "comparing" / folder).glob("*/metrics.csv"):
+            columns = set(table.read_text().split("\n", 1)[0].split(",")) - {"steps"} - schedules
+            assert {RENAMED_METRICS.get(name, name) for name in columns} <= described
+
+
+def test_the_citation_is_of_this_version() -> None:
+    found = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert found and found[1] == pgsuite.__version__
 
 
 SECTIONS = {"REINFORCE": Reinforce, "A2C": A2C, "PPO": PPO, "NPG": NPG, "TRPO": TRPO}
 
 
 def test_the_switches_of_every_method_are_its_settings() -> None:
-    page = (ROOT / "docs" / "algorithms.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "algorithms.md").read_text()
     seen = set()
     for heading, section in re.findall(r"^## (\w+)[^\n]*\n(.*?)(?=^## |\Z)", page, re.M | re.S):
         if heading in SECTIONS:

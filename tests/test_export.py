@@ -75,7 +75,7 @@ def test_the_normalizer_is_inside(tmp_path: Path) -> None:
 def test_the_page_on_export_does_what_it_says(command: Cli, trained: Path) -> None:
     """Its commands write one file each beside the run and say how near it is, and its code runs as it is written."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    page = (ROOT / "docs" / "export.md").read_text().replace("<run>", trained.name)
+    page = (ROOT / "docs" / "howto" / "export.md").read_text().replace("<run>", trained.name)
     home = trained.parents[2]
     command.monkeypatch.chdir(home)
     for line in re.findall(r"^python scripts/export.py (.*?) *#", page, re.M):

@@ -1,4 +1,4 @@
-"""Every example of docs/extending.md, executed as it stands."""
+"""Every example of docs/howto/extending.md, executed as it stands."""
 
 import copy
 import importlib
@@ -25,7 +25,7 @@ from pgsuite.nn.optim import make_optimizer
 from pgsuite.settings import flatten
 from pgsuite.training import checkpoint
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)
 FILES = {code.split("\n", 1)[0].removeprefix("# "): code for kind, code in BLOCKS if kind == "python"}
 FILES |= dict(re.findall(r"^`(configs/\S+)`:\n\n```yaml\n(.*?)^```", PAGE, re.M | re.S))

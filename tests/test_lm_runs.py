@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
 
 @pytest.mark.parametrize("none", [[], ["env.rewards=null"], ["env.rewards=[]"]], ids=str)
 def test_a_reward_of_the_users_own_needs_no_files(ready: Cli, none: list[str]) -> None:
-    """The form that docs/alignment.md gives, and the two that say it."""
+    """The form that docs/howto/alignment.md gives, and the two that say it."""
     code, _, err = ready("train", *ALL, *none, "total_steps=8", "hydra.run.dir=run")
     assert code == 0, err
     assert "rewards: []" in (config := Path("run/config.yaml").read_text()) or "rewards: null" in config

@@ -433,7 +433,7 @@ def test_a_language_model_of_a_stranger_runs_no_code_either(folder: Path) -> Non
 
 
 def test_the_page_names_a_test_for_each_line() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "security.md").read_text()
     rows = re.findall(r"^\| (?!-|\|)([^|]+) \| ([^|]+) \|$", page, re.M)
     assert len(rows) == 14
     for line, tests in rows:
