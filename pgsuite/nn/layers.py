@@ -14,6 +14,7 @@ from pgsuite.types import Obs
 
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride (Mnih et al., 2015)
 SMALL = ((32, 3, 1), (64, 3, 1))  # for images too small for NATURE
+SCREEN = 36  # pixels of the shorter side from which on NATURE fits
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def perceptron(sizes: Sequence[int], activation: str, generator: Generator | Non
 
 
 class Convolutions(nn.Module):
-    """Convolutional features [..., size] of byte images [..., C, H, W].
+    """Convolutional features [..., size] of images [..., C, H, W], of bytes or standardized.
 
     ``layers`` are channels, kernel and stride of each layer; None chooses those of Mnih et al. (2015), or two smaller
     layers for images below 36 pixels.  Raises ValueError for an image smaller than a kernel.
@@ -71,7 +72,7 @@ class Convolutions(nn.Module):
         self.shape = shape
         channels, *sides = shape
         self.net = nn.Sequential()
-        for layer in layers or (SMALL if min(sides) < 36 else NATURE):
+        for layer in layers or (SMALL if min(sides) < SCREEN else NATURE):
             if len(layer) != 3:
                 raise ValueError(f"convolutions must each be [channels, kernel, stride], got {list(layer)}")
             width, kernel, stride = layer
@@ -89,8 +90,9 @@ class Convolutions(nn.Module):
         first, *rest = self.net
         assert isinstance(first, nn.Conv2d)
         x = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)  # twice as fast
-        # Weights are divided by 255 in place of every pixel.
-        x = conv2d(x.to(first.weight.dtype), first.weight / 255, first.bias, first.stride)
+        # Weights are divided by 255 in place of every pixel of bytes.
+        weight = first.weight / 255 if x.dtype is torch.uint8 else first.weight
+        x = conv2d(x.to(weight.dtype), weight, first.bias, first.stride)
         for layer in rest:
             x = layer(x)
         return x.reshape(*image.shape[:-3], self.size)

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pgsuite import distributed
+from pgsuite.nn.layers import SCREEN
 from pgsuite.types import ACTION_MASK, Obs, moments
 
 
@@ -61,8 +62,11 @@ def is_image(space: spaces.Space[Any]) -> bool:
 
 
 class Standardize(nn.Module):
-    """Standardization of observations: vectors by running mean and standard deviation, clipped to +-clip if that is
-    given.  Images are unchanged, and so is everything if not ``enabled``."""
+    """Standardization of observations by running mean and standard deviation, clipped to +-clip if that is given.
+
+    Images of at least 36 pixels are unchanged, and so is everything if not ``enabled``.  The bytes of smaller ones,
+    such as MiniGrid's, are codes of what is in a cell, far below 255.
+    """
 
     def __init__(self, space: spaces.Space[Any], clip: float | None = 10.0, enabled: bool = True) -> None:
         super().__init__()
@@ -70,8 +74,10 @@ class Standardize(nn.Module):
         if isinstance(space, spaces.Dict):
             parts = {key: Standardize(part, clip, enabled) for key, part in space.items() if key != ACTION_MASK}
             self.parts = nn.ModuleDict(parts)
-        elif enabled and not is_image(space):
-            self.moments = RunningMoments(space.shape or ())
+        else:
+            shape = space.shape or ()
+            screen = is_image(space) and min(shape[1:]) >= SCREEN
+            self.moments = RunningMoments(shape) if enabled and not screen else None
 
     def forward(self, obs: Obs) -> Obs:
         if isinstance(obs, dict):
