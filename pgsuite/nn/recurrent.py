@@ -58,7 +58,7 @@ class Recurrence(nn.Module):
         """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each step,
         from an initial hidden state [..., width].  It is reset to zero before steps where start [T, ...] is true."""
         drive = self.read(x)
-        if len(start) > 1 and start.device.type == "cpu":
+        if len(start) > 1 and reads_freely(start):
             stretches = Stretches(start.flatten(1))
             before = stretches.initial(hidden_state.flatten(0, -2))
             states = self.scan(stretches.pack(drive.flatten(0, -2)), before, stretches.counts)
@@ -70,6 +70,17 @@ class Recurrence(nn.Module):
                 after.append(hidden_state)
             states = torch.stack(after)
         return states[..., : self.size], states
+
+
+def reads_freely(x: Tensor) -> bool:
+    """Whether x can be read without waiting for a device: on a CPU, unless ``vmap`` batches x or a tracer follows it."""
+    if x.device.type != "cpu":
+        return False
+    try:
+        bool(x.any())
+    except RuntimeError:
+        return False
+    return True
 
 
 class Stretches:
@@ -112,7 +123,11 @@ class Stretches:
 
     def unpack(self, x: Tensor) -> Tensor:
         """The inverse of ``pack``."""
-        return x if self.cells is None else x.index_select(0, self.cells.argsort())
+        if self.cells is None:
+            return x
+        back = torch.empty_like(self.cells)
+        back[self.cells] = torch.arange(len(back))
+        return x.index_select(0, back)
 
 
 class Gated(Recurrence):
@@ -181,7 +196,8 @@ class Scan(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return None, None, *ctx.cls.pull(ctx.counts, gradient, states, *inputs)
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-        found = iter(torch.autograd.grad(Scan.elementary(ctx.cls, ctx.counts, *inputs), wanted, gradient, create_graph=True))
+        states = Scan.elementary(ctx.cls, ctx.counts, *inputs)
+        found = iter(torch.autograd.grad(states, wanted, gradient, create_graph=True))
         return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
 
     @staticmethod
@@ -191,8 +207,8 @@ class Scan(torch.autograd.Function):
 
 def preceding(hidden_state: Tensor, states: Tensor, counts: Sequence[int]) -> Tensor:
     """The states [C, width] before each step, of those [M, width] before the first steps and those after each step."""
-    rows = [hidden_state, *states.split(counts)]
-    return torch.cat([x if len(x) == count else x[:count] for x, count in zip(rows, counts, strict=False)])
+    rows, sizes = [hidden_state, *states.split(counts)], [counts[0], *counts]
+    return torch.cat([x if n == count else x[:count] for x, n, count in zip(rows, sizes, counts, strict=False)])
 
 
 class GRU(Gated):
@@ -212,12 +228,12 @@ class GRU(Gated):
         size, weight = weight.shape[1], weight.t()
         states = drive.new_empty(len(drive), size)
         gates = both = reset = update = new = drive[:0]
-        for gate_drive, new_drive, after in zip(
-            drive[:, : 2 * size].split(counts), drive[:, 2 * size :].split(counts), states.split(counts), strict=True
-        ):
-            if len(after) != len(gates):
-                hidden_state = hidden_state[: len(after)]
-                gates = drive.new_empty(len(after), 3 * size)
+        parts = drive[:, : 2 * size], drive[:, 2 * size :], states
+        width = 0  # of the buffer
+        for count, gate_drive, new_drive, after in zip(counts, *(x.split(counts) for x in parts), strict=True):
+            if count != width:
+                width, hidden_state = count, hidden_state[:count]
+                gates = drive.new_empty(count, 3 * size)
                 both, (reset, update, new) = gates[:, : 2 * size], gates.chunk(3, -1)
             torch.addmm(bias, hidden_state, weight, out=gates)
             both.add_(gate_drive).sigmoid_()
@@ -241,15 +257,13 @@ class GRU(Gated):
         torch.mul(slope[:, 2] * new_too, 1 - reset, out=slope[:, 0])
         torch.mul((before - new) * update, 1 - update, out=slope[:, 1])
         total, pulled = gradient.clone(memory_format=torch.contiguous_format), torch.empty_like(slope)
-        rows = zip(
-            *(x.split(counts) for x in (total, total.unsqueeze(1), update, slope, pulled, pulled.flatten(1))),
-            strict=True,
-        )
-        back = total[:0]
-        for through, spread, kept, steep, out, flat in reversed([*rows]):
-            (through if len(through) == len(back) else through[: len(back)]).add_(back)
+        parts = total, total.unsqueeze(1), update, slope, pulled, pulled.flatten(1)
+        steps = [*zip(counts, *(x.split(counts) for x in parts), strict=True)]
+        back, width = total[:0], 0
+        for count, through, spread, kept, steep, out, flat in reversed(steps):
+            (through if count == width else through[:width]).add_(back)
             torch.mul(steep, spread, out=out)
-            back = torch.addmm(through * kept, flat, weight)
+            back, width = torch.addmm(through * kept, flat, weight), count
         of_recalled = pulled.flatten(1)
         of_drive = of_recalled.clone()
         torch.mul(into_new, total, out=of_drive[:, 2 * size :])
@@ -281,11 +295,11 @@ class LSTM(Gated):
         states = drive.new_empty(len(drive), 2 * size)
         output, cell = hidden_state.chunk(2, -1)
         gates = both = take = keep = new = give = drive[:0]
-        for row, output_after, cell_after in zip(
-            (drive + bias).split(counts), states[:, :size].split(counts), states[:, size:].split(counts), strict=True
-        ):
-            if len(row) != len(gates):
-                output, cell, gates = output[: len(row)], cell[: len(row)], torch.empty_like(row)
+        parts = drive + bias, states[:, :size], states[:, size:]
+        width = 0  # of the buffer
+        for count, row, output_after, cell_after in zip(counts, *(x.split(counts) for x in parts), strict=True):
+            if count != width:
+                width, output, cell, gates = count, output[:count], cell[:count], torch.empty_like(row)
                 both, (take, keep, new, give) = gates[:, : 2 * size], gates.chunk(4, -1)
             torch.addmm(row, output, weight, out=gates)
             both.sigmoid_()
@@ -316,20 +330,15 @@ class LSTM(Gated):
         pulled = torch.empty_like(slope)
         parts = of_output, of_cell, of_cell.unsqueeze(1), into_output, keep, slope[:, :3], slope[:, 3]
         parts += pulled[:, :3], pulled[:, 3], pulled.flatten(1)
-        back_output = back_cell = of_output[:0]
-        for through, through_cell, spread, steep, kept, slopes, last, out, last_out, flat in reversed(
-            [*zip(*(x.split(counts) for x in parts), strict=True)]
-        ):
-            if len(through) == len(back_output):
-                through.add_(back_output)
-                through_cell.add_(back_cell)
-            else:
-                through[: len(back_output)].add_(back_output)
-                through_cell[: len(back_cell)].add_(back_cell)
+        steps = [*zip(counts, *(x.split(counts) for x in parts), strict=True)]
+        back_output, back_cell, width = of_output[:0], of_cell[:0], 0
+        for count, through, through_cell, spread, steep, kept, slopes, last, out, last_out, flat in reversed(steps):
+            (through if count == width else through[:width]).add_(back_output)
+            (through_cell if count == width else through_cell[:width]).add_(back_cell)
             through_cell.addcmul_(through, steep)
             torch.mul(slopes, spread, out=out)
             torch.mul(last, through, out=last_out)
-            back_output, back_cell = flat @ weight, through_cell * kept
+            back_output, back_cell, width = flat @ weight, through_cell * kept, count
         of_drive = pulled.flatten(1)
         return of_drive, torch.cat([back_output, back_cell], -1), of_drive.t() @ output, of_drive.sum(0)
 
