@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear as affine
 
 from pgsuite.nn.layers import linear, tanh
+from pgsuite.transfer import reads_freely
 
 
 class Recurrence(nn.Module):
@@ -70,17 +71,6 @@ class Recurrence(nn.Module):
                 after.append(hidden_state)
             states = torch.stack(after)
         return states[..., : self.size], states
-
-
-def reads_freely(x: Tensor) -> bool:
-    """Whether x can be read without waiting for a device: on a CPU, unless ``vmap`` batches x or a tracer follows it."""
-    if x.device.type != "cpu":
-        return False
-    try:
-        bool(x.any())
-    except RuntimeError:
-        return False
-    return True
 
 
 class Stretches:
