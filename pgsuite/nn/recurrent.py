@@ -11,7 +11,7 @@ Everything else, such as second derivatives, forward mode and ``vmap``, runs thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear as affine
 
 from pgsuite.nn.layers import linear, tanh
+from pgsuite.settings import Count
 from pgsuite.transfer import reads_freely
 
 
@@ -49,11 +50,7 @@ class Recurrence(nn.Module):
         """The hidden states [C, width] after all steps of M stretches.  ``drive`` [C, gates * size] holds their first
         steps, then their second ones, and so on; step t is that of the first ``counts[t]`` stretches.  ``hidden_state``
         [M, width] is before their first steps."""
-        after = []
-        for row in drive.split(counts):
-            hidden_state = self.step(row, hidden_state[: len(row)])
-            after.append(hidden_state)
-        return torch.cat(after)
+        return loop(self.step, drive, hidden_state, counts)
 
     def forward(self, x: Tensor, hidden_state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each step,
@@ -71,6 +68,17 @@ class Recurrence(nn.Module):
                 after.append(hidden_state)
             states = torch.stack(after)
         return states[..., : self.size], states
+
+
+def loop(
+    step: Callable[[Tensor, Tensor], Tensor], drive: Tensor, hidden_state: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """``Recurrence.scan`` in elementary operations."""
+    after = []
+    for row in drive.split(counts):
+        hidden_state = step(row, hidden_state[: len(row)])
+        after.append(hidden_state)
+    return torch.cat(after)
 
 
 class Stretches:
@@ -124,11 +132,24 @@ class Gated(Recurrence):
     """A layer whose next state is a function of the inputs' projections, the outputs' projections and the state.
 
     A subclass defines that function, ``cell``, and by hand ``run``, all steps at once, and ``pull``, its derivative.
+    Its second gate decides what is kept.
+
+    With ``span``, the gates' initial biases make units keep what they hold for 1 to ``span`` steps, drawn uniformly
+    (Tallec and Ollivier, 2018, section 3); without, they are those of the subclass.
     """
+
+    def __init__(
+        self, inputs: int, size: int, generator: Generator | None = None, *, span: Count | None = None
+    ) -> None:
+        super().__init__(inputs, size, generator)
+        if span is not None:
+            with torch.no_grad():
+                kept = torch.empty(size).uniform_(1, max(span, 2) - 1, generator=generator)
+                self.read.bias[size : 2 * size] = kept.log()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "step" in vars(cls):  # no longer what ``run`` computes
+        if "step" in vars(cls) or ("cell" in vars(cls) and "run" not in vars(cls)):  # which ``run`` does not compute
             cls.scan = Recurrence.scan
 
     @staticmethod
@@ -162,37 +183,36 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def elementary(
-        cls: type[Gated], counts: Sequence[int], drive: Tensor, hidden_state: Tensor, weight: Tensor, bias: Tensor
+        layer: type[Gated], counts: Sequence[int], drive: Tensor, hidden_state: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        after = []
-        for row in drive.split(counts):
-            hidden_state = hidden_state[: len(row)]
-            hidden_state = cls.cell(row, affine(hidden_state[:, : weight.shape[1]], weight, bias), hidden_state)
-            after.append(hidden_state)
-        return torch.cat(after)
+        def step(row: Tensor, before: Tensor) -> Tensor:
+            return layer.cell(row, affine(before[:, : weight.shape[1]], weight, bias), before)
+
+        return loop(step, drive, hidden_state, counts)
 
     @staticmethod
-    def forward(cls: type[Gated], counts: Sequence[int], *inputs: Tensor) -> Tensor:  # pyright: ignore
-        return cls.run(counts, *inputs)
+    def forward(layer: type[Gated], counts: Sequence[int], *inputs: Tensor) -> Tensor:  # pyright: ignore
+        return layer.run(counts, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.cls, ctx.counts, *tensors = inputs
+        ctx.layer, ctx.counts, *tensors = inputs
         ctx.save_for_backward(*tensors, output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, states = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return None, None, *ctx.cls.pull(ctx.counts, gradient, states, *inputs)
+            return None, None, *ctx.layer.pull(ctx.counts, gradient, states, *inputs)
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-        states = Scan.elementary(ctx.cls, ctx.counts, *inputs)
+        states = Scan.elementary(ctx.layer, ctx.counts, *inputs)
         found = iter(torch.autograd.grad(states, wanted, gradient, create_graph=True))
         return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, cls: type[Gated], counts: Sequence[int], *inputs: Tensor) -> tuple[Tensor, int]:
-        return torch.vmap(partial(Scan.elementary, cls, counts), in_dims[2:])(*inputs), 0
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        layer, counts, *inputs = args
+        return torch.vmap(partial(Scan.elementary, layer, counts), in_dims[2:])(*inputs), 0
 
 
 def preceding(hidden_state: Tensor, states: Tensor, counts: Sequence[int]) -> Tensor:
@@ -262,15 +282,20 @@ class GRU(Gated):
 
 class LSTM(Gated):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997), with the gates in torch's order: input, forget, new,
-    output.  The forget gate's bias is initially one (Jozefowicz et al., 2015)."""
+    output.  The forget gate's bias is initially one (Jozefowicz et al., 2015), unless ``span`` is given."""
 
     gates = 4
 
-    def __init__(self, inputs: int, size: int, generator: Generator | None = None) -> None:
-        super().__init__(inputs, size, generator)
+    def __init__(
+        self, inputs: int, size: int, generator: Generator | None = None, *, span: Count | None = None
+    ) -> None:
+        super().__init__(inputs, size, generator, span=span)
         self.width = 2 * size
         with torch.no_grad():
-            self.read.bias[size : 2 * size] = 1.0
+            if span is None:
+                self.read.bias[size : 2 * size] = 1.0
+            else:
+                self.read.bias[:size] = -self.read.bias[size : 2 * size]
 
     @staticmethod
     def cell(drive: Tensor, recalled: Tensor, hidden_state: Tensor) -> Tensor:
