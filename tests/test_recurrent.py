@@ -188,7 +188,8 @@ def test_a_recurrence_derived_from_another_steps_as_it_says(cls: type[Recurrence
 @pytest.mark.parametrize("kind", KINDS)
 def test_units_keep_what_they_hold_for_up_to_a_span(kind: Any) -> None:
     """Without input, a state fades as slowly as the second gate's bias has it."""
-    net = RECURRENCES[kind](3, 500, torch.Generator().manual_seed(0), span=50)
+    cls: Any = RECURRENCES[kind]
+    net = cls(3, 500, torch.Generator().manual_seed(0), span=50)
     steps = 1 / (1 - net.read.bias[500:1000].sigmoid())
     assert 2 <= steps.min() < 3 and 48 < steps.max() <= 50 and float(steps.mean()) == pytest.approx(26, abs=2)
 
