@@ -246,7 +246,8 @@ def main() -> None:
             result = source() | {"steps": STEPS, "rows": rows}
             result["versions"] |= {name: version(name) for name in ("stable-baselines3", "sb3-contrib")}
             keep(result, KEPT / f"{table}.json")
-    tables = [text(table, json.loads((KEPT / f"{table}.json").read_text())) for table in WORKS]
+    kept = {table: KEPT / f"{table}.json" for table in WORKS}
+    tables = [text(table, json.loads(path.read_text())) for table, path in kept.items() if path.exists()]
     if options.docs:
         write_table("docs/algorithms.md", "memory.py", "\n".join(tables))
     print("\n".join(tables))
