@@ -7,7 +7,7 @@
 Each round trains every contender for four iterations from scratch, in a process of its own with one torch thread, in
 one order and then in the other.  Counted are the CPU seconds of whole iterations, without construction.  Writes all
 rounds to benchmarks/results/memory/<task>.json; ``--docs`` measures nothing and puts the kept results into
-docs/algorithms.md.
+docs/explanation/algorithms.md.
 
 All contenders have the same environments, batch, epochs, minibatches of whole sequences, recurrent layers of the same
 size for policy and critic, one hidden layer after each, tanh, Adam and one learning rate.  They differ in this:
@@ -249,7 +249,7 @@ def main() -> None:
     kept = {table: KEPT / f"{table}.json" for table in WORKS}
     tables = [text(table, json.loads(path.read_text())) for table, path in kept.items() if path.exists()]
     if options.docs:
-        write_table("docs/algorithms.md", "memory.py", "\n".join(tables))
+        write_table("docs/explanation/algorithms.md", "memory.py", "\n".join(tables))
     print("\n".join(tables))
 
 
