@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from pgsuite.types import Obs, Step, leaves, map_obs
 
 ALIGNMENT = 16  # bytes, a multiple of the size of each dtype's numbers
+_accelerators: list[bool] = []
+
+
+@contextmanager
+def as_on_accelerator() -> Iterator[None]:
+    """Within the context, the CPU is treated as an accelerator, from which nothing is read: for tests."""
+    _accelerators.append(True)
+    try:
+        yield
+    finally:
+        _accelerators.pop()
+
+
+def reads_freely(x: Tensor) -> bool:
+    """Whether x can be read without waiting for a device: on a CPU, unless ``vmap`` batches x or a tracer follows
+    it."""
+    if _accelerators or x.device.type != "cpu":
+        return False
+    try:
+        bool(x.any())
+    except RuntimeError:
+        return False
+    return True
 
 
 class HostLink:

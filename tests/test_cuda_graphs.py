@@ -29,6 +29,7 @@ from pgsuite.rollout import EpisodeCollector
 from pgsuite.testing.reads import NothingRead
 from pgsuite.training.recovery import Recovery, clone
 from pgsuite.training.trainer import Trainer
+from pgsuite.transfer import as_on_accelerator
 
 ITERATIONS = 6  # one allocates, two show that they are alike, and the next is recorded
 PARTS = 3  # collecting, learning and packing the host data
@@ -50,6 +51,12 @@ def trainer(cls: type[Algorithm], env: Any, record: type[Graphs] | None, **setti
     if record is not None:
         capture(made, record)
     return made
+
+
+@pytest.fixture(autouse=True)
+def accelerator() -> Iterator[None]:
+    with as_on_accelerator():
+        yield
 
 
 def run_alike(runs: list[Trainer]) -> None:

@@ -286,3 +286,26 @@ def test_a_subclass_that_declares_its_time_limit_as_any_number_is_held_to_one_st
     assert Short().max_episode_steps == 7
     with pytest.raises(ValueError, match="max_episode_steps must be a whole number at least 1, got 0"):
         Short(max_episode_steps=0)
+
+
+NORTH, EAST, SOUTH, WEST = range(4)
+
+
+@pytest.mark.parametrize("turn", [NORTH, SOUTH])
+def test_a_t_maze_shows_the_side_once_and_pays_there(turn: int) -> None:
+    env = make("TMaze", 64, length=3, max_episode_steps=10)
+    first = env.reset()
+    north = first[:, 2] == 1
+    assert 0 < north.sum() < 64 and torch.equal(first[:, 0] == 0, north) and (first[:, 1] == 1).all()
+    for action, reward in ((WEST, -0.1), (NORTH, -0.1), (EAST, 0.0), (SOUTH, -0.1), (EAST, 0.0), (EAST, 0.0)):
+        step = env.step(torch.full((64,), action))
+        assert torch.allclose(step.reward, torch.tensor(reward)) and not step.done.any()
+    assert torch.equal(step.obs, torch.tensor([0.0, 1.0, 0.0]).expand(64, 3))
+    assert torch.allclose(env.step(torch.full((64,), EAST)).reward, torch.tensor(-0.1))
+    step = env.step(torch.full((64,), turn))
+    right = north if turn == NORTH else ~north
+    assert torch.allclose(step.reward, torch.where(right, 4.0, -0.1)) and step.terminated.all()
+    assert (step.obs[:, 1] == 1).all() and 0 < step.obs[:, 2].sum() < 64
+    for _ in range(10):
+        step = env.step(torch.full((64,), EAST))
+    assert step.truncated.all()

@@ -103,6 +103,16 @@ def test_compiled_acting_does_what_eager_acting_does(
         assert torch.allclose(getattr(eager, part), getattr(compiled, part), atol=1e-5), part
 
 
+def test_gradient_steps_of_recurrent_networks_are_not_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by("eager", monkeypatch)
+    for look, compiles in (({}, True), ({"recurrent": "lstm"}, False)):
+        env = make("CartPole", 8)
+        algorithm = build(PPO, env, look=look)
+        execute(algorithm, collector(algorithm, env), "compile")
+        kernel = algorithm.optimizer.gradient_step
+        assert (kernel.run is not kernel.function) == compiles
+
+
 class Twice(NPG):
     def update(self, batch: Batch) -> Metrics:
         return super().update(batch) | super().update(batch)

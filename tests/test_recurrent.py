@@ -1,7 +1,9 @@
 """Each test is one claim about memory, of policies and of critics, and about bodies that they share."""
 
+import contextlib
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from toys import ALL, BRIEF, PointMass, Toy, build, collector, mostly_long
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.policy import Critic
-from pgsuite.nn.recurrent import GRU, LSTM, Recurrence
+from pgsuite.nn.recurrent import GRU, LSTM, RECURRENCES, Recurrence
 from pgsuite.rollout import StepCollector, minibatches
 from pgsuite.training.trainer import Trainer
+from pgsuite.transfer import as_on_accelerator
 
 KINDS: list[Any] = ["gru", "lstm"]
 
@@ -67,15 +70,128 @@ def test_recurrences_are_torchs_own_and_forget_where_episodes_start(ours: type[R
         after = cell(x[t], hidden_state if ours is GRU else tuple(hidden_state.chunk(2, -1)))
         hidden_state = after if ours is GRU else torch.cat(after, -1)
         expected.append(hidden_state)
-    out, memories = mine(x, first, start)
-    assert torch.allclose(memories, torch.stack(expected)) and torch.equal(out, memories[..., :5])
+    for where in (contextlib.nullcontext, as_on_accelerator):
+        with where():
+            out, memories = mine(x, first, start)
+        assert torch.allclose(memories, torch.stack(expected)) and torch.equal(out, memories[..., :5])
 
 
-def test_a_poisoned_memory_is_forgotten_too() -> None:
-    net = GRU(3, 5)
-    start = torch.tensor([[True, True]])
-    out, _ = net(torch.randn(1, 2, 3), torch.full((2, 5), torch.nan), start)
-    assert out.isfinite().all()
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_a_poisoned_memory_is_forgotten_too(horizon: int) -> None:
+    net, start = GRU(3, 5), torch.zeros(horizon, 2, dtype=torch.bool)
+    start[0] = True
+    hidden_state = torch.full((2, 5), torch.nan, requires_grad=True)
+    out, _ = net(torch.randn(horizon, 2, 3), hidden_state, start)
+    gradients = torch.autograd.grad(out.sum(), [*net.parameters(), hidden_state])
+    assert out.isfinite().all() and all(x.isfinite().all() for x in gradients)
+
+
+@dataclass
+class Given:
+    """A recurrent layer with inputs of float64, and which of its steps begin episodes."""
+
+    net: Recurrence
+    x: Tensor
+    hidden_state: Tensor
+    start: Tensor
+
+    @classmethod
+    def make(cls, kind: Any, horizon: int, columns: int, chance: float) -> "Given":
+        torch.manual_seed(0)
+        net = RECURRENCES[kind](3, 4).double()
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.7)
+        x, hidden_state = (torch.randn(*n, dtype=torch.float64) for n in ((horizon, columns, 3), (columns, net.width)))
+        start = torch.rand(horizon, columns) < chance
+        return cls(net, x.requires_grad_(), hidden_state.requires_grad_(), start)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self.x, self.hidden_state, *self.net.parameters()]
+
+    def states(self, x: Tensor, hidden_state: Tensor, *params: Tensor) -> Tensor:
+        named = dict(zip(dict(self.net.named_parameters()), params, strict=True))
+        return torch.func.functional_call(self.net, named, (x, hidden_state, self.start))[1]
+
+
+@pytest.mark.parametrize(
+    ("horizon", "columns", "chance"), [(9, 4, 0.3), (5, 3, 0.0), (5, 3, 1.0), (1, 3, 0.5), (7, 1, 0.2)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_stretches_side_by_side_are_steps_one_after_the_other(
+    kind: Any, horizon: int, columns: int, chance: float
+) -> None:
+    """In their states, and in the first and second derivatives by inputs, initial states and parameters."""
+    given = Given.make(kind, horizon, columns, chance)
+
+    def derivatives() -> list[Tensor]:
+        states = given.states(*given.inputs)
+        torch.manual_seed(1)
+        cotangent = torch.randn_like(states)
+        first = torch.autograd.grad(states, given.inputs, cotangent, retain_graph=True)
+        slopes = torch.autograd.grad(states, given.inputs, cotangent, create_graph=True)
+        along = torch.stack([(x * torch.randn_like(x)).sum() for x in slopes]).sum()
+        second = torch.autograd.grad(along, given.inputs, materialize_grads=True)
+        return [states, *first, *slopes, *second]
+
+    found = derivatives()
+    with as_on_accelerator():
+        expected = derivatives()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_recurrences_are_those_of_finite_differences(kind: Any) -> None:
+    given = Given.make(kind, 4, 2, 0.4)
+    assert torch.autograd.gradcheck(given.states, given.inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(given.states, given.inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrences_are_mapped_over_parameters_and_over_starts(kind: Any) -> None:
+    given = Given.make(kind, 6, 2, 0.3)
+    params = [torch.stack([p, 2 * p]).detach() for p in given.net.parameters()]
+    both = partial(given.states, given.x, given.hidden_state)
+    mapped = torch.vmap(both)(*params)
+    assert torch.allclose(mapped, torch.stack([both(*(p[i] for p in params)) for i in range(2)]))
+
+    def total(*params: Tensor) -> Tensor:
+        return both(*params).square().sum()
+
+    slope: Any = torch.func.grad(total)
+    assert torch.allclose(torch.vmap(slope)(*params)[1], slope(*(p[1] for p in params)))
+    starts = torch.rand(3, 6, 2) < 0.5
+    mapped = torch.vmap(lambda start: given.net(given.x, given.hidden_state, start)[1])(starts)
+    assert torch.allclose(mapped, torch.stack([given.net(given.x, given.hidden_state, x)[1] for x in starts]))
+
+
+class Leaky(GRU):
+    def step(self, drive: Tensor, hidden_state: Tensor) -> Tensor:
+        return 0.5 * super().step(drive, hidden_state)
+
+
+class Damped(LSTM):
+    @staticmethod
+    def cell(drive: Tensor, recalled: Tensor, hidden_state: Tensor) -> Tensor:
+        return 0.5 * LSTM.cell(drive, recalled, hidden_state)
+
+
+@pytest.mark.parametrize("cls", [Leaky, Damped])
+def test_a_recurrence_derived_from_another_steps_as_it_says(cls: type[Recurrence]) -> None:
+    net, start = cls(3, 4), torch.zeros(3, 2, dtype=torch.bool)
+    x, hidden_state = torch.randn(3, 2, 3), torch.randn(2, net.width)
+    states = net(x, hidden_state, start)[1]
+    with as_on_accelerator():
+        assert torch.allclose(states, net(x, hidden_state, start)[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_keep_what_they_hold_for_up_to_a_span(kind: Any) -> None:
+    """Without input, a state fades as slowly as the second gate's bias has it."""
+    cls: Any = RECURRENCES[kind]
+    net = cls(3, 500, torch.Generator().manual_seed(0), span=50)
+    steps = 1 / (1 - net.read.bias[500:1000].sigmoid())
+    assert 2 <= steps.min() < 3 and 48 < steps.max() <= 50 and float(steps.mean()) == pytest.approx(26, abs=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

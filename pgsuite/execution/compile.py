@@ -120,16 +120,18 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     """Replace the ``run`` of the kernels of an algorithm, a collector and its environments by compiled functions.
 
     Compiled are: each loss together with its gradient step, where A2C and PPO spend their time, and NPG and TRPO fit
-    their critic; the policy gradient, the Fisher product and the line search of a natural gradient step, except for
-    recurrent policies; acting, except for distributions that are not reparameterized; the critic's pass over a rollout;
-    and the torch part of a task's step.  On a CPU, a critic that shares no parameters with the policy is fitted in
-    parallel with the natural gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a function or
-    a method, so that what compilation holds is not searched for the state of a captured iteration.
+    their critic; the policy gradient, the Fisher product and the line search of a natural gradient step; acting, except
+    for distributions that are not reparameterized; the critic's pass over a rollout; and the torch part of a task's
+    step.  Of recurrent networks, only acting is: a loop over hundreds of steps would be unrolled, and take minutes to
+    compile.  On a CPU, a critic that shares no parameters with the policy is fitted in parallel with the natural
+    gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a function or a method, so that what
+    compilation holds is not searched for the state of a captured iteration.
     """
     torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
-    for optimizer in algorithm.optimizers:
-        step = optimizer.gradient_step
-        step.run = Compiled(step.run, collector.wait).__call__
+    if not any(network.body.carries for network in (algorithm.policy, *algorithm.critics)):
+        for optimizer in algorithm.optimizers:
+            step = optimizer.gradient_step
+            step.run = Compiled(step.run, collector.wait).__call__
     for critic in algorithm.critics:
         if not critic.sequential:  # a recurrence would be unrolled through time
             values, sequence = critic.values_and_next_values, compiled(critic.body.sequence)

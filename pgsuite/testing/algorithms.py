@@ -26,6 +26,7 @@ from pgsuite.rollout import Collector, EpisodeCollector
 from pgsuite.testing.blame import blame, place
 from pgsuite.testing.reads import NothingRead
 from pgsuite.testing.worlds import Point
+from pgsuite.transfer import as_on_accelerator
 from pgsuite.types import Batch, Metrics, Rollout
 
 ENVS, LIMIT, HORIZON = 16, 12, 16  # episodes extend over rollout boundaries
@@ -113,7 +114,8 @@ def check_algorithm(cls: type[Algorithm], *, learns: bool = True, **settings: An
     be given as a schedule; and, unless ``learns`` is false, sixty iterations must clearly raise the mean return.
     """
     for world in WORLDS:
-        with blame(f"{cls.__name__} with {world}"):
+        # Recurrent layers round otherwise on a CPU, where they may read.
+        with blame(f"{cls.__name__} with {world}"), as_on_accelerator():
             _check_iterations(cls, world, settings)
             if world.recurrent == "none":
                 _check_masks(cls, world, settings)

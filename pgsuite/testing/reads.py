@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pgsuite.transfer import as_on_accelerator
 
 
 class NothingAsked(TorchFunctionMode):
@@ -25,21 +28,22 @@ class NothingAsked(TorchFunctionMode):
 
 class NothingRead(TorchDispatchMode):
     """Forbids reading values from the device, operations whose output shape depends on values, and copies of lists and
-    arrays to the device.  Raises AssertionError, naming the operation."""
+    arrays to the device.  Raises AssertionError, naming the operation.  The CPU is treated as an accelerator."""
 
     FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "argwhere")
     FORBIDDEN += ("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount")
     MADE = "lift_fresh"  # called by torch.tensor and new_tensor
 
     def __enter__(self) -> NothingRead:
-        self.asked = NothingAsked()
-        self.asked.__enter__()
+        self.outer = ExitStack()
+        self.outer.enter_context(as_on_accelerator())
+        self.outer.enter_context(NothingAsked())
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.asked.__exit__(*error)
+        self.outer.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

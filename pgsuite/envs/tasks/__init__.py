@@ -2,6 +2,7 @@
 
 from pgsuite.envs.tasks.base import Task
 from pgsuite.envs.tasks.classic import Acrobot, CartPole, MountainCar, MountainCarContinuous, Pendulum
+from pgsuite.envs.tasks.memory import TMaze
 from pgsuite.envs.tasks.mujoco import (
     Ant,
     HalfCheetah,
@@ -32,6 +33,7 @@ __all__ = [
     "Pusher",
     "Reacher",
     "Swimmer",
+    "TMaze",
     "Task",
     "Walker2d",
 ]
