@@ -9,9 +9,9 @@ from torch import Tensor
 from toys import Corridor, PointMass, Toy, TwoSteps, build, collector
 
 from pgsuite.algorithms import PPO, Reinforce
-from pgsuite.execution.modes import execute
 from pgsuite.nn import network
 from pgsuite.rollout import EpisodeCollector, EpisodeTracker, RolloutBuffer, StepCollector, minibatches
+from pgsuite.transfer import as_on_accelerator
 from pgsuite.types import Batch, Rollout
 
 
@@ -182,12 +182,9 @@ def test_values_are_computed_once_for_each_observation(monkeypatch: pytest.Monke
     may be anything, is not looked at.  A pass over many large observations is done in pieces."""
     env = Counter(3, [3, 100, 100], limit=4)
     algorithm = build(PPO, env)
-    steps = StepCollector(env, 10)
-    execute(algorithm, steps, "eager")
-    critic = algorithm.critic
-    assert critic.values_and_next_values.run == critic.values_by_need
-    rollout = steps.collect(algorithm.policy)
-    value, following = critic.values_and_next_values.function(rollout)
+    critic, rollout = algorithm.critic, StepCollector(env, 10).collect(algorithm.policy)
+    with as_on_accelerator():
+        value, following = critic.values_and_next_values(rollout)
     rollout.next_obs[rollout.terminated] = torch.nan
     seen: list[int] = []
     encode = critic.body.encode

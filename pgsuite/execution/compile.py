@@ -135,8 +135,8 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     for critic in algorithm.critics:
         if not critic.sequential:  # a recurrence would be unrolled through time
             values, sequence = critic.values_and_next_values, compiled(critic.body.sequence)
-            by_need = values.run == critic.values_by_need
-            values.run = partial(critic.values_by_need, sequence=sequence) if by_need else compiled(values.run)
+            on_cpu = collector.env.device.type == "cpu"  # where reading is free
+            values.run = partial(critic.values_by_need, sequence=sequence) if on_cpu else compiled(values.run)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         parallel = ParallelCriticUpdate(algorithm, collector.wait)
         linearize = CompiledLinearization(algorithm.linearize.run, parallel.exclusive)

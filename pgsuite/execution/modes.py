@@ -52,9 +52,6 @@ def execute(algorithm: Algorithm, collector: Collector, how: Execution) -> Execu
     without a GPU or with overlapped collection.
     """
     device = collector.env.device
-    if device.type == "cpu":  # what is read from it costs nothing
-        for critic in algorithm.critics:
-            critic.values_and_next_values.run = critic.values_by_need
     if how == "auto":
         how = automatic(algorithm, collector)
     if how.endswith("cuda_graph"):

@@ -21,6 +21,7 @@ from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
 from pgsuite.nn.network import Body, Features, Network, PolicyInput, Sequencer, Shape
 from pgsuite.nn.normalize import Standardize
+from pgsuite.transfer import reads_freely
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Metrics, Obs, Rollout
 
 
@@ -166,13 +167,16 @@ class Critic(Network):
         return self.out(features).squeeze(-1)
 
     def _values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The values [T, N] of each observation and of its true successor."""
+        """The values [T, N] of each observation and of its true successor.  Where reading is free, those of terminal
+        successors are arbitrary."""
+        if reads_freely(rollout.truncated):
+            return self.values_by_need(rollout, self.body.sequence)
         features, following = self.body.successors(rollout)
         return self.read(features), self.read(following)
 
-    def values_by_need(self, rollout: Rollout, sequence: Sequencer | None = None) -> tuple[Tensor, Tensor]:
-        """The same except for terminal successors, in half the time; see ``Body.successors_by_need``."""
-        features, following = self.body.successors_by_need(rollout, sequence or self.body.sequence)
+    def values_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
+        """The same in half the time; see ``Body.successors_by_need``."""
+        features, following = self.body.successors_by_need(rollout, sequence)
         return self.read(features), self.read(following)
 
     def attach_critic_state(self, rollout: Rollout) -> Rollout:
