@@ -46,11 +46,11 @@ def test_its_likelihoods_while_sampling_are_its_own(directory: Path) -> None:
     assert (logp - r.logp)[r.mask].abs().max() < 1e-5
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     for n in range(4):  # as transformers itself has them, without padding
-        first = int(r.start[:, n].long().argmax())
+        before = r.hidden_state["prompt"][0, n][r.hidden_state["prompt.real"][0, n]]
         with torch.no_grad():
-            logits = model(input_ids=r.obs[first:, n].unsqueeze(0)).logits[0].log_softmax(-1)
-        own = logits.gather(-1, r.action[first:, n].unsqueeze(-1)).squeeze(-1)
-        assert (own - r.logp[first:, n])[r.mask[first:, n]].abs().max() < 1e-5
+            logits = model(input_ids=torch.cat([before, r.obs[:, n]]).unsqueeze(0)).logits[0].log_softmax(-1)
+        own = logits[len(before) :].gather(-1, r.action[:, n].unsqueeze(-1)).squeeze(-1)
+        assert (own - r.logp[:, n])[r.mask[:, n]].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("cls", [PPO, TRPO])

@@ -1,6 +1,7 @@
 """Each test is one claim about responses: how they are sampled, and what a rollout of them holds."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,23 +23,47 @@ def collected(env: LanguageEnv | None = None, **look: Any) -> tuple[Any, Rollout
     return policy, collector(env).collect(policy)
 
 
-def test_a_rollout_holds_texts_and_its_mask_what_was_chosen() -> None:
+def test_a_rollout_holds_responses_and_behind_each_its_prompt() -> None:
     env = world(64)
     _, r = collected(env)
-    stop, width = env.stop, env.width
-    assert r.obs.shape == (width + env.length - 1, 64) and not r.hidden_state
-    assert not r.mask[: width - 1].any() and r.mask[width - 1].all()
-    assert (r.start.sum(0) == 1).all() and (r.obs[r.start] != env.pad).all()
-    assert (r.start.long().argmax(0) == width - torch.tensor([len(env.texts[i]) for i in env.chosen])).all()
+    stop, texts = env.stop, [env.texts[i] for i in env.chosen]
+    assert r.obs.shape == (env.length, 64) and r.start[0].all() and not r.start[1:].any() and r.mask[0].all()
+    before, real = r.hidden_state["prompt"], r.hidden_state["prompt.real"]
+    assert before.shape == real.shape == (env.length, 64, env.width - 1) and before.stride(0) == 0
+    whole = torch.cat([before[0].where(real[0], env.pad), r.obs[0].unsqueeze(-1)], 1)
+    assert env.tokens.decode(whole.T) == texts and torch.equal(real[0].sum(1) + 1, torch.tensor([*map(len, texts)]))
     assert torch.equal(r.obs[1:], r.next_obs[:-1]) and torch.equal(r.action, r.next_obs)
     last = r.mask & r.terminated
     assert (last.sum(0) == 1).all() and torch.equal(last, r.terminated) and not r.truncated.any()
     ended = r.action[last] == stop
     assert 0 < ended.sum() < 64 and (r.mask.sum(0)[~ended[last.nonzero()[:, 1].argsort()]] == env.length).all()
     assert not ((r.action == stop) & r.mask & ~last).any()
-    said = env.tokens.decode(r.action[width - 1 :])
-    scores = vowels([env.texts[i] for i in env.chosen], said)
+    scores = vowels(texts, env.tokens.decode(r.action))
     assert torch.equal(r.reward.sum(0), scores) and not r.reward[~last].any()
+
+
+def test_a_rollout_is_as_wide_as_its_own_longest_prompt_and_response() -> None:
+    """With the same likelihoods, rewards and random numbers as one of the widest, which is of use where what is
+    compiled must fit them all."""
+    rollouts = []
+    for fixed_shape in (False, True):
+        env = LanguageEnv(["b", "ab", "abcdefgh" * 3], Letters(), [vowels], num_envs=2, length=40, seed=7)
+        policy = speaker(len(env.tokens))
+        with torch.no_grad():
+            policy.out.bias[env.stop] += 3.0  # short responses
+        responses = collector(env)
+        responses.fixed_shape = fixed_shape
+        rollouts.append([responses.collect(policy) for _ in range(8)])
+    shapes = {(len(r.obs), r.hidden_state["prompt"].shape[-1]) for r in rollouts[0]}
+    assert {width for _, width in shapes} == {0, 1, 23} and max(rows for rows, _ in shapes) < 40
+    for own, widest in zip(*rollouts, strict=True):
+        assert widest.obs.shape == (40, 2) and widest.hidden_state["prompt"].shape == (40, 2, 23)
+        rows = len(own.obs)
+        assert torch.equal(own.action, widest.action[:rows]) and torch.equal(own.reward, widest.reward[:rows])
+        assert torch.equal(own.mask, widest.mask[:rows]) and not widest.mask[rows:].any()
+        assert torch.allclose(own.logp, widest.logp[:rows], atol=1e-5)
+        found = [policy.dist(r).log_prob(r.action)[:rows][own.mask] for r in (own, widest)]
+        assert torch.allclose(found[0], own.logp[own.mask], atol=1e-5) and torch.allclose(*found, atol=1e-5)
 
 
 def test_the_tracker_counts_the_tokens_of_responses() -> None:
@@ -70,7 +95,7 @@ def test_samples_of_one_prompt_stand_side_by_side_and_differ() -> None:
     env = world(32, samples=4)
     _, r = collected(env)
     assert (env.chosen.view(8, 4) == env.chosen.view(8, 4)[:, :1]).all() and len(set(env.chosen.tolist())) > 1
-    first = r.action[env.width - 1 :, :4]
+    first = r.action[:, :4]
     assert not (first == first[:, :1]).all()
 
 
@@ -79,12 +104,12 @@ def test_padding_changes_not_a_bit_of_what_is_learned() -> None:
     env = world(16)
     algorithm, twin = (build(PPO, env, coef=0.1) for _ in range(2))
     r = collector(env).collect(algorithm.policy)
-    real = r.start.cumsum(0) > 0
-    after = real & ~r.mask & (torch.arange(len(real)).unsqueeze(-1) >= env.width)
-    noise = torch.randint(9, r.obs.shape)
-    obs = torch.where(~real | (after & (r.obs == env.pad)), noise, r.obs)
-    assert (obs != r.obs).sum() > 20
-    fields: dict[str, Any] = vars(r) | {"obs": obs, "action": torch.where(r.mask, r.action, noise)}
+    after = ~torch.cat([torch.ones_like(r.mask[:1]), r.mask[:-1]])  # observations after the stop token
+    noise, obs = torch.randint(9, r.obs.shape), torch.where(after, torch.randint(9, r.obs.shape), r.obs)
+    prompt, real = (r.hidden_state[name] for name in ("prompt", "prompt.real"))
+    read = {"prompt": torch.where(real, prompt, torch.randint(9, prompt.shape)), "prompt.real": real}
+    assert (obs != r.obs).sum() + (read["prompt"] != prompt)[0].sum() > 20
+    fields: dict[str, Any] = vars(r) | {"obs": obs, "hidden_state": read, "action": torch.where(r.mask, r.action, noise)}
     for each, rollout in ((algorithm, r), (twin, Rollout(**fields))):
         each.train_on(rollout)
     pairs = zip(algorithm.policy.parameters(), twin.policy.parameters(), strict=True)
@@ -95,15 +120,12 @@ def test_the_number_of_columns_and_the_width_of_the_prompts_change_no_more_than_
     policy, r = collected()
     wide = LanguageEnv([*world().texts, "abcdefgh"], Letters(), [vowels], num_envs=16, length=5, seed=1)
     extra = wide.width - 3
-    pad = torch.full((extra, 16), wide.pad)
-    padded: dict[str, Any] = {
-        "obs": torch.cat([pad, r.obs]),
-        "start": torch.cat([torch.zeros_like(pad).bool(), r.start]),
-    }
-    wider = Rollout(**(vars(r) | padded))
+    blank = torch.full((len(r.obs), 16, extra), wide.pad)
+    state = {"prompt": blank, "prompt.real": torch.zeros_like(blank).bool()}
+    wider = replace(r, hidden_state={name: torch.cat([x, r.hidden_state[name]], -1) for name, x in state.items()})
     alone = policy.dist(r[:, :1]).logits
     both = policy.dist(r).logits
-    assert torch.allclose(policy.dist(wider).logits[extra:][r.mask], both[r.mask], atol=1e-5)
+    assert torch.allclose(policy.dist(wider).logits[r.mask], both[r.mask], atol=1e-5)
     assert torch.allclose(alone, both[:, :1], atol=1e-5)
 
 
@@ -125,15 +147,15 @@ def test_critics_see_the_true_successor_of_every_token(shared: bool) -> None:
     algorithm = build(A2C, env, shared=shared)
     r = collector(env).collect(algorithm.policy)
     value, following = algorithm.critic.values_and_next_values(r)
-    real = r.start.cumsum(0) > 0
     assert torch.allclose(value, algorithm.critic(r), atol=1e-5)
-    assert torch.allclose(following[:-1][real[:-1]], value[1:][real[:-1]], atol=1e-5)
-    hidden_state, cells = algorithm.critic.body.initial_state(16), []
+    assert torch.allclose(following[:-1], value[1:], atol=1e-5)
+    body, cells = algorithm.critic.body, []
+    hidden_state = body.read(*(r.hidden_state[name][0].T for name in ("prompt", "prompt.real")))
     for t in range(len(r.obs)):
-        features, hidden_state = algorithm.critic.body.step(r.obs[t], hidden_state, r.start[t])
+        features, hidden_state = body.step(r.obs[t], hidden_state, torch.zeros_like(r.start[t]))
         cells.append(algorithm.critic.read(features))
-    last, _ = algorithm.critic.body.step(r.next_obs[-1], hidden_state, torch.zeros(16, dtype=torch.bool))
-    assert torch.allclose(torch.stack(cells)[real], value[real], atol=1e-5)
+    last, _ = body.step(r.next_obs[-1], hidden_state, torch.zeros_like(r.start[0]))
+    assert torch.allclose(torch.stack(cells), value, atol=1e-5)
     assert torch.allclose(algorithm.critic.read(last), following[-1], atol=1e-5)
 
 

@@ -145,6 +145,7 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
         if apart and type(algorithm).update is NPG.update and collector.env.device.type == "cpu":
             algorithm.update_networks.run = parallel.__call__
     stepper, env = collector.stepper, collector.env
+    stepper.fixed_shape = True
     stepper.act.run = CompiledActing(stepper).__call__
     if isinstance(env, TaskEnv):
         env.step_task.run = compiled(env.step_task.run)

@@ -205,6 +205,7 @@ class LanguageEnv:
         if not self.texts:
             raise ValueError("env.prompts are none")
         self.encoded, self.real = self.encode(self.texts)
+        self.lengths = self.real.sum(0).cpu()  # tokens of each prompt
         self.width, vocabulary = len(self.encoded), len(tokens)
         self.max_episode_steps = self.width + length - 1
         self.observation_space: spaces.Space[Any] = spaces.Discrete(vocabulary)
@@ -238,12 +239,13 @@ class LanguageEnv:
         return tokens.where(real, self.pad).to(self.device), real.to(self.device)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
-        """The prompts [P, N] of the next N responses, with groups in adjacent columns, and the mask of real tokens."""
+        """The prompts [P, N] of the next N responses, with groups in adjacent columns, and the mask of real tokens; P is
+        the length of the longest among them."""
         drawn = torch.randint(len(self.texts), (self.num_envs // self.samples,), generator=self.generator)
         drawn = torch.arange(self.num_envs) if self.ordered else drawn
         self.chosen = drawn.repeat_interleave(self.samples)
-        chosen = self.chosen.to(self.device)
-        return self.encoded[:, chosen], self.real[:, chosen]
+        chosen, padding = self.chosen.to(self.device), self.width - int(self.lengths[self.chosen].max())
+        return self.encoded[padding:, chosen], self.real[padding:, chosen]
 
     def score(self, tokens: Tensor, written: Tensor) -> Tensor:
         """The reward [L, N] of each response token in texts [P + L, N]; ``written`` [L, N] is the mask of real ones.  A

@@ -35,7 +35,7 @@ def respond(policy: Policy, env: LanguageEnv, seed: int) -> Written:
     """The policy's responses to the held-out prompts of ``env``; deterministic given the seed."""
     own = env.apart()
     rollout = GenerationCollector(own, own.max_episode_steps, seed).collect(policy)
-    responses = own.tokens.decode(rollout.action[own.width - 1 :].cpu())
+    responses = own.tokens.decode(rollout.action.cpu())
     return Written(rollout, own.texts, responses, rollout.reward.sum(0).cpu(), own.true(responses))
 
 

@@ -11,13 +11,14 @@ from torch import Generator, Tensor
 from pgsuite.envs.base import VectorEnv
 from pgsuite.kernel import phase
 from pgsuite.nn.policy import Policy
-from pgsuite.rlhf.policy import TokenBody
+from pgsuite.rlhf.policy import TokenBody, prompt_state
 from pgsuite.rollout.collect import Collector
 from pgsuite.types import Rollout
 
 
 class Generated(NamedTuple):
-    """Prompts [P, N] with their responses of up to L tokens."""
+    """Prompts [P, N] with their responses.  L is the greatest number of tokens of a response, or where all responses
+    ended earlier, the number that was generated."""
 
     tokens: Tensor  # [P + L, N]
     logp: Tensor  # [L, N] of each token of the response
@@ -36,9 +37,11 @@ def generate(
     pad: int = 0,
     poll: int = 8,
     deterministic: bool = False,
+    fixed_shape: bool = False,
 ) -> Generated:
     """Generate responses of up to ``length`` tokens to left-padded prompts [P, N], whose real tokens are ``real``
-    [P, N].  Every ``poll`` tokens one bit is read back to the host: whether any response is unfinished."""
+    [P, N].  Every ``poll`` tokens one bit is read back to the host: whether any response is unfinished.
+    With ``fixed_shape`` the result has L = ``length`` rows even if none is."""
     body = policy.body
     assert isinstance(body, TokenBody)
     width, columns = prompts.shape
@@ -49,7 +52,8 @@ def generate(
     live, start = torch.ones_like(real[0]), ~real[:-1].any(0)
     for i in range(length):
         if i and i % poll == 0 and not bool(live.any()):
-            break
+            rows = length if fixed_shape else i
+            return Generated(tokens[: width + rows], logp[:rows], written[:rows])
         choice = policy.act(tokens[width + i - 1], hidden_state, start, generator, deterministic=deterministic)
         tokens[width + i] = torch.where(live, choice.action, pad)
         logp[i], written[i] = choice.logp.where(live, 0.0), live
@@ -75,13 +79,13 @@ class PromptEnv(Protocol):
 
 
 class GenerationCollector(Collector):
-    """Collects a response to each of N prompts, as an episode: steps are the positions of a text, observations its
-    tokens, and actions the next tokens.
+    """Collects a response to each of N prompts, as an episode: observations are tokens, and actions the next tokens.
 
-    T = prompt width + longest response - 1.  Positions of the prompt, whose tokens the policy did not choose, are
-    masked, and so are those after the stop token, which is the last action.  A response that reaches the greatest
-    length is terminated there: it is scored as it is, without bootstrap.  The rollout holds no hidden states, since
-    every text begins in it.
+    The first observation is the last token of the prompt; the preceding ones are the hidden state of the policy, as
+    tokens, since learning reads them again.  So the rollout has a row for each token of the longest response, and is
+    as wide as its own longest prompt: logits, values and advantages are computed for responses only.  Cells after the
+    stop token, which is the last action, are masked.  A response that reaches the greatest length is terminated there:
+    it is scored as it is, without bootstrap.
     """
 
     whole_episodes = True
@@ -103,25 +107,30 @@ class GenerationCollector(Collector):
     def _collect(self, policy: Policy) -> Rollout:
         env, began = self.prompt_env, perf_counter()
         prompts, real = env.prompts()
+        if self.fixed_shape:
+            missing = self.horizon + 1 - env.length - len(prompts)
+            prompts = torch.cat([prompts.new_full((missing, prompts.shape[1]), env.pad), prompts])
+            real = torch.cat([real.new_zeros(missing, real.shape[1]), real])
         drawn = perf_counter()
         with phase("generate"):
-            text = generate(policy, prompts, real, env.length, env.stop, self.generator, pad=env.pad)
+            options = {"pad": env.pad, "fixed_shape": self.fixed_shape}
+            text = generate(policy, prompts, real, env.length, env.stop, self.generator, **options)
         acted = perf_counter()
         reward = env.score(text.tokens, text.written)
         self.seconds["acting"] += acted - drawn
         self.seconds["environment"] += drawn - began + perf_counter() - acted
 
-        blank = torch.zeros_like(real[1:])
-        mask = torch.cat([blank, text.written])
-        started = torch.cat([real, torch.ones_like(text.written)]).cumsum(0) > 0
+        first, mask = len(prompts) - 1, text.written
+        start = torch.zeros_like(mask)
+        start[0] = True
         row = Rollout(
-            obs=text.tokens[:-1],
-            hidden_state={},
-            start=(started & ~torch.cat([torch.zeros_like(started[:1]), started[:-1]]))[:-1],
-            action=text.tokens[1:],
-            logp=torch.cat([blank.to(text.logp), text.logp]),
-            reward=torch.cat([blank.to(reward), reward]),
-            next_obs=text.tokens[1:],
+            obs=text.tokens[first:-1],
+            hidden_state=prompt_state(prompts[:-1], real[:-1], len(mask)),
+            start=start,
+            action=text.tokens[first + 1 :],
+            logp=text.logp,
+            reward=reward,
+            next_obs=text.tokens[first + 1 :],
             terminated=mask & ~torch.cat([mask[1:], torch.zeros_like(mask[:1])]),
             truncated=torch.zeros_like(mask),
             mask=mask,

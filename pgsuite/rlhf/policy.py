@@ -24,6 +24,7 @@ from pgsuite.settings import Natural, Positive, Range
 from pgsuite.types import HiddenState, Obs, Rollout
 
 FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
+PROMPT, REAL = "prompt", "prompt.real"  # hidden states of a rollout
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -31,8 +32,8 @@ class TokenBody(Body):
     """A transformer as a body, over tokens [T, N].  Each column is one text: padding, then its tokens, with ``start``
     at the first one only.
 
-    While acting, the hidden state is the cache of keys and values, which grows with the text.  A rollout holds none,
-    since every text begins in it.
+    While acting, the hidden state is the cache of keys and values, which grows with the text.  That of a rollout is
+    the preceding tokens, see ``prompt_state``; without any, every text begins in the rollout.
     """
 
     sequential = True
@@ -46,7 +47,8 @@ class TokenBody(Body):
         return self.keep(self.transformer.forward_with_cache(tokens, real, {})[1]) if len(tokens) else {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
-        return self.transformer(seen.obs, started(seen.start)), {}
+        tokens, real = whole_texts(seen.obs, started(seen.start), seen.hidden_state)
+        return self.transformer(tokens, real)[-len(seen.obs) :], {}
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         cache = {key.removeprefix(f"{self.name}."): x for key, x in hidden_state.items()}
@@ -69,11 +71,25 @@ class TokenBody(Body):
         column."""
         tokens = torch.cat([rollout.obs, rollout.next_obs[-1:]])
         real = started(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
-        features = self.transformer(tokens, real)
+        features = self.transformer(*whole_texts(tokens, real, rollout.hidden_state))[-len(tokens) :]
         return features[:-1], features[1:]
 
     def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
         return self.successors(rollout)
+
+
+def prompt_state(tokens: Tensor, real: Tensor, rows: int) -> HiddenState:
+    """The tokens [P, N] before those of a rollout [rows, N], and the mask of real ones [P, N], as its hidden state
+    [rows, N, P], the same in all rows and stored once."""
+    return {name: x.T.expand(rows, *x.T.shape) for name, x in ((PROMPT, tokens), (REAL, real))}
+
+
+def whole_texts(tokens: Tensor, real: Tensor, hidden_state: HiddenState) -> tuple[Tensor, Tensor]:
+    """Tokens [T, N] after those of the hidden state of a rollout, if it has any: [P + T, N], and the mask of real
+    ones."""
+    if PROMPT not in hidden_state:
+        return tokens, real
+    return torch.cat([hidden_state[PROMPT][0].T, tokens]), torch.cat([hidden_state[REAL][0].T, real])
 
 
 def started(start: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Collector(ABC):
     """Runs a policy for up to T = horizon steps in N environments.  Actions are sampled from a generator of its own."""
 
     whole_episodes = False
+    fixed_shape = False  # whether all rollouts must have one shape, so that what is compiled fits them all
     supports_overlap = True  # whether another thread may collect during the update
     is_off_policy = False  # whether the behavior policy may be older than the policy that is updated
     host_sync_reason: str | None = (
