@@ -222,12 +222,17 @@ class LanguageEnv:
         self.text = torch.full((self.max_episode_steps + 1, num_envs), self.pad, device=self.device)
         self.clock = torch.zeros(num_envs, dtype=torch.long, device=self.device)
 
-    def apart(self) -> LanguageEnv:
-        """An environment with each held-out prompt once, in order; without held-out prompts, with each training one."""
+    def apart(self, most: int | None = None) -> list[LanguageEnv]:
+        """Environments with each held-out prompt once, in order, and of at most ``num_envs`` each, like a rollout; without
+        held-out prompts, with each training one.  Of more than ``most`` prompts, so many are taken at equal distances."""
         texts, placed = self.held_out or self.texts, {"device": self.device, "dtype": self.dtype}
-        env = LanguageEnv(texts, self.tokens, self.rewards, num_envs=len(texts), **self.options, **placed)
-        env.ordered = True
-        return env
+        count = min(len(texts), most or len(texts))
+        texts = [texts[i * len(texts) // count] for i in range(count)]
+        pieces = [texts[i : i + self.num_envs] for i in range(0, count, self.num_envs)]
+        envs = [LanguageEnv(x, self.tokens, self.rewards, num_envs=len(x), **self.options, **placed) for x in pieces]
+        for env in envs:
+            env.ordered = True
+        return envs
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts [P, N], left-padded, and the mask of real tokens [P, N]."""

@@ -15,7 +15,6 @@ from pgsuite.rlhf.generation import GenerationCollector
 from pgsuite.settings import Count
 from pgsuite.training.run_dir import Logger, RunDir
 from pgsuite.training.trainer import Callback, Report, Trainer
-from pgsuite.types import Rollout
 
 SHOWN = 8  # texts
 
@@ -23,42 +22,51 @@ SHOWN = 8  # texts
 class Written(NamedTuple):
     """One response to each of M prompts."""
 
-    rollout: Rollout
     prompts: list[str]
     responses: list[str]
     reward: Tensor  # [M]
     true: Tensor | None  # [M] true scores, if there is a scorer
+    length: Tensor  # [M] tokens
+    log_ratio: Tensor  # [M] log-probability under the policy, less that under the reference
+
+    @property
+    def score(self) -> Tensor:
+        """The true scores [M], or without a scorer the rewards."""
+        return self.reward if self.true is None else self.true
 
 
 @torch.no_grad()
-def respond(policy: Policy, env: LanguageEnv, seed: int) -> Written:
-    """The policy's responses to the held-out prompts of ``env``; deterministic given the seed."""
-    own = env.apart()
-    rollout = GenerationCollector(own, own.max_episode_steps, seed).collect(policy)
-    responses = own.tokens.decode(rollout.action.cpu())
-    return Written(rollout, own.texts, responses, rollout.reward.sum(0).cpu(), own.true(responses))
+def respond(policy: Policy, reference: Policy, env: LanguageEnv, seed: int, most: int | None = None) -> Written:
+    """The policy's responses to the held-out prompts of ``env``, to ``most`` of them, in pieces of at most as many as
+    are in a rollout; deterministic given the seed."""
+    found: list[Written] = []
+    for i, piece in enumerate(env.apart(most)):
+        own = seeding.number(seed, f"piece {i}")
+        r = GenerationCollector(piece, piece.max_episode_steps, own).collect(policy)
+        responses = piece.tokens.decode(r.action.cpu())
+        log_ratio = (r.logp - reference.dist(r).log_prob(r.action)).where(r.mask, 0.0).sum(0)
+        numbers = (x.cpu() for x in (r.mask.sum(0).float(), log_ratio))
+        found.append(Written(piece.texts, responses, r.reward.sum(0).cpu(), piece.true(responses), *numbers))
+    prompts, responses, *tensors = zip(*found, strict=True)
+    joined = (None if None in x else torch.cat(x) for x in tensors)
+    return Written(sum(prompts, []), sum(responses, []), *joined)
 
 
-def compare(policy: Policy, reference: Policy, env: LanguageEnv, seed: int) -> tuple[dict[str, float], Written]:
-    """Compare a policy with its reference.  Returns metrics, and the policy's responses.
+def compare(ours: Written, theirs: Written) -> dict[str, float]:
+    """Metrics of a policy's responses beside those of its reference.
 
     ``kl`` is KL(policy || reference) in nats per response.  ``wins`` is the fraction of prompts for which the policy's
     response has the greater true score, or, without a scorer, the greater reward; a tie counts half.
     """
-    ours, theirs = respond(policy, env, seed), respond(reference, env, seed)
-    r = ours.rollout
-    with torch.no_grad():
-        strayed = (r.logp - reference.dist(r).log_prob(r.action)).where(r.mask, 0.0).sum(0)
-    mine, other = (x.reward if x.true is None else x.true for x in (ours, theirs))
     found = {
         "reward": ours.reward.mean(),
-        "kl": strayed.mean(),
-        "length": r.mask.sum(0).float().mean(),
-        "wins": ((mine - other).sign() + 1).mean() / 2,
+        "kl": ours.log_ratio.mean(),
+        "length": ours.length.mean(),
+        "wins": ((ours.score - theirs.score).sign() + 1).mean() / 2,
     }
     if ours.true is not None and theirs.true is not None:
         found |= {"true_score": ours.true.mean(), "reference_true_score": theirs.true.mean()}
-    return {name: float(x) for name, x in found.items()}, ours
+    return {name: float(x) for name, x in found.items()}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,9 +78,11 @@ class Alignment(Callback):
     """
 
     points: Count = 20  # comparisons with the reference in a run
+    prompts: Count | None = 256  # held-out prompts at most, at equal distances in their list; null takes all
 
     def setup(self, run: RunDir) -> None:
         self.run = run
+        self.theirs: Written | None = None  # the reference's responses, always the same
         self.loggers: list[Logger] = []
 
     def on_start(self, trainer: Trainer) -> None:
@@ -92,12 +102,14 @@ class Alignment(Callback):
         env, reference = trainer.collector.env, trainer.algorithm.reference
         assert isinstance(env, LanguageEnv) and reference is not None
         seed = seeding.number(self.run.seed, "evaluation")
-        found, ours = compare(trainer.algorithm.policy, reference.policy, env, seed)
+        policy, other = trainer.algorithm.policy, reference.policy
+        ours = respond(policy, other, env, seed, self.prompts)
+        self.theirs = self.theirs or respond(other, other, env, seed, self.prompts)
+        found = compare(ours, self.theirs)
         for logger in self.loggers:
             logger.write(trainer.steps, {f"language/{name}": x for name, x in found.items()})
         if trainer.steps == 0 or trainer.steps >= trainer.total_steps:
-            scores = ours.reward if ours.true is None else ours.true
-            rows = list(zip(ours.prompts, ours.responses, scores.tolist(), strict=True))[:SHOWN]
+            rows = list(zip(ours.prompts, ours.responses, ours.score.tolist(), strict=True))[:SHOWN]
             lines = [
                 "| prompt | response | score |",
                 "|---|---|---|",
