@@ -3,7 +3,7 @@
     python benchmarks/language.py run ppo rloo --seeds 0 1 2 3 4      # trains, and measures every checkpoint
     python benchmarks/language.py run ppo --label=-free --set reference.coef=0 algo.lr=1e-3    # strays freely
     python benchmarks/language.py best                               # the best of n samples under the reward model
-    python benchmarks/language.py keep runs/ppo-rlhf/<run> --as ppo  # measures a run that is there
+    python benchmarks/language.py keep runs/ppo-reviews/<run> --as ppo  # measures a run that is there
     python benchmarks/language.py table
     python benchmarks/language.py plot
 
@@ -51,7 +51,7 @@ COLORS = dict(zip(METHODS, ("#7f7f7f", "#d62728", "#8c564b", "#ff7f0e", "#1f77b4
 
 
 def aligned(path: Path, reference: WordModel) -> WordModel:
-    """The language model that a checkpoint of scripts/train.py env=rlhf holds."""
+    """The language model that a checkpoint of scripts/train.py env=reviews holds."""
     state = checkpoint.load(path)["algorithm"]["policy"]
     named = {name.replace("body.transformer.", "body."): x for name, x in state.items()}
     model = copy.deepcopy(reference)
@@ -105,7 +105,7 @@ def train(name: str, seed: int, models: Path, overrides: list[str]) -> Path:
     folder = Path("runs/language-benchmark") / f"{name}-s{seed}"
     arguments = [
         *METHODS[name],
-        "env=rlhf",
+        "env=reviews",
         f"seed={seed}",
         "checkpoint.every=10000",
         "checkpoint.keep=100",

@@ -54,7 +54,7 @@ LONGEST = 600  # characters of a message
 PATIENCE = 120  # seconds for a line
 MEMORY = 8 << 30  # bytes more than there are, so that what would fill the machine fails at once
 ALGOS = {"ppo": PPO, "a2c": A2C, "npg": NPG, "trpo": TRPO, "ppo_penalty": PPOPenalty, "reinforce": Reinforce}
-ENVS = {"CartPole": CartPole, "Pendulum": Pendulum, "HalfCheetah": HalfCheetah, "gym": Gym, "rlhf": Language}
+ENVS = {"CartPole": CartPole, "Pendulum": Pendulum, "HalfCheetah": HalfCheetah, "gym": Gym, "reviews": Language}
 OTHERS = {"evaluate": EvaluateConfig, "export": Export, "replay": Replaying}
 OTHERS |= {"pretrain": Pretraining, "reward_model": RewardTraining}
 SMALL = ["num_envs=4", "total_steps=320"]
@@ -91,7 +91,7 @@ GOOD: dict[str, list[str]] = {
     "env.rewards": ["[]", "[runs/language/reward]", "[runs/language/reward,runs/language/model]"],
     "env.scorer": ["null", "pgsuite.rlhf.scorer:score", "math:floor"],
 }
-GROUPS = {"algo": [*ALGOS], "env": [*ENVS, "Acrobot", "Hopper", "Pong", "envpool", "torch"]}
+GROUPS = {"algo": [*ALGOS], "env": [*ENVS, "Acrobot", "Hopper", "Pong", "envpool", "torch", "rlhf"]}
 GROUPS |= {"tuned": ["ppo-Ant", "null"], "algo/estimator": ["gae", "n_step", "td_lambda", "vtrace", "monte_carlo"]}
 SCHEDULES = ["{linear:[%s,%s]}", "{cosine:[%s,%s]}", "{piecewise:{0:%s,1:%s}}", "{constant:%s}"]
 SCHEDULES += ["{adaptive:{start:%s,kl:0.01}}"]
@@ -155,7 +155,7 @@ class Writer:
         if script == "train":
             algo, env = draw.choice([*ALGOS]), draw.choice([*ENVS])
             settings |= SETTINGS[algo] | SETTINGS[env]
-            horizon = "null" if algo == "reinforce" or env == "rlhf" else 16
+            horizon = "null" if algo == "reinforce" or env == "reviews" else 16
             arguments = [*SMALL, f"horizon={horizon}", f"algo={algo}", f"env={env}"]
             arguments += ["env.id=CartPole-v1"] if env == "gym" else []
             if draw.random() < 0.15:

@@ -93,12 +93,11 @@ def test_a_model_is_aligned_and_is_a_directory_of_transformers_again(
     given = tokenizer(command.folder / "given", 7)
     model.save_pretrained(given)
     (command.folder / "prompts.txt").write_text("w1 w2\nw3\n")
-    settings = [f"policy.model={given}", f"env.tokens={given}", "env.prompts=prompts.txt", "env.held_out=prompts.txt"]
-    settings += [f"env.reward={__name__}:length", "env.rewards=null", "env.scorer=null", "env.length=4"]
-    code, _, err = command(
+    settings = [f"policy.model={given}", "env.prompts=prompts.txt", f"env.reward={__name__}:length", "env.length=4"]
+    code, out, err = command(
         "train", "algo=ppo", "env=rlhf", *settings, "num_envs=8", "total_steps=64", "hydra.run.dir=run"
     )
-    assert code == 0, err
+    assert code == 0 and "run/model | loads with transformers' from_pretrained" in out, err
     code, out, err = command("export", "run=run", "format=transformers", "to=aligned")
     assert code == 0 and "from_pretrained" in out, err
     code, _, err = command("export", "run=run", "format=transformers", "to=aligned")
@@ -121,6 +120,8 @@ def test_a_model_is_aligned_and_is_a_directory_of_transformers_again(
     assert max(moved) > 0.9
     read = transformers.AutoTokenizer.from_pretrained(command.folder / "aligned")
     assert read("w1 w2")["input_ids"] == [1, 2]
+    finished = transformers.AutoModelForCausalLM.from_pretrained(command.folder / "run" / "model")
+    assert all(torch.equal(x, y) for x, y in zip(aligned.parameters(), finished.parameters(), strict=True))
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

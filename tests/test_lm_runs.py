@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lm_worlds import Letters
 from test_cli import Cli
 from test_cli import command as command
@@ -19,6 +20,7 @@ TINY = [
     "total_steps=200",
     "algo.minibatches=2",
     "algo.epochs=1",
+    "algo.lr=5e-4",
     "checkpoint.every=60",
 ]
 WORLD = [
@@ -28,6 +30,14 @@ WORLD = [
 ]
 APART = ["env.scorer=lm_worlds:vowels", "env.held_out=null", "env.length=5", "policy.model=model.pt"]
 ALL = [*TINY, *WORLD, *APART]
+
+
+SIZES: list[int] = []
+
+
+def counted(prompts: list[str], responses: list[str]) -> torch.Tensor:
+    SIZES.append(len(prompts))
+    return torch.zeros(len(prompts))
 
 
 @pytest.fixture
@@ -62,19 +72,27 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ready: Cli) -> None:
     assert all(torch.equal(x, torn["policy"][name]) for name, x in whole["policy"].items())
 
 
-@pytest.mark.parametrize("none", [[], ["env.rewards=null"], ["env.rewards=[]"]], ids=str)
-def test_a_reward_of_the_users_own_needs_no_files(ready: Cli, none: list[str]) -> None:
-    """The form that docs/howto/alignment.md gives, and the two that say it."""
-    code, _, err = ready("train", *ALL, *none, "total_steps=8", "hydra.run.dir=run")
-    assert code == 0, err
-    assert "rewards: []" in (config := Path("run/config.yaml").read_text()) or "rewards: null" in config
-
-
-def test_reward_models_are_the_suites_own_where_none_are_named(ready: Cli) -> None:
-    code, _, err = ready("train", *TINY, "policy.model=model.pt")
+def test_the_generated_reviews_have_everything_and_another_model_nothing_of_theirs(ready: Cli) -> None:
+    code, _, err = ready("train", "env=reviews")
     assert code == 1 and "no reward model at runs/language/reward" in err
-    code, _, err = ready("train", *TINY, "policy.model=model.pt", "env.rewards=[a.pt]")
+    code, _, err = ready("train", "env=reviews", "env.rewards=[a.pt]")
     assert code == 1 and "no reward model at a.pt" in err
+    code, _, err = ready("train", "env=rlhf", "policy.model=model.pt")
+    assert code == 1 and "give env.prompts, env.reward, and policy.model" in err and "env=reviews has them all" in err
+    (composed,) = (yaml.safe_load(ready("train", "env=rlhf", "policy.model=mine", "--cfg", "job", "--resolve")[1]),)
+    env = composed["env"]
+    assert env["tokens"] == "mine" and not any(env[name] for name in ("prompts", "reward", "rewards", "held_out", "scorer"))
+    assert composed["algo"]["lr"] == {"linear": [3e-6, 0]} and composed["reference"]["coef"] == 0.05
+
+
+def test_prompts_are_answered_in_pieces_and_no_more_than_asked(ready: Cli) -> None:
+    """With as many responses at a time as in a rollout."""
+    (ready.folder / "prompts.txt").write_text("\n".join("abcdefgh"[i % 8] * (i % 5 + 1) for i in range(100)))
+    given = ["env.prompts=prompts.txt", "total_steps=8", "callbacks.alignment.prompts=21", "hydra.run.dir=run"]
+    SIZES.clear()
+    code, _, err = ready("train", *ALL, *given, "env.scorer=null", f"env.reward={__name__}:counted")
+    assert code == 0, err
+    assert SIZES == [8, 8, 5, 8, 8, 5, 8, 8, 8, 5]  # the policy's and the reference's, a rollout, and the policy's
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ grep "pgsuite replay crash=" said
 "$BIN/pgsuite" replay crash=crash
 "$BIN/pgsuite" pretrain reviews=256 batch=32 held_out=32 size.width=16 size.layers=1 hydra.run.dir=model
 "$BIN/pgsuite" reward-model model=model count=128 held_out=64 batch=32 hydra.run.dir=reward
-"$BIN/pgsuite" train algo=ppo env=rlhf policy.model=model env.rewards=[reward] num_envs=8 algo.minibatches=2 algo.epochs=1 \
+"$BIN/pgsuite" train algo=ppo env=reviews policy.model=model env.rewards=[reward] num_envs=8 algo.minibatches=2 algo.epochs=1 \
     total_steps=400 hydra.run.dir=aligned
 "$BIN/pgsuite" train --help > /dev/null
 ! "$BIN/pgsuite" trian 2> said && grep "did you mean train" said

@@ -39,12 +39,6 @@ def cores_each(workers: int) -> int:
     return max(1, cores // workers) if workers > 0 else 1
 
 
-def if_equal(value: Any, other: Any, then: Any, otherwise: Any) -> Any:
-    """``then`` if two values are equal, else ``otherwise``."""
-    return then if value == other else otherwise
-
-
-OmegaConf.register_new_resolver("if_equal", if_equal, replace=True)
 OmegaConf.register_new_resolver("label", label, replace=True)
 OmegaConf.register_new_resolver("cores_each", cores_each, replace=True)
 

@@ -53,8 +53,8 @@ class Language(VectorEnvConfig):
     backends = ("language",)
 
     prompts: str = ""  # a list of texts, or a function that makes one; or a file with one on each line
-    tokens: str = (
-        ""  # an object with pad, stop, encode and decode, or a function that makes one; or a directory of transformers
+    tokens: str | None = (
+        None  # an object with pad, stop, encode and decode, or a function that makes one; or a directory of transformers
     )
     reward: str = ""  # a callable of prompts and responses
     rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
@@ -69,7 +69,12 @@ class Language(VectorEnvConfig):
         settings.check(self, label="env.")
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
-        tokens = self.vocabulary()
+        if missing := [f"env.{name}" for name in ("prompts", "tokens", "reward") if not getattr(self, name)]:
+            raise ValueError(
+                f"a language model is aligned on prompts and a reward: give {', '.join(missing)}, and policy.model, whose "
+                "directory is that of env.tokens too; env=reviews has them all"
+            )
+        tokens = self.vocabulary(str(self.tokens))
         rewards = [self.made_of(file) for file in self.rewards or ()] or [find_object(self.reward, "env.reward")]
         scorer: Reward | None = None if self.scorer is None else find_object(self.scorer, "env.scorer")
         if num_envs % self.samples:
@@ -117,14 +122,14 @@ class Language(VectorEnvConfig):
             raise ValueError(f"env.{name} must be a list of texts, and {path} is {type(texts).__name__}")
         return list(texts)
 
-    def vocabulary(self) -> Tokens:
-        if Path(self.tokens).is_dir():
-            return PretrainedTokens(self.tokens)
-        found = find_object(self.tokens, "env.tokens")
+    def vocabulary(self, path: str) -> Tokens:
+        if Path(path).is_dir():
+            return PretrainedTokens(path)
+        found = find_object(path, "env.tokens")
         makes = isinstance(found, type) or not hasattr(found, "encode")
-        tokens: Any = make_object(self.tokens, "env.tokens") if makes and callable(found) else found
+        tokens: Any = make_object(path, "env.tokens") if makes and callable(found) else found
         if missing := [name for name in ("pad", "stop", "encode", "decode", "__len__") if not hasattr(tokens, name)]:
-            raise ValueError(f"env.tokens={self.tokens} has no {', '.join(missing)}")
+            raise ValueError(f"env.tokens={path} has no {', '.join(missing)}")
         return tokens
 
 

@@ -1,8 +1,10 @@
-"""Evaluation of a language model on held-out prompts during training."""
+"""Callbacks of language models: comparison with the reference on held-out prompts, and a directory of the result."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,11 +14,13 @@ from pgsuite import seeding
 from pgsuite.nn.policy import Policy
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.generation import GenerationCollector
+from pgsuite.rlhf.policy import LanguagePolicy
 from pgsuite.settings import Count
 from pgsuite.training.run_dir import Logger, RunDir
 from pgsuite.training.trainer import Callback, Report, Trainer
 
 SHOWN = 8  # texts
+MODEL = "model"  # directory in that of the run
 
 
 class Written(NamedTuple):
@@ -127,3 +131,23 @@ class Alignment(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if self.active:
             self.loggers[0].close({})
+
+
+@dataclass(kw_only=True, eq=False)
+class SaveModel(Callback):
+    """Writes a model of the transformers library, with its tokenizer, to ``model`` in the run directory when the run is
+    finished.  Other models are in the checkpoints only."""
+
+    def setup(self, run: RunDir) -> None:
+        self.run = run
+
+    def on_end(self, trainer: Trainer) -> None:
+        policy = trainer.algorithm.policy
+        assert isinstance(policy, LanguagePolicy)
+        if not self.run.writes or trainer.steps < trainer.total_steps or not policy.is_pretrained:
+            return
+        folder, tokens = self.run.folder / MODEL, Path(self.run.facts["config"]["env"]["tokens"])
+        if folder.exists():  # of a run that was resumed with more steps
+            shutil.rmtree(folder)
+        policy.save_pretrained(folder, tokens if tokens.is_dir() else None)
+        self.run.console.print(f"{folder} | loads with transformers' from_pretrained")

@@ -127,6 +127,11 @@ class LanguagePolicy(Policy):
     def critic_body(self) -> Body | None:
         return self.body.another("critic") if isinstance(self.body, TokenBody) else None
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model is one of the transformers library."""
+        return isinstance(self.body, TokenBody) and isinstance(self.body.transformer, Pretrained)
+
     def save_pretrained(self, folder: Path, tokens: Path | None = None) -> None:
         """Write the model, with the tokenizer of the directory ``tokens``, as a directory that the transformers library
         loads.  Raises ValueError if the model is none of that library."""
