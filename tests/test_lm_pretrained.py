@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from lm_worlds import Letters, collector, vowels
+from lm_worlds import Letters, collector, speaker, vowels
 from test_cli import Cli, command  # noqa: F401
 
 from pgsuite import seeding
-from pgsuite.algorithms import PPO, TRPO
+from pgsuite.algorithms import PPO, TRPO, Reinforce
 from pgsuite.algorithms.reference import Reference
 from pgsuite.app.policy_io import restore
+from pgsuite.execution.modes import execute
+from pgsuite.execution.precision import lower
 from pgsuite.nn.policy import Critic
+from pgsuite.nn.transformer import rotate
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.policy import language_policy, load
 
@@ -63,6 +66,44 @@ def test_it_is_aligned_by_first_and_second_order_methods(directory: Path, cls: A
     metrics = algorithm.iterate(rollouts)
     assert all(x.isfinite() for x in metrics.values())
     assert not all(torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_in_bfloat16_it_is_the_same_to_rounding_and_float32_parameters_learn(directory: Path, own: bool) -> None:
+    env, policy = world(), speaker(10) if own else language_policy(*load(str(directory)))
+    generator, reference = seeding.generator(0, "algorithm"), Reference(policy, 0.1)
+    parts: Any = {"policy": policy, "critic": Critic(policy.obs_norm, shared=policy), "generator": generator}
+    algorithm, exact = PPO(**parts, reference=reference, gamma=1.0, lr=1e-6), policy.frozen_copy()
+    lower(algorithm, torch.device("cpu"), "bf16")
+    r = collector(env).collect(policy)
+    with torch.no_grad():
+        found, again, precise = (x.dist(r).log_prob(r.action) for x in (policy, reference.policy, exact))
+    assert torch.equal(found, again) and found.dtype == r.logp.dtype == torch.float32
+    for logp in (found, r.logp):
+        assert 0 < (logp - precise)[r.mask].abs().max() < 0.05
+    before = [p.clone() for p in policy.parameters()]
+    algorithm.train_on(r)
+    moved = [(p != q).double().mean() for p, q in zip(before, policy.parameters(), strict=True)]
+    assert {p.dtype for p in policy.parameters()} == {torch.float32} and max(moved) > 0.9
+
+
+def test_positions_are_exact_in_bfloat16() -> None:
+    x, position = torch.randn(1, 1, 2, 8), torch.tensor([[1000, 1001]])
+    assert torch.allclose(rotate(x.bfloat16(), position).float(), rotate(x, position), atol=0.03)
+
+
+@pytest.mark.long
+def test_its_learning_is_compiled(directory: Path) -> None:
+    found = []
+    for execution in ("eager", "compile"):
+        env, policy = world(), language_policy(*load(str(directory)))
+        algorithm = Reinforce(policy=policy, reference=Reference(policy, 0.1), gamma=1.0, lr=0.01)
+        rollouts = collector(env)
+        assert execute(algorithm, rollouts, execution) == execution
+        for _ in range(2):
+            algorithm.iterate(rollouts)
+        found.append([p.clone() for p in policy.parameters()])
+    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(*found, strict=True))
 
 
 def tokenizer(folder: Path, words: int) -> Path:

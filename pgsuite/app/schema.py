@@ -82,7 +82,7 @@ class Run:
     torch_threads: TorchThreads | Literal["measure"] = 1  # CPU threads of torch; more than one slows small networks
     execution: Execution = "eager"  # of rollouts and updates: eager, compiled, or replayed as CUDA graphs
     overlap: bool = False  # collect the next rollout during the update, with the policy before that update
-    precision: Precision = "float32"  # of convolutions and hidden layers; the rest stays float32
+    precision: Precision = "float32"  # of convolutions, hidden layers and transformers; the rest stays float32
     standardize_obs: bool = True  # by their running mean and standard deviation
     clip_obs: Positive | None = 10.0  # standardized observations are clipped to +- this; null does not clip
     scale_reward: bool = True  # divide rewards by the running standard deviation of the discounted return

@@ -112,7 +112,12 @@ def traced(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[GraphMo
         found.append(outward)
         return outputs
 
-    return make_fx(flat)(*signature(args)[1]), found[-1]
+    graph = make_fx(flat)(*signature(args)[1])
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # the compiler may lay its input out in another way
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph, found[-1]
 
 
 def split_graph(module: GraphModule, late: int) -> tuple[GraphModule, GraphModule]:

@@ -36,8 +36,9 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
     """Rotary position embedding of x [N, H, T, D] at positions [N, T]: inner products of queries and keys depend on
     relative positions only (Su et al., 2021, equation 34)."""
     half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
-    angle = (position.to(x.dtype).unsqueeze(-1) * rates).unsqueeze(1)
+    exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no room for positions beyond 256
+    rates = base ** (-torch.arange(half, dtype=exact, device=x.device) / half)
+    angle = (position.to(exact).unsqueeze(-1) * rates).unsqueeze(1)
     cos, sin = angle.cos(), angle.sin()
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

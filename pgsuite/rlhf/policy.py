@@ -34,30 +34,46 @@ class TokenBody(Body):
 
     While acting, the hidden state is the cache of keys and values, which grows with the text.  That of a rollout is
     the preceding tokens, see ``prompt_state``; without any, every text begins in the rollout.
+
+    The transformer is computed in ``dtype`` by autocast; parameters and features stay float32.
     """
 
     sequential = True
 
     def __init__(self, transformer: Transformer | Pretrained, obs_norm: Standardize, name: str = "policy") -> None:
         super().__init__(obs_norm, name, transformer.size, transformer.shape)
-        self.transformer = transformer
+        self.transformer, self.dtype = transformer, torch.float32
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The hidden state after texts [T, N], whose real tokens are ``real`` [T, N]."""
-        return self.keep(self.transformer.forward_with_cache(tokens, real, {})[1]) if len(tokens) else {}
+        return self.keep(self.extend(tokens, real, {})[1]) if len(tokens) else {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         tokens, real = whole_texts(seen.obs, started(seen.start), seen.hidden_state)
-        return self.transformer(tokens, real)[-len(seen.obs) :], {}
+        return self.features(tokens, real)[-len(seen.obs) :], {}
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         cache = {key.removeprefix(f"{self.name}."): x for key, x in hidden_state.items()}
         if cache:
             cache[SEEN] = cache[SEEN] & ~start.unsqueeze(-1)
-        features, cache = self.transformer.forward_with_cache(
-            obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache
-        )
+        features, cache = self.extend(obs.unsqueeze(0), torch.ones_like(start).unsqueeze(0), cache)
         return features.squeeze(0), self.keep(cache)
+
+    def features(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """Features [T, N, size] of texts [T, N]."""
+        with self.autocast(tokens):
+            return self.transformer(tokens, real).float()
+
+    def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
+        """Features [T, N, size] of tokens that follow those of a cache, and the extended cache."""
+        with self.autocast(tokens):
+            features, cache = self.transformer.forward_with_cache(tokens, real, cache)
+        return features.float(), cache
+
+    def autocast(self, tokens: Tensor) -> torch.autocast:
+        # Without a cache of cast weights, as each is used once in a pass.
+        lower = self.dtype is not torch.float32
+        return torch.autocast(tokens.device.type, self.dtype if lower else None, enabled=lower, cache_enabled=False)
 
     def another(self, name: str) -> TokenBody:
         """A copy under another name, with its own parameters except for frozen ones, which are shared."""
@@ -71,7 +87,7 @@ class TokenBody(Body):
         column."""
         tokens = torch.cat([rollout.obs, rollout.next_obs[-1:]])
         real = started(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
-        features = self.transformer(*whole_texts(tokens, real, rollout.hidden_state))[-len(tokens) :]
+        features = self.features(*whole_texts(tokens, real, rollout.hidden_state))[-len(tokens) :]
         return features[:-1], features[1:]
 
     def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
@@ -199,9 +215,8 @@ class Pretrained(nn.Module):
         return next(x for x in self.model.modules() if isinstance(x, nn.ModuleList))
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        return self.forward_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real, {})[
-            0
-        ]
+        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        return self.run(tokens, *look(real.T, {})[1:], use_cache=False).last_hidden_state.transpose(0, 1)
 
     def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
@@ -210,19 +225,17 @@ class Pretrained(nn.Module):
         past = DynamicCache()
         for i in range((len(cache) - 1) // 2):
             past.update(cache[f"{i}.key"], cache[f"{i}.value"], i)
-        found = self.model(
-            input_ids=tokens.T,
-            attention_mask=torch.zeros_like(visible, dtype=self.model.dtype)
-            .masked_fill(~visible, torch.finfo(self.model.dtype).min)
-            .unsqueeze(1),
-            position_ids=position.clamp(min=0),
-            past_key_values=past,
-            use_cache=True,
-        )
+        found = self.run(tokens, position, visible, past_key_values=past, use_cache=True)
         after = {SEEN: seen}
         for i, layer in enumerate(found.past_key_values.layers):
             after |= {f"{i}.key": layer.keys, f"{i}.value": layer.values}
         return found.last_hidden_state.transpose(0, 1), after
+
+    def run(self, tokens: Tensor, position: Tensor, visible: Tensor, **options: Any) -> Any:
+        """The model's outputs for tokens [T, N] at positions [N, T], with the attention mask ``visible`` [N, T, S]."""
+        mask = torch.zeros_like(visible, dtype=self.model.dtype)
+        mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1)
+        return self.model(input_ids=tokens.T, attention_mask=mask, position_ids=position.clamp(min=0), **options)
 
 
 def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
