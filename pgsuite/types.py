@@ -82,6 +82,14 @@ class Experience:
     def __getitem__(self, index: Any) -> Self:
         return self.map(lambda x: x[index])
 
+    def pieces(self, count: int, dim: int) -> list[Self]:
+        """Up to ``count`` consecutive parts along a dimension, which differ in size by at most one; views."""
+        if count == 1:
+            return [self]
+        size = leaves(getattr(self, fields(self)[0].name))[0].shape[dim]
+        bounds = torch.arange(size).tensor_split(min(count, size))
+        return [self.map(lambda x, i=i: x.narrow(dim, int(i[0]), len(i))) for i in bounds]
+
 
 @dataclass(frozen=True)
 class Rollout(Experience):

@@ -310,3 +310,36 @@ def test_nothing_is_out_of_the_enumeration() -> None:
     texts = {"".join(x) for x in itertools.product("ab", repeat=2)} | {"", "a", "b"}
     policy = build(A2C, small(4)).policy
     assert texts == set(RESPONSES) and float(log_probabilities(policy).exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+MICRO: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
+    "reinforce": (Reinforce, {"baseline": "critic"}),
+    "a2c": (A2C, {"penalty": "loss"}),
+    "ppo": (PPO, {"normalize_advantage": "minibatch", "entropy_coef": 0.1, "epochs": 2, "minibatches": 2}),
+    "grpo": (PPO, {"estimator": GRPO(group=4), "ratio": "sequence", "value_coef": 0.0, "penalty": "loss"}),
+    "npg": (NPG, {"critic_minibatches": 1}),
+}
+
+
+@pytest.mark.parametrize("way", mostly_long(MICRO, "reinforce", "ppo"))
+def test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory(way: str) -> None:
+    cls, fields = MICRO[way]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = []
+        for count in (1, 3):
+            env, widths = world(32, samples=4, dtype=torch.float64), set[int]()
+            algorithm = build(cls, env, coef=0.1, micro_batches=count, **fields)
+            r = collector(env).collect(algorithm.policy)
+            for policy in (algorithm.policy, algorithm.reference.policy):
+                policy.head.register_forward_hook(lambda *x, widths=widths: widths.add(x[1][0].shape[1]))
+            metrics = algorithm.train_on(r)
+            found.append(([p.detach().clone() for p in algorithm.policy.parameters()], widths, metrics))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (whole, wide, metrics), (pieces, narrow, others) = found
+    assert whole[0].dtype == torch.float64
+    assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(whole, pieces, strict=True))
+    same = metrics.keys() - ({"entropy"} if way == "reinforce" else set())
+    assert all(torch.allclose(metrics[name], others[name], atol=1e-8) for name in same)
+    assert max(wide) == 32 and (way == "npg" or max(narrow) <= 11)

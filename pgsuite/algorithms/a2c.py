@@ -10,7 +10,7 @@ from pgsuite.components import Component
 from pgsuite.functional import objectives
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.optim import make_optimizer
-from pgsuite.nn.policy import dist_and_value
+from pgsuite.nn.policy import dist_and_value, log_prob
 from pgsuite.settings import NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_means
 
@@ -32,7 +32,7 @@ class A2C(ActorCritic):
         self.optimizer = make_optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
 
     def update(self, batch: Batch) -> Metrics:
-        metrics = self.optimizer.step(self.loss, batch)
+        metrics = self.gradient_step(self.optimizer, self.loss, batch)
         # At a ratio of one this loss is minus the mean advantage, and so uninformative.
         metrics.pop("policy_loss", None)
         return metrics | self.step_metrics(batch)
@@ -40,7 +40,7 @@ class A2C(ActorCritic):
     @torch.no_grad()
     def step_metrics(self, batch: Batch) -> Metrics:
         """Improvement of the surrogate objective by the step, and KL(behavior policy || new policy)."""
-        logp = self.policy.dist(batch).log_prob(batch.action)
+        logp = log_prob(self.policy, batch, self.micro_batches)
         before = self.policy_objective(batch.advantage, batch.logp, batch)
         improvement = self.surrogate_objective(logp, batch) - before
         kl = self.importance_weighted(objectives.sampled_kl(objectives.log_ratio(logp, batch.logp)), batch)

@@ -17,8 +17,8 @@ from pgsuite.components import Component
 from pgsuite.functional import objectives
 from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.normalize import RewardScale
-from pgsuite.nn.optim import Optimizer, make_optimizer
-from pgsuite.nn.policy import Critic, Policy
+from pgsuite.nn.optim import Accumulated, Objective, Optimizer, make_optimizer
+from pgsuite.nn.policy import Critic, Policy, log_prob
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
 from pgsuite.rollout.minibatches import check_split
@@ -55,6 +55,7 @@ class Algorithm(Scheduled, ABC):
     generator: Generator | None = None  # random stream of minibatches
 
     gamma: Fraction = 0.99  # discount factor of rewards, per step
+    micro_batches: Count = 1  # pieces of each gradient step, of which one at a time is in memory; the step is the same
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +88,7 @@ class Algorithm(Scheduled, ABC):
         if self.reward_scale is not None:
             self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
         if self.reference is not None:
-            rollout = self.reference.compare(rollout)
+            rollout = self.reference.compare(rollout, self.micro_batches)
         if self.reward_scale is not None:
             rollout = replace(rollout, reward=self.reward_scale(rollout.reward, rollout.mask))
         for critic in self.critics:
@@ -167,7 +168,7 @@ class Algorithm(Scheduled, ABC):
     def kl_from_behavior(self, seen: Rollout | Batch) -> Tensor:
         """Mean KL(behavior policy || policy) [] over real cells, in nats, estimated from the actions.  For rollouts of
         an earlier policy, the behavior policy is that at the start of the update."""
-        log_ratio = objectives.log_ratio(self.policy.dist(seen).log_prob(seen.action), seen.logp)
+        log_ratio = objectives.log_ratio(log_prob(self.policy, seen, self.micro_batches), seen.logp)
         return distributed.mean(
             masked_mean(self.importance_weighted(objectives.sampled_kl(log_ratio), seen), seen.mask)
         )
@@ -197,6 +198,21 @@ class Algorithm(Scheduled, ABC):
     def split(self, batch: Batch, count: int) -> Iterator[Batch]:
         """Random minibatches of a batch: whole columns if ``sequential``, single cells otherwise."""
         return minibatches(batch, count, columns=self.sequential, generator=self.generator)
+
+    def gradient_step(self, optimizer: Optimizer, objective: Objective, *seen: Any, mean: str = "cells") -> Metrics:
+        """A step of the optimizer on the loss objective(*seen)[0], a mean over the real cells or over the ``columns`` of
+        a batch, which is the last of ``seen``.  With ``micro_batches`` its gradient is accumulated over pieces."""
+        if self.micro_batches == 1:
+            return optimizer.step(objective, *seen)
+        *others, batch = seen
+        axis = batch.logp.ndim - 1  # columns of [T, N], cells of [B]
+        pieces = batch.pieces(self.micro_batches, axis)
+        sizes = [x.mask.sum() if mean == "cells" else torch.ones_like(x.mask[0]).sum() for x in pieces]
+        size = distributed.mean(torch.stack(sizes).to(batch.logp.dtype))
+        weights = (size / size.sum().clamp(min=1.0)).unbind()
+        return optimizer.step(
+            Accumulated(objective), *((weight, (*others, x)) for weight, x in zip(weights, pieces, strict=True))
+        )
 
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if this method cannot train on rollouts of the collector."""
@@ -369,7 +385,7 @@ class CriticRegressionMixin(Algorithm):
         steps: list[Metrics] = []
         for _ in range(self.critic_epochs):
             parts = self.split(batch, self.critic_minibatches)
-            steps += [optimizer.step(self.critic_loss, critic, part) for part in parts]
+            steps += [self.gradient_step(optimizer, self.critic_loss, critic, part) for part in parts]
         metrics = average(steps)
         return metrics | {"critic_grad_norm": metrics.pop("grad_norm")}
 

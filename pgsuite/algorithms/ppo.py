@@ -74,10 +74,13 @@ class PPO(A2C):
 
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a gradient step on each minibatch."""
-        return average([self.optimizer.step(self.loss, part) for part in self.split(batch, self.minibatches)])
+        parts = self.split(batch, self.minibatches)
+        if self.micro_batches > 1 and self.normalize_advantage == "minibatch":  # as a whole
+            parts = (replace(part, advantage=standardize(part.advantage, part.mask)) for part in parts)
+        return average([self.gradient_step(self.optimizer, self.loss, part) for part in parts])
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        if self.normalize_advantage == "minibatch":
+        if self.normalize_advantage == "minibatch" and self.micro_batches == 1:
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
         return super().loss(batch)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pgsuite import distributed
 from pgsuite.functional import objectives
-from pgsuite.nn.policy import Policy
+from pgsuite.nn.policy import Policy, log_prob
 from pgsuite.types import Batch, Metrics, Rollout
 
 Penalty = Literal["reward", "loss"]
@@ -44,10 +44,10 @@ class Reference(nn.Module):
         self.register_buffer("coef", torch.tensor(float(coef), device=next(policy.parameters()).device))
 
     @torch.no_grad()
-    def compare(self, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probabilities [T, N] in ``extra["reference"]`` and, with penalty
-        ``reward``, with the KL penalty subtracted from its rewards."""
-        logp = self.policy.dist(rollout).log_prob(rollout.action).where(rollout.mask, 0.0)
+    def compare(self, rollout: Rollout, pieces: int = 1) -> Rollout:
+        """The rollout with the reference's log-probabilities [T, N] in ``extra["reference"]``, computed in so many pieces,
+        and, with penalty ``reward``, with the KL penalty subtracted from its rewards."""
+        logp = log_prob(self.policy, rollout, pieces).where(rollout.mask, 0.0)
         rollout = replace(rollout, extra=rollout.extra | {"reference": logp})
         if self.penalty == "loss":
             return rollout

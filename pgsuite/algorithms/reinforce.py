@@ -67,7 +67,7 @@ class Reinforce(CriticRegressionMixin):
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 
     def update(self, batch: Batch) -> Metrics:
-        metrics = self.optimizer.step(self.loss, batch)
+        metrics = self.gradient_step(self.optimizer, self.loss, batch, mean="columns")
         return metrics if self.critic is None else metrics | self.fit_critic(self.critic, self.critic_optimizer, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,17 @@ from pgsuite.settings import Fraction, Positive
 from pgsuite.types import Metrics
 
 Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to minimize, and metrics
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """An objective over pieces (weight, seen): the weighted sum of the losses, and of the metrics, of a ``function`` of
+    each.  Only one piece at a time is held for differentiation."""
+
+    function: Objective
+
+    def __call__(self, *pieces: Any) -> tuple[Tensor, Metrics]:
+        raise NotImplementedError("Optimizer.gradient calls its function for each piece")
 
 
 class Optimizer(ABC):
@@ -62,10 +74,22 @@ class Optimizer(ABC):
 
     def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
         """Compute a step without applying it: the metrics, and the new values of ``flat`` and of the state tensors."""
-        loss, metrics = objective(*seen)
-        gradient, norm = self.clip(trust_region.flat_grad(loss, self.params))
+        gradient, metrics = self.gradient(objective, *seen)
+        gradient, norm = self.clip(gradient)
         with torch.no_grad():
             return metrics | {"grad_norm": norm}, self.apply_gradient(gradient)
+
+    def gradient(self, objective: Objective, *seen: Any) -> tuple[Tensor, Metrics]:
+        """The gradient [P] of a loss, averaged over processes, and metrics."""
+        if not isinstance(objective, Accumulated):
+            loss, metrics = objective(*seen)
+            return trust_region.flat_grad(loss, self.params), metrics
+        total, sums = torch.zeros_like(self.flat), dict[str, Tensor]()
+        for weight, piece in seen:
+            loss, metrics = objective.function(*piece)
+            total += trust_region.flat_grad(weight * loss, self.params)
+            sums = {name: sums.get(name, 0.0) + weight * x for name, x in metrics.items()}
+        return total, sums
 
     @abstractmethod
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
@@ -176,8 +200,8 @@ class TorchOptimizer(Optimizer):
         self.inner = make(self.params, float(self.lr))
 
     def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
-        loss, metrics = objective(*seen)
-        gradient, norm = self.clip(trust_region.flat_grad(loss, self.params))
+        gradient, metrics = self.gradient(objective, *seen)
+        gradient, norm = self.clip(gradient)
         return metrics | {"grad_norm": norm}, (gradient,)
 
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:

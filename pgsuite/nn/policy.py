@@ -22,7 +22,7 @@ from pgsuite.nn.heads import Head, Sigma, make_head
 from pgsuite.nn.network import Body, Features, Network, PolicyInput, Sequencer, Shape
 from pgsuite.nn.normalize import Standardize
 from pgsuite.transfer import reads_freely
-from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Metrics, Obs, Rollout
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Batch, HiddenState, Metrics, Obs, Rollout
 
 
 class PolicyOutput(NamedTuple):
@@ -107,6 +107,12 @@ class Policy(Network):
     def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
         """Diagnostics of the action distribution, and of actions [..., *A] where mask [...] is true."""
         return self.head.metrics(action, mask)
+
+
+def log_prob(policy: Policy, seen: Rollout | Batch, pieces: int = 1) -> Tensor:
+    """Log-probabilities [...] of the actions, computed for so many parts of the columns one after the other."""
+    found = [policy.dist(part).log_prob(part.action) for part in seen.pieces(pieces, seen.logp.ndim - 1)]
+    return found[0] if pieces == 1 else torch.cat(found, -1)
 
 
 def dist_and_value(policy: Policy, critic: Critic, seen: PolicyInput) -> tuple[Distribution, Tensor]:

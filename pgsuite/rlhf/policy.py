@@ -62,13 +62,16 @@ class TokenBody(Body):
     def features(self, tokens: Tensor, real: Tensor) -> Tensor:
         """Features [T, N, size] of texts [T, N]."""
         with self.autocast(tokens):
-            return self.transformer(tokens, real).float()
+            return self.exact(self.transformer(tokens, real))
 
     def extend(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         """Features [T, N, size] of tokens that follow those of a cache, and the extended cache."""
         with self.autocast(tokens):
             features, cache = self.transformer.forward_with_cache(tokens, real, cache)
-        return features.float(), cache
+        return self.exact(features), cache
+
+    def exact(self, features: Tensor) -> Tensor:
+        return features if self.dtype is torch.float32 else features.float()
 
     def autocast(self, tokens: Tensor) -> torch.autocast:
         # Without a cache of cast weights, as each is used once in a pass.
