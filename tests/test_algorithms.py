@@ -31,6 +31,7 @@ from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTra
 from pgsuite.functional import estimators
 from pgsuite.functional import trust_region as tr
 from pgsuite.nn.normalize import Standardize
+from pgsuite.nn import optim
 from pgsuite.nn.optim import Adam, make_optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeCollector, StepCollector
@@ -395,8 +396,13 @@ def test_the_gradient_norm_is_bounded_where_asked() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adam", "rmsprop"])
-def test_one_flat_vector_steps_as_separate_parameters_would(kind: Any) -> None:
-    """Against torch's own optimizers and clipping, on layers that share the loss unevenly and one that it misses."""
+@pytest.mark.parametrize("piece", [optim.PIECE, 5])
+def test_one_flat_vector_steps_as_separate_parameters_would(
+    kind: Any, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torch's own optimizers and clipping, on layers that share the loss unevenly and one that it misses; at
+    once and in pieces, as many parameters are."""
+    monkeypatch.setattr(optim, "PIECE", piece)
     layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(2, 2)]
     twins = copy.deepcopy(layers)
     params = [p for twin in twins for p in twin.parameters()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,12 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pgsuite import distributed
 from pgsuite.components import Component, component_class, make_component
 from pgsuite.functional import trust_region
 from pgsuite.kernel import Kernel
 from pgsuite.settings import Fraction, Positive
 from pgsuite.types import Metrics
 
+PIECE = 2**24  # parameters that are stepped at once
 Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to minimize, and metrics
 
 
@@ -44,6 +47,7 @@ class Optimizer(ABC):
     """
 
     state_names: tuple[str, ...] = ()  # names of its state tensors, in the order of ``apply_gradient``
+    elementwise = False  # whether ``apply_gradient`` treats each parameter by itself
     host_sync_reason: str | None = None  # what a step reads back to the host; None if nothing
 
     def __init__(
@@ -66,11 +70,33 @@ class Optimizer(ABC):
         Raises RuntimeError if parameters are no longer views of ``flat``.
         """
         self.check_views()
+        if self.elementwise and len(self.flat) > PIECE and self.gradient_step.run == self.gradient_step.function:
+            return self.step_in_pieces(objective, *seen)
         metrics, moved = self.gradient_step(objective, *seen)
         own = (self.flat, *(getattr(self, name) for name in self.state_names))
         for x, new in zip(own, moved, strict=True):
             x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
         return metrics
+
+    def step_in_pieces(self, objective: Objective, *seen: Any) -> Metrics:
+        """``step``, with temporary tensors of one piece of the parameters at a time."""
+        gradient, metrics = self.gradient(objective, *seen)
+        with torch.no_grad():
+            norm = gradient.norm()
+            names = [name for name in self.state_names if getattr(self, name).ndim]
+            others: list[tuple[Tensor, Tensor]] = []
+            for i in range(0, len(gradient), PIECE):
+                part, where = copy.copy(self), slice(i, i + PIECE)
+                for name in ("flat", *names):
+                    setattr(part, name, getattr(self, name)[where])
+                own = [getattr(part, name) for name in ("flat", *self.state_names)]
+                moved = list(zip(own, part.apply_gradient(self.clip(gradient[where], norm)[0]), strict=True))
+                others = [pair for pair in moved if not pair[0].ndim]  # the same for all pieces, and so written last
+                for x, new in (pair for pair in moved if pair[0].ndim):
+                    x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
+            for x, new in others:
+                x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
+        return metrics | {"grad_norm": norm}
 
     def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
         """Compute a step without applying it: the metrics, and the new values of ``flat`` and of the state tensors."""
@@ -87,9 +113,12 @@ class Optimizer(ABC):
         total, sums = torch.zeros_like(self.flat), dict[str, Tensor]()
         for weight, piece in seen:
             loss, metrics = objective.function(*piece)
-            total += trust_region.flat_grad(weight * loss, self.params)
+            gradients = torch.autograd.grad(weight * loss, self.params, materialize_grads=True)
+            for chunk, gradient in zip(self.chunks(total), gradients, strict=True):
+                chunk += gradient
+            del loss, gradients  # before the next piece
             sums = {name: sums.get(name, 0.0) + weight * x for name, x in metrics.items()}
-        return total, sums
+        return distributed.mean(total), sums
 
     @abstractmethod
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
@@ -97,9 +126,10 @@ class Optimizer(ABC):
         averaged over processes and clipped.  Pure, so that the step can be compiled."""
 
     @torch.no_grad()
-    def clip(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient [P], clipped to the norm ``max_grad_norm``, and its norm [] before clipping."""
-        norm = gradient.norm()
+    def clip(self, gradient: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gradient [P], clipped to the norm ``max_grad_norm``, and its norm [] before clipping; that of the whole
+        gradient may be given with a piece of it."""
+        norm = gradient.norm() if norm is None else norm
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return gradient, norm
@@ -129,7 +159,7 @@ class Optimizer(ABC):
 class Adam(Optimizer):
     """Kingma and Ba, 2015, algorithm 1.  ``eps`` is that of OpenAI's baselines."""
 
-    state_names = ("mean", "square", "steps")
+    state_names, elementwise = ("mean", "square", "steps"), True
 
     def __init__(
         self,
@@ -158,7 +188,7 @@ class Adam(Optimizer):
 class RMSprop(Optimizer):
     """Tieleman and Hinton, 2012.  ``eps`` is that of OpenAI's baselines."""
 
-    state_names = ("square",)
+    state_names, elementwise = ("square",), True
 
     def __init__(
         self,
