@@ -795,8 +795,8 @@ MUTATIONS = [
     fault(
         "tokens are generated from positions on the CPU",
         "nn/transformer.py",
-        "torch.arange(half, dtype=x.dtype, device=x.device)",
-        "torch.arange(half, dtype=x.dtype)",
+        "torch.arange(half, dtype=exact, device=x.device)",
+        "torch.arange(half, dtype=exact)",
         "device::test_language_models_stay_on_the_device[grpo]",
     ),
     fault(
@@ -895,6 +895,27 @@ MUTATIONS = [
         "        if count > LARGEST:\n",
         "        if count > 1e30:\n",
         "trust::test_settings_without_end_are_refused[within itself]",
+    ),
+    fault(
+        "pieces of a step weigh alike",
+        "algorithms/base.py",
+        "weights = (size / size.sum().clamp(min=1.0)).unbind()",
+        "weights = torch.full_like(size, 1 / len(size)).unbind()",
+        "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
+    ),
+    fault(
+        "advantages are standardized within the pieces of a step",
+        "algorithms/ppo.py",
+        'if self.normalize_advantage == "minibatch" and self.micro_batches == 1:',
+        'if self.normalize_advantage == "minibatch":',
+        "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
+    ),
+    fault(
+        "learning does not read the prompts",
+        "rlhf/policy.py",
+        "if PROMPT not in hidden_state:",
+        "if True:",
+        "lm_rollouts::test_a_rollout_is_as_wide_as_its_own_longest_prompt_and_response",
     ),
     fault(
         "directories of transformers may bring pickles",

@@ -15,10 +15,11 @@ from pgsuite.algorithms.reference import Reference
 from pgsuite.app.policy_io import restore
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
+from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic
 from pgsuite.nn.transformer import rotate
 from pgsuite.rlhf.env import LanguageEnv
-from pgsuite.rlhf.policy import language_policy, load
+from pgsuite.rlhf.policy import LanguageModelConfig, add_adapters, language_policy, load
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,6 +119,36 @@ def tokenizer(folder: Path, words: int) -> Path:
 
 def length(prompts: Any, responses: Any) -> torch.Tensor:
     return torch.tensor([float(len(text.split())) for text in responses])
+
+
+def test_adapters_alone_are_trained_shared_by_nobody_and_merged_when_saved(directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    env, draw = world(), seeding.generator(0, "networks")
+    options: dict[str, Any] = {"model": str(directory), "lora": 2}
+    policy = LanguageModelConfig(**options).build(Standardize(env.action_space, None, False), env.action_space, draw)
+    reference, plain = Reference(policy, 0.1), language_policy(*load(str(directory)))
+    assert all("lora_" in name for name, _ in policy.named_parameters())
+    assert sum(p.numel() for p in policy.parameters()) < 0.5 * sum(p.numel() for p in plain.parameters())
+    base, kept = (dict(x.named_buffers()) for x in (policy, reference.policy))
+    assert any("base_layer" in name for name in base) and all(x is kept[name] for name, x in base.items())
+    algorithm = Reinforce(policy=policy, reference=reference, gamma=1.0, lr=0.01)
+    rollouts, before = collector(env), {name: x.clone() for name, x in base.items()}
+    r = rollouts.collect(policy)
+    assert torch.allclose(policy.dist(r).log_prob(r.action), plain.dist(r).log_prob(r.action), atol=1e-5)
+    for _ in range(3):
+        algorithm.iterate(rollouts)
+    assert all(torch.equal(x, before[name]) for name, x in policy.named_buffers())
+    found, initial = (x.dist(r).log_prob(r.action) for x in (policy, plain))
+    assert (found - initial).abs().max() > 0.01
+    policy.save_pretrained(tmp_path / "merged")
+    again = language_policy(*load(str(tmp_path / "merged")))
+    assert torch.allclose(again.dist(r).log_prob(r.action), found, atol=1e-4)
+
+
+def test_adapters_are_for_models_of_transformers(directory: Path) -> None:
+    model = speaker(10).body.transformer
+    with pytest.raises(ValueError, match="policy.lora=2 is for models of the transformers library"):
+        add_adapters(model, torch.nn.Linear(1, 1), 2, torch.Generator())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -24,6 +25,7 @@ from pgsuite.settings import Natural, Positive, Range
 from pgsuite.types import HiddenState, Obs, Rollout
 
 FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
+ADAPTER = "lora_"  # in the names of adapters
 PROMPT, REAL = "prompt", "prompt.real"  # hidden states of a rollout
 M = TypeVar("M", bound=nn.Module)
 
@@ -161,7 +163,7 @@ class LanguagePolicy(Policy):
         from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
 
         model: Any = AutoModelForCausalLM.from_config(body.model.config).float()
-        model.base_model.load_state_dict(body.model.state_dict())
+        model.base_model.load_state_dict(merged(body.model))
         model.get_output_embeddings().load_state_dict(self.out.state_dict())  # the same parameters, where they are tied
         model.save_pretrained(folder)
         if tokens is not None:
@@ -187,6 +189,7 @@ class LanguageModelConfig(PolicyConfig):
     top_p: Annotated[float, Range(0, 1, open=True)] = (
         1.0  # probability of the nucleus that is sampled from; 1 samples from all tokens
     )
+    lora: Natural = 0  # rank of low-rank adapters, which alone are trained (Hu et al., 2022); 0 trains all parameters
     frozen: Natural = 0  # number of lowest layers that are not trained, and are shared by policy and reference
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> LanguagePolicy:
@@ -199,6 +202,8 @@ class LanguageModelConfig(PolicyConfig):
             raise ValueError(
                 f"the language model of policy.model knows {body.vocabulary} tokens, and actions are {action_space}"
             )
+        if self.lora:
+            add_adapters(body, out, self.lora, generator)
         options: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "frozen": self.frozen}
         return language_policy(body, out, tokens=tokens, **options)
 
@@ -291,14 +296,43 @@ def language_policy(
     return policy
 
 
-def freeze_parameters(module: nn.Module) -> None:
-    """Turn parameters into buffers of the same names.  This excludes them from optimizers and Fisher products, and
-    ``copy_sharing_frozen`` shares them."""
-    for part in module.modules():
+def freeze_parameters(module: nn.Module, *, but: str | None = None) -> None:
+    """Turn parameters into buffers of the same names, except in parts whose name contains ``but``.  This excludes them
+    from optimizers and Fisher products, and ``copy_sharing_frozen`` shares them."""
+    for path, part in module.named_modules():
+        if but is not None and but in path:
+            continue
         part.frozen = True  # pyright: ignore[reportArgumentType]
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)
             part.register_buffer(name, parameter.detach())
+
+
+def add_adapters(body: Transformer | Pretrained, out: nn.Module, rank: int, generator: Generator) -> None:
+    """Add low-rank adapters to all linear layers of a model of transformers, scaled by 2 and initially without effect,
+    and freeze everything else.  Raises ValueError for another model."""
+    if not isinstance(body, Pretrained):
+        raise ValueError(f"policy.lora={rank} is for models of the transformers library, and this one is our own")
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"policy.lora={rank} needs peft: {install('lora')}") from error
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), body.model)
+    for name, parameter in body.named_parameters():
+        if ADAPTER in name and "lora_A" in name:  # as peft does, from a generator of the run
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    freeze_parameters(body, but=ADAPTER)
+    freeze_parameters(out)
+
+
+def merged(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model of transformers, with its adapters added to the layers that they belong to."""
+    state = {name.replace(".base_layer.", "."): x for name, x in model.state_dict().items() if ADAPTER not in name}
+    for name, part in model.named_modules():
+        if hasattr(part, "get_delta_weight"):
+            state[f"{name}.weight"] = state[f"{name}.weight"] + part.get_delta_weight("default")
+    return state
 
 
 def copy_sharing_frozen(module: M) -> M:
