@@ -18,7 +18,7 @@ from pgsuite.execution.precision import lower
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic
 from pgsuite.nn.transformer import rotate
-from pgsuite.rlhf.env import LanguageEnv
+from pgsuite.rlhf.env import LanguageEnv, PretrainedTokens, read_prompts
 from pgsuite.rlhf.policy import LanguageModelConfig, add_adapters, language_policy, load
 
 transformers = pytest.importorskip("transformers")
@@ -194,6 +194,31 @@ def test_a_model_is_aligned_and_is_a_directory_of_transformers_again(
     assert read("w1 w2")["input_ids"] == [1, 2]
     finished = transformers.AutoModelForCausalLM.from_pretrained(command.folder / "run" / "model")
     assert all(torch.equal(x, y) for x, y in zip(aligned.parameters(), finished.parameters(), strict=True))
+
+
+def test_prompts_are_put_into_the_chat_template(tmp_path: Path) -> None:
+    plain = PretrainedTokens(str(tokenizer(tmp_path / "plain", 9)))
+    with pytest.raises(ValueError, match="has no chat template: leave env.chat out"):
+        PretrainedTokens(str(tmp_path / "plain"), chat=True)
+    inner = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    inner.chat_template = (
+        "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    )
+    inner.save_pretrained(tmp_path / "chat")
+    tokens, real = PretrainedTokens(str(tmp_path / "chat"), chat=True).encode(["w5", "w6 w7"])
+    assert tokens.T.tolist() == [[1, 5, 2, 3, 8], [1, 6, 7, 2, 3]] and real.sum(0).tolist() == [4, 5]
+    assert plain.encode(["w5"])[0].T.tolist() == [[5]]
+
+
+def test_prompts_are_read_from_lines_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\\nb", "more": 1}\n{"prompt": "c"}\n')
+    assert read_prompts(path, "env.prompts") == ["a\nb", "c"]
+    for line in ('{"text": "c"}', '"c"', "c", '{"prompt": ["c"]}', ""):
+        path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+        with pytest.raises(ValueError, match="env.prompts: line 2 of .* must be like") as raised:
+            read_prompts(path, "env.prompts")
+        assert repr(line) in str(raised.value)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

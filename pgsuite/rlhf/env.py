@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,13 @@ class Language(VectorEnvConfig):
 
     backends = ("language",)
 
-    prompts: str = ""  # a list of texts, or a function that makes one; or a file with one on each line
+    prompts: str = (
+        ""  # a list of texts, or a function that makes one; or a file with one on each line, in .jsonl as {"prompt": ...}
+    )
     tokens: str | None = (
         None  # an object with pad, stop, encode and decode, or a function that makes one; or a directory of transformers
     )
+    chat: bool = False  # prompts are what a user says, to be put into the chat template of the tokenizer
     reward: str = ""  # a callable of prompts and responses
     rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
     ensemble: Ensemble = "mean"  # of several rewards; the minimum is conservative (Coste et al., 2024)
@@ -115,7 +119,7 @@ class Language(VectorEnvConfig):
 
     def texts(self, path: str, name: str) -> list[str]:
         if Path(path).is_file():
-            return Path(path).read_text().splitlines()
+            return read_prompts(Path(path), f"env.{name}")
         found = find_object(path, f"env.{name}")
         texts = make_object(path, f"env.{name}") if callable(found) else found
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(x, str) for x in texts):
@@ -124,7 +128,9 @@ class Language(VectorEnvConfig):
 
     def vocabulary(self, path: str) -> Tokens:
         if Path(path).is_dir():
-            return PretrainedTokens(path)
+            return PretrainedTokens(path, self.chat)
+        if self.chat:
+            raise ValueError(f"env.chat=true is for tokenizers of transformers, and env.tokens={path} is no directory")
         found = find_object(path, "env.tokens")
         makes = isinstance(found, type) or not hasattr(found, "encode")
         tokens: Any = make_object(path, "env.tokens") if makes and callable(found) else found
@@ -133,10 +139,29 @@ class Language(VectorEnvConfig):
         return tokens
 
 
-class PretrainedTokens:
-    """A tokenizer saved by the ``transformers`` library.  Raises ValueError for one without a stop token."""
+def read_prompts(path: Path, where: str) -> list[str]:
+    """The prompts of a file: its lines, or in a ``.jsonl`` file the texts under "prompt".  Raises ValueError, with the
+    line, for one without."""
+    lines = path.read_text().splitlines()
+    if path.suffix != ".jsonl":
+        return lines
+    texts: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not (isinstance(found, dict) and isinstance(text := found.get("prompt"), str)):
+            raise ValueError(f'{where}: line {number} of {path} must be like {{"prompt": "..."}}, and is {line[:80]!r}')
+        texts.append(text)
+    return texts
 
-    def __init__(self, path: str) -> None:
+
+class PretrainedTokens:
+    """A tokenizer saved by the ``transformers`` library.  With ``chat``, prompts are what a user says, and are put into
+    its chat template.  Raises ValueError for one without a stop token, or then without a template."""
+
+    def __init__(self, path: str, chat: bool = False) -> None:
         try:
             from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -144,16 +169,24 @@ class PretrainedTokens:
         self.inner: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if self.inner.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no stop token (eos_token)")
-        self.stop = self.inner.eos_token_id
+        if chat and self.inner.chat_template is None:
+            raise ValueError(f"the tokenizer of {path} has no chat template: leave env.chat out")
+        self.chat, self.stop = chat, self.inner.eos_token_id
         self.pad = self.stop if self.inner.pad_token_id is None else self.inner.pad_token_id
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        rows = [torch.tensor(self.inner(text)["input_ids"], dtype=torch.long) for text in prompts]
+        texts = [self.in_template(text) for text in prompts] if self.chat else prompts
+        special = {"add_special_tokens": not self.chat}  # the template has them
+        rows = [torch.tensor(self.inner(text, **special)["input_ids"], dtype=torch.long) for text in texts]
         real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows])
         return torch.nn.utils.rnn.pad_sequence(rows, padding_value=self.pad), real
+
+    def in_template(self, text: str) -> str:
+        message = [{"role": "user", "content": text}]
+        return self.inner.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def decode(self, tokens: Tensor) -> list[str]:
         rows = [row[: row.index(self.stop)] if self.stop in row else row for row in tokens.T.tolist()]
