@@ -6,7 +6,7 @@
 
 Each contender is a process of its own with one torch thread, warmed up by one iteration.  In every round each has its
 turn, in one order and then in the other, while all others wait; in its turn it finishes iterations until so much of its
-own CPU time is over.  Written down are iterations per CPU second, the mean reward of each iteration with the CPU time
+own CPU time is over.  The two libraries are compared one method at a time.  Written down are iterations per CPU second, the mean reward of each iteration with the CPU time
 until then, and the peak of resident memory.  Raw results lie in benchmarks/results/language_peers.
 
 Both sample at temperature 1, in float32, and make ``epochs`` Adam steps (eps 1e-8, no decay) on all responses of an
@@ -224,9 +224,9 @@ class Contender:
         return self.hear()
 
 
-def measure(case: str, model: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def measure(case: str, method: str, model: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     with ExitStack() as stack:
-        every = [stack.enter_context(Contender(x, m, case, model)) for m in METHODS for x in LIBRARIES]
+        every = [stack.enter_context(Contender(x, method, case, model)) for x in LIBRARIES]
         rows = [{"library": x.library, "method": x.method, "rates": []} for x in every]
         for i in range(rounds):
             for row, contender in list(zip(rows, every, strict=True))[:: 1 if i % 2 == 0 else -1]:
@@ -286,7 +286,8 @@ def main() -> None:
                 result = source() | {"seconds": args.seconds}
                 result["versions"] |= {peer: version(peer) for peer in PEERS}
                 model = folder if name == "small" else args.model
-                result["rows"] = measure(name, model, args.rounds, args.seconds)
+                each = [measure(name, method, model, args.rounds, args.seconds) for method in METHODS]
+                result["rows"] = [row for rows in each for row in rows]
             print(text(name, result))
             keep(result, KEPT / f"{name}.json")
 
