@@ -5,9 +5,10 @@
     python benchmarks/language_peers.py --docs
 
 Each contender is a process of its own with one torch thread, warmed up by one iteration.  In every round each has its
-turn, in one order and then in the other, while all others wait; in its turn it finishes iterations until so much of its
-own CPU time is over.  The two libraries are compared one method at a time.  Written down are iterations per CPU second, the mean reward of each iteration with the CPU time
-until then, and the peak of resident memory.  Raw results lie in benchmarks/results/language_peers.
+turn, in one order and then in the other, while the other waits; in its turn it finishes iterations until so much of its
+own CPU time is over.  The two libraries are compared one method at a time.  Written down are iterations per CPU second,
+the mean reward of each iteration with the CPU time until then, and the peak of resident memory.  Raw results lie in
+benchmarks/results/language_peers.
 
 Both sample at temperature 1, in float32, and make ``epochs`` Adam steps (eps 1e-8, no decay) on all responses of an
 iteration, clipped to a norm of 1.  RLOO takes the KL from the reward (k1), GRPO k3 in the loss, a mean over tokens.
@@ -72,7 +73,9 @@ def prompts(case: str) -> list[str]:
     if case == "smollm2":
         return sorted(set(corpus.prompts()))
     draw = torch.Generator().manual_seed(0)
-    rows = [torch.randint(2_999, (int(n),), generator=draw).tolist() for n in torch.randint(3, 13, (256,), generator=draw)]
+    rows = [
+        torch.randint(2_999, (int(n),), generator=draw).tolist() for n in torch.randint(3, 13, (256,), generator=draw)
+    ]
     return [" ".join(f"w{i}" for i in row) for row in rows]
 
 
@@ -105,7 +108,12 @@ def make_small(folder: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "vocab_size": 3_000}
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "vocab_size": 3_000,
+    }
     options: dict[str, Any] = {"num_hidden_layers": 4, "tie_word_embeddings": True, "bos_token_id": None}
     config = transformers.LlamaConfig(**sizes, **options, eos_token_id=2_999, pad_token_id=2_999)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -242,7 +250,11 @@ def text(case: str, result: dict[str, Any]) -> str:
     """Medians of the rates; the mean reward of the last quarter of the CPU time that both had."""
     about = CASES[case]
     shape = f"{about.responses} responses of up to {about.length} tokens in groups of {about.group}"
-    lines = [f"### {about.words}: {shape}", "", "| | iterations per CPU minute | faster by | peak memory, GB | reward |"]
+    lines = [
+        f"### {about.words}: {shape}",
+        "",
+        "| | iterations per CPU minute | faster by | peak memory, GB | reward |",
+    ]
     lines.append("|---|---|---|---|---|")
     for method in METHODS:
         rows = {row["library"]: row for row in result["rows"] if row["method"] == method}
@@ -265,7 +277,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="the directory of SmolLM2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of CPU time, of each turn")
-    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/alignment.md")
+    parser.add_argument("--docs", action="store_true", help="put the kept results into docs/howto/alignment.md")
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
@@ -277,7 +289,7 @@ def main() -> None:
     elif args.docs:
         kept = {name: KEPT / f"{name}.json" for name in CASES}
         found = [text(name, json.loads(path.read_text())) for name, path in kept.items() if path.exists()]
-        write_table("docs/alignment.md", "language_peers.py --docs", "\n".join(found))
+        write_table("docs/howto/alignment.md", "language_peers.py --docs", "\n".join(found))
     else:
         for name in args.only:
             with tempfile.TemporaryDirectory() as folder:

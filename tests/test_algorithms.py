@@ -30,8 +30,8 @@ from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinf
 from pgsuite.algorithms.estimators import GAE, MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.functional import estimators
 from pgsuite.functional import trust_region as tr
-from pgsuite.nn.normalize import Standardize
 from pgsuite.nn import optim
+from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.optim import Adam, make_optimizer
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import EpisodeCollector, StepCollector

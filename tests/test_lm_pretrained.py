@@ -146,8 +146,8 @@ def test_adapters_alone_are_trained_shared_by_nobody_and_merged_when_saved(direc
 
 
 def test_adapters_are_for_models_of_transformers(directory: Path) -> None:
-    model = speaker(10).body.transformer
-    with pytest.raises(ValueError, match="policy.lora=2 is for models of the transformers library"):
+    model: Any = speaker(10).body.transformer
+    with pytest.raises(ValueError, match=r"policy\.lora=2 is for models of the transformers library"):
         add_adapters(model, torch.nn.Linear(1, 1), 2, torch.Generator())
 
 
@@ -198,7 +198,7 @@ def test_a_model_is_aligned_and_is_a_directory_of_transformers_again(
 
 def test_prompts_are_put_into_the_chat_template(tmp_path: Path) -> None:
     plain = PretrainedTokens(str(tokenizer(tmp_path / "plain", 9)))
-    with pytest.raises(ValueError, match="has no chat template: leave env.chat out"):
+    with pytest.raises(ValueError, match=r"has no chat template: leave env\.chat out"):
         PretrainedTokens(str(tmp_path / "plain"), chat=True)
     inner = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     inner.chat_template = (
@@ -216,7 +216,7 @@ def test_prompts_are_read_from_lines_of_json(tmp_path: Path) -> None:
     assert read_prompts(path, "env.prompts") == ["a\nb", "c"]
     for line in ('{"text": "c"}', '"c"', "c", '{"prompt": ["c"]}', ""):
         path.write_text(f'{{"prompt": "a"}}\n{line}\n')
-        with pytest.raises(ValueError, match="env.prompts: line 2 of .* must be like") as raised:
+        with pytest.raises(ValueError, match=r"env\.prompts: line 2 of .* must be like") as raised:
             read_prompts(path, "env.prompts")
         assert repr(line) in str(raised.value)
 

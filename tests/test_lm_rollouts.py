@@ -62,8 +62,9 @@ def test_a_rollout_is_as_wide_as_its_own_longest_prompt_and_response() -> None:
         assert torch.equal(own.action, widest.action[:rows]) and torch.equal(own.reward, widest.reward[:rows])
         assert torch.equal(own.mask, widest.mask[:rows]) and not widest.mask[rows:].any()
         assert torch.allclose(own.logp, widest.logp[:rows], atol=1e-5)
-        found = [policy.dist(r).log_prob(r.action)[:rows][own.mask] for r in (own, widest)]
-        assert torch.allclose(found[0], own.logp[own.mask], atol=1e-5) and torch.allclose(*found, atol=1e-5)
+        for r in (own, widest):
+            logp = policy.dist(r).log_prob(r.action)[:rows]
+            assert torch.allclose(logp[own.mask], own.logp[own.mask], atol=1e-5)
 
 
 def test_the_tracker_counts_the_tokens_of_responses() -> None:
@@ -109,7 +110,11 @@ def test_padding_changes_not_a_bit_of_what_is_learned() -> None:
     prompt, real = (r.hidden_state[name] for name in ("prompt", "prompt.real"))
     read = {"prompt": torch.where(real, prompt, torch.randint(9, prompt.shape)), "prompt.real": real}
     assert (obs != r.obs).sum() + (read["prompt"] != prompt)[0].sum() > 20
-    fields: dict[str, Any] = vars(r) | {"obs": obs, "hidden_state": read, "action": torch.where(r.mask, r.action, noise)}
+    fields: dict[str, Any] = vars(r) | {
+        "obs": obs,
+        "hidden_state": read,
+        "action": torch.where(r.mask, r.action, noise),
+    }
     for each, rollout in ((algorithm, r), (twin, Rollout(**fields))):
         each.train_on(rollout)
     pairs = zip(algorithm.policy.parameters(), twin.policy.parameters(), strict=True)

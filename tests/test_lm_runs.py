@@ -81,7 +81,9 @@ def test_the_generated_reviews_have_everything_and_another_model_nothing_of_thei
     assert code == 1 and "give env.prompts, env.reward, and policy.model" in err and "env=reviews has them all" in err
     (composed,) = (yaml.safe_load(ready("train", "env=rlhf", "policy.model=mine", "--cfg", "job", "--resolve")[1]),)
     env = composed["env"]
-    assert env["tokens"] == "mine" and not any(env[name] for name in ("prompts", "reward", "rewards", "held_out", "scorer"))
+    assert env["tokens"] == "mine" and not any(
+        env[name] for name in ("prompts", "reward", "rewards", "held_out", "scorer")
+    )
     assert composed["algo"]["lr"] == {"linear": [3e-6, 0]} and composed["reference"]["coef"] == 0.05
 
 

@@ -200,8 +200,8 @@ class Algorithm(Scheduled, ABC):
         return minibatches(batch, count, columns=self.sequential, generator=self.generator)
 
     def gradient_step(self, optimizer: Optimizer, objective: Objective, *seen: Any, mean: str = "cells") -> Metrics:
-        """A step of the optimizer on the loss objective(*seen)[0], a mean over the real cells or over the ``columns`` of
-        a batch, which is the last of ``seen``.  With ``micro_batches`` its gradient is accumulated over pieces."""
+        """A step of the optimizer on the loss objective(*seen)[0], a mean over the real cells or over the ``columns``
+        of a batch, which is the last of ``seen``.  With ``micro_batches`` its gradient is accumulated over pieces."""
         if self.micro_batches == 1:
             return optimizer.step(objective, *seen)
         *others, batch = seen

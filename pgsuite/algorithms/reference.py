@@ -45,8 +45,8 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def compare(self, rollout: Rollout, pieces: int = 1) -> Rollout:
-        """The rollout with the reference's log-probabilities [T, N] in ``extra["reference"]``, computed in so many pieces,
-        and, with penalty ``reward``, with the KL penalty subtracted from its rewards."""
+        """The rollout with the reference's log-probabilities [T, N] in ``extra["reference"]``, computed in so many
+        pieces, and, with penalty ``reward``, with the KL penalty subtracted from its rewards."""
         logp = log_prob(self.policy, rollout, pieces).where(rollout.mask, 0.0)
         rollout = replace(rollout, extra=rollout.extra | {"reference": logp})
         if self.penalty == "loss":

@@ -54,10 +54,10 @@ class Language(VectorEnvConfig):
     backends = ("language",)
 
     prompts: str = (
-        ""  # a list of texts, or a function that makes one; or a file with one on each line, in .jsonl as {"prompt": ...}
+        ""  # a list of texts, or a function that makes one; or a file, on each line a text or {"prompt": text}
     )
     tokens: str | None = (
-        None  # an object with pad, stop, encode and decode, or a function that makes one; or a directory of transformers
+        None  # an object with pad, stop, encode and decode, or a function that makes it; or a directory of transformers
     )
     chat: bool = False  # prompts are what a user says, to be put into the chat template of the tokenizer
     reward: str = ""  # a callable of prompts and responses
@@ -75,8 +75,8 @@ class Language(VectorEnvConfig):
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> LanguageEnv:
         if missing := [f"env.{name}" for name in ("prompts", "tokens", "reward") if not getattr(self, name)]:
             raise ValueError(
-                f"a language model is aligned on prompts and a reward: give {', '.join(missing)}, and policy.model, whose "
-                "directory is that of env.tokens too; env=reviews has them all"
+                f"a language model is aligned on prompts and a reward: give {', '.join(missing)}, and policy.model, "
+                "whose directory is that of env.tokens too; env=reviews has them all"
             )
         tokens = self.vocabulary(str(self.tokens))
         rewards = [self.made_of(file) for file in self.rewards or ()] or [find_object(self.reward, "env.reward")]
@@ -261,8 +261,9 @@ class LanguageEnv:
         self.clock = torch.zeros(num_envs, dtype=torch.long, device=self.device)
 
     def apart(self, most: int | None = None) -> list[LanguageEnv]:
-        """Environments with each held-out prompt once, in order, and of at most ``num_envs`` each, like a rollout; without
-        held-out prompts, with each training one.  Of more than ``most`` prompts, so many are taken at equal distances."""
+        """Environments with each held-out prompt once, in order, and of at most ``num_envs`` each, like a rollout;
+        without held-out prompts, with each training one.  Of more than ``most`` prompts, so many are taken at equal
+        distances."""
         texts, placed = self.held_out or self.texts, {"device": self.device, "dtype": self.dtype}
         count = min(len(texts), most or len(texts))
         texts = [texts[i * len(texts) // count] for i in range(count)]
@@ -282,8 +283,8 @@ class LanguageEnv:
         return tokens.where(real, self.pad).to(self.device), real.to(self.device)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
-        """The prompts [P, N] of the next N responses, with groups in adjacent columns, and the mask of real tokens; P is
-        the length of the longest among them."""
+        """The prompts [P, N] of the next N responses, with groups in adjacent columns, and the mask of real tokens; P
+        is the length of the longest among them."""
         drawn = torch.randint(len(self.texts), (self.num_envs // self.samples,), generator=self.generator)
         drawn = torch.arange(self.num_envs) if self.ordered else drawn
         self.chosen = drawn.repeat_interleave(self.samples)

@@ -51,9 +51,15 @@ def respond(policy: Policy, reference: Policy, env: LanguageEnv, seed: int, most
         log_ratio = (r.logp - reference.dist(r).log_prob(r.action)).where(r.mask, 0.0).sum(0)
         numbers = (x.cpu() for x in (r.mask.sum(0).float(), log_ratio))
         found.append(Written(piece.texts, responses, r.reward.sum(0).cpu(), piece.true(responses), *numbers))
-    prompts, responses, *tensors = zip(*found, strict=True)
-    joined = (None if None in x else torch.cat(x) for x in tensors)
-    return Written(sum(prompts, []), sum(responses, []), *joined)
+    true = [x.true for x in found if x.true is not None]
+    return Written(
+        prompts=[text for x in found for text in x.prompts],
+        responses=[text for x in found for text in x.responses],
+        reward=torch.cat([x.reward for x in found]),
+        true=torch.cat(true) if true else None,
+        length=torch.cat([x.length for x in found]),
+        log_ratio=torch.cat([x.log_ratio for x in found]),
+    )
 
 
 def compare(ours: Written, theirs: Written) -> dict[str, float]:

@@ -329,9 +329,9 @@ def add_adapters(body: Transformer | Pretrained, out: nn.Module, rank: int, gene
 def merged(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model of transformers, with its adapters added to the layers that they belong to."""
     state = {name.replace(".base_layer.", "."): x for name, x in model.state_dict().items() if ADAPTER not in name}
-    for name, part in model.named_modules():
-        if hasattr(part, "get_delta_weight"):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + part.get_delta_weight("default")
+    layers: list[tuple[str, Any]] = [x for x in model.named_modules() if hasattr(x[1], "get_delta_weight")]
+    for name, layer in layers:
+        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight("default")
     return state
 
 
