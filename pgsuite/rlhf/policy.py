@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -75,10 +76,11 @@ class TokenBody(Body):
     def exact(self, features: Tensor) -> Tensor:
         return features if self.dtype is torch.float32 else features.float()
 
-    def autocast(self, tokens: Tensor) -> torch.autocast:
+    def autocast(self, tokens: Tensor) -> AbstractContextManager[Any]:
+        if self.dtype is torch.float32:
+            return nullcontext()
         # Without a cache of cast weights, as each is used once in a pass.
-        lower = self.dtype is not torch.float32
-        return torch.autocast(tokens.device.type, self.dtype if lower else None, enabled=lower, cache_enabled=False)
+        return torch.autocast(tokens.device.type, self.dtype, cache_enabled=False)
 
     def another(self, name: str) -> TokenBody:
         """A copy under another name, with its own parameters except for frozen ones, which are shared."""
