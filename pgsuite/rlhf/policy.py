@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ class Pretrained(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model.base_model
+        takes = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # as the installed version has it
         self.vocabulary, self.size = model.config.vocab_size, model.config.hidden_size
         self.shape = f"{self.vocabulary} > {type(model).__name__} {self.size} x {model.config.num_hidden_layers}"
 
@@ -235,9 +238,9 @@ class Pretrained(nn.Module):
         past = DynamicCache()
         for i in range((len(cache) - 1) // 2):
             past.update(cache[f"{i}.key"], cache[f"{i}.value"], i)
-        found = self.run(tokens, position, visible, past_key_values=past, use_cache=True)
+        found = self.run(tokens, position, visible, **{self.cache_name: past}, use_cache=True)
         after = {SEEN: seen}
-        for i, layer in enumerate(found.past_key_values.layers):
+        for i, layer in enumerate(past.layers):
             after |= {f"{i}.key": layer.keys, f"{i}.value": layer.values}
         return found.last_hidden_state.transpose(0, 1), after
 
