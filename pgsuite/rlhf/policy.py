@@ -235,7 +235,7 @@ class Pretrained(nn.Module):
         from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
         seen, position, visible = look(real.T, cache)
-        past = DynamicCache()
+        past: Any = DynamicCache()
         for i in range((len(cache) - 1) // 2):
             past.update(cache[f"{i}.key"], cache[f"{i}.value"], i)
         found = self.run(tokens, position, visible, **{self.cache_name: past}, use_cache=True)
