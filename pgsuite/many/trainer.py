@@ -35,6 +35,8 @@ class ManyTrainer:
         """labels: the names of the runs, for messages.  Raises ValueError for runs that differ in more than numbers."""
         self.trainers, self.env, self.say = list(trainers), env, say
         self.labels = labels or [f"run {s}" for s in range(len(trainers))]
+        for kernel in trainers[0].kernels.values():
+            kernel.reset()  # what reads from the host for one run cannot for many
         env.poll = getattr(trainers[0].collector, "poll", None)
         self.stack = Stack([trainer.algorithm for trainer in trainers])
         self.algorithm = trainers[0].algorithm
