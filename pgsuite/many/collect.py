@@ -26,6 +26,8 @@ class JointCollector:
         first = collectors[0]
         self.collectors, self.env, self.stack = list(collectors), env, stack.within("algo.policy")
         self.whole = type(first)(env, first.horizon)
+        if env.poll is not None:
+            vars(self.whole)["poll"] = env.poll
         self.whole.act.run = self.act
         self.generators = Generators.of([collector.generator for collector in collectors])
         for collector in collectors:
