@@ -153,6 +153,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{args.workload}.jsonl"
     about = source()
+    about["command"] = about["command"].replace(f"--jax {args.jax}", "--jax PYTHON")
     with path.open("a") as file:
         for turn in range(args.rounds):
             for kind, count, how in contenders(args.workload, seeds, args.jax):
