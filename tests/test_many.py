@@ -188,7 +188,7 @@ def test_what_is_drawn_ahead_is_what_would_be_drawn() -> None:
     kinds: list[Any]
     kinds = [(Tensor.uniform_, (-1, 2), {}), (Tensor.exponential_, (), {}), (Tensor.normal_, (), {"std": 2.0})]
     for draw, args, options in kinds:
-        for shape in ((4, 3), (4, 4)):
+        for shape in ((4, 1), (4, 3), (4, 4)):
             one, two = ([seeding.generator(seed, "x") for seed in SEEDS] for _ in range(2))
             ahead = Generators.of(one)
             ahead.ahead = 5

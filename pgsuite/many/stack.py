@@ -70,7 +70,7 @@ class Generators(Generator):
         """Draw several of a kind for each run, unless one after the other they would be different numbers."""
         self.settle()
         func, args, shape, _ = kind
-        if not is_sequential(*kind, x.device):
+        if not is_sequential(*kind, x.device, self.ahead):
             return False
         before = [generator.get_state() for generator in self.each]
         numbers = x.new_empty((shape[0], self.ahead, *shape[1:]))
@@ -90,10 +90,13 @@ class Generators(Generator):
 
 
 @cache
-def is_sequential(func: Callable[..., Any], args: Any, shape: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether drawing numbers at once gives those of drawing them one after the other."""
+def is_sequential(
+    func: Callable[..., Any], args: Any, shape: Any, dtype: torch.dtype, device: torch.device, ahead: int
+) -> bool:
+    """Whether drawing numbers ``ahead`` at once gives those of drawing them one after the other; torch draws few normal
+    numbers in another way than many."""
     one, two = (Generator(device).manual_seed(0) for _ in range(2))
-    at_once = func(torch.empty((3, *shape[1:]), dtype=dtype, device=device), *args, generator=one)
+    at_once = func(torch.empty((ahead, *shape[1:]), dtype=dtype, device=device), *args, generator=one)
     each = [func(torch.empty_like(x), *args, generator=two) for x in at_once]
     return torch.equal(at_once, torch.stack(each)) and torch.equal(one.get_state(), two.get_state())
 
