@@ -186,7 +186,12 @@ def test_runs_that_differ_in_whole_numbers_are_refused() -> None:
 def test_what_is_drawn_ahead_is_what_would_be_drawn() -> None:
     """Also if fewer are used, and of distributions that cannot be drawn ahead."""
     kinds: list[Any]
-    kinds = [(Tensor.uniform_, (-1, 2), {}), (Tensor.exponential_, (), {}), (Tensor.normal_, (), {"std": 2.0})]
+    kinds = [
+        (Tensor.uniform_, (-1, 2), {}),
+        (Tensor.exponential_, (), {}),
+        (Tensor.normal_, (), {}),
+        (Tensor.normal_, (), {"std": 2.0}),
+    ]
     for draw, args, options in kinds:
         for shape in ((4, 1), (4, 3), (4, 4)):
             one, two = ([seeding.generator(seed, "x") for seed in SEEDS] for _ in range(2))
