@@ -47,7 +47,19 @@ WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes 
 
 
 # Settings of a run that do not change what it learns: runs that differ in nothing else are one experiment.
-INCIDENTAL = ("resume", "trust", "checkpoint", "recover", "evaluation", "logging", "loggers", "profile", "env_threads")
+INCIDENTAL = (
+    "resume",
+    "trust",
+    "seeds",
+    "batch",
+    "checkpoint",
+    "recover",
+    "evaluation",
+    "logging",
+    "loggers",
+    "profile",
+    "env_threads",
+)
 
 
 # Settings and metrics that were renamed: the former name, and the present one.

@@ -550,8 +550,8 @@ MUTATIONS = [
     fault(
         "RMSprop decays twice",
         "nn/optim.py",
-        "square = (self.square * self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)",
-        "square = (self.square * self.alpha**2).addcmul_(gradient, gradient, value=1 - self.alpha)",
+        "square = torch.addcmul(self.square * self.alpha, gradient, gradient, value=1 - self.alpha)",
+        "square = torch.addcmul(self.square * self.alpha**2, gradient, gradient, value=1 - self.alpha)",
         "algorithms::test_one_flat_vector_steps_as_separate_parameters_would",
     ),
     fault(

@@ -17,6 +17,7 @@ FLOORS = [
     {"algorithms"},
     {"training", "testing"},
     {"execution", "reports"},
+    {"many"},
     {"app"},
     {"rlhf", "export"},
     {"__main__"},

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic, CriticRegressionMixin
-from pgsuite.functional import trust_region
+from pgsuite.functional import autodiff, trust_region
 from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
@@ -111,7 +111,7 @@ class NPG(ActorCritic, CriticRegressionMixin):
             improvement = self.surrogate_objective(logp, batch) - before
             return masked_mean(improvement, batch.mask), masked_mean(old.kl(new), batch.mask)
 
-        theta = start.clone().requires_grad_()
+        theta = autodiff.leaf(start)
         improvement, kl = evaluate_step(theta)
         gradient = trust_region.flat_grad(improvement, [theta], retain_graph=True)
         if self.fisher == "gauss-newton":

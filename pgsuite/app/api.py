@@ -151,6 +151,8 @@ def train(
     try:
         with _hydra_of_its_own():
             cfg, hydra = _compose([override(key, x) for key, x in given.items()])
+            if cfg.seeds is not None or cfg.batch:
+                raise UserError("pgsuite.train trains one run; for several at once: pgsuite train seeds=16 <settings>")
             outcome = _as_user_errors(
                 lambda: run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
             )

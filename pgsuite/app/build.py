@@ -193,11 +193,12 @@ def check_memory(env: VectorEnv, horizon: int) -> None:
         )
 
 
-def build(run: Run) -> Trainer:
-    """A trainer without callbacks.  Raises UserError for settings that exclude each other, before any step."""
+def build(run: Run, env: VectorEnv | None = None) -> Trainer:
+    """A trainer without callbacks, in the given environments or those of the settings.  Raises UserError for settings
+    that exclude each other, before any step."""
     torch.set_num_threads(int(run.torch_threads))
     device = pick_device(run.device)
-    env = build_env(run, share(run.num_envs), device)
+    env = env or build_env(run, share(run.num_envs), device)
     horizon = run.horizon or env.max_episode_steps
     if horizon is None:
         raise UserError(

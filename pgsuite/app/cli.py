@@ -156,6 +156,8 @@ def replacing(argument: str) -> list[str]:
     """The override, preceded by one with null if its value is a dictionary, so that a schedule or component replaces
     that of the recipe; Hydra would merge the two."""
     setting, given, value = argument.partition("=")
+    if value.startswith("batch(") and value.endswith(")"):
+        return [f"+batch.{setting}=[{value[6:-1]}]"]
     return (
         [f"{setting}=null", argument]
         if given and setting.startswith(("algo.", "policy.", "critic.")) and value[:1] == "{"

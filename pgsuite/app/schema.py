@@ -73,6 +73,10 @@ class Run:
     """The settings of a run other than those of the method and the environment."""
 
     seed: Natural = 0  # of environments, initial weights, actions and minibatches
+    seeds: Count | None = None  # as many runs at once, with seed and the numbers after it; null trains one run
+    batch: dict[str, Any] = field(
+        default_factory=dict
+    )  # of runs at once: values of settings, as algo.lr=batch(1,2) sets
     total_steps: Count = 1_000_000  # environment steps of the run, over all environments
     num_envs: Count = 64  # environments that step in parallel
     horizon: Count | None = None  # steps per rollout; null takes the time limit of the environment

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from gymnasium import spaces
 from hydra.conf import HydraConf
@@ -59,10 +60,23 @@ def train(cfg: DictConfig) -> float | None:
     Returns the objective of sweeps: the return of the last evaluation, or without evaluations the ``return_mean`` of
     the run.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
     """
+    if cfg.seeds is not None or cfg.batch:
+        return _train_many(cfg)
     outcome = run(cfg, HydraConfig.get(), resume_with=_resume_command)
     if outcome.stopped:
         sys.exit(0 if outcome.stopped == signal.SIGINT else 128 + outcome.stopped)
     return objective(outcome.folder) if distributed.rank() == 0 else None
+
+
+def _train_many(cfg: DictConfig) -> float | None:
+    """Train several runs at once; returns the mean of their objectives."""
+    from pgsuite.app.many import run_many
+
+    outcomes = run_many(cfg, HydraConfig.get())
+    if stopped := next((x.stopped for x in outcomes if x.stopped), 0):
+        sys.exit(0 if stopped == signal.SIGINT else 128 + stopped)
+    found = [objective(outcome.folder) for outcome in outcomes]
+    return None if None in found else fmean(x for x in found if x is not None)
 
 
 def _resume_command(folder: Path) -> str:
@@ -127,7 +141,7 @@ def _run(
     with recipes.naming(hydra, composed) if before is None else nullcontext():  # a resumed run keeps its settings
         trainer = build(settings)
     if before is None:
-        _refuse_unused(settings, trainer.algorithm, given)
+        refuse_unused(settings, trainer.algorithm, given)
         if settings.init is not None:
             initialize(trainer, settings.init, say)
     if before is not None and distributed.rank() == 0:
@@ -146,7 +160,7 @@ def _run(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     trainer.failure_handler = Recovery(folder, facts, settings.recover.attempts, say)
-    for line in (*describe(trainer, settings), _recipe(hydra, choices, trainer.collector.env.observation_space)):
+    for line in (*describe(trainer, settings), recipe_line(hydra, choices, trainer.collector.env.observation_space)):
         say(line)
     if before is not None:
         resume_trainer(trainer, before.state, say)
@@ -167,7 +181,7 @@ def _run(
     return Outcome(folder, trainer.steps)
 
 
-def _refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
+def refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
     """Raise UserError for settings of the command line that have no effect because of another setting."""
     critic = [f"critic.{f.name}" for f in fields(CriticConfig)]
     own = [f"algo.{f.name}" for f in fields(algorithm) if f.name.startswith("critic_")]
@@ -247,8 +261,17 @@ def recorders(
     return parts
 
 
+class Answering(Protocol):
+    """What a signal stops: a trainer, of one run or of several."""
+
+    @property
+    def asked(self) -> int: ...
+    @asked.setter
+    def asked(self, number: int) -> None: ...
+
+
 @contextmanager
-def answering_signals(trainer: Trainer) -> Iterator[None]:
+def answering_signals(trainer: Answering) -> Iterator[None]:
     """Let SIGINT and SIGTERM stop the trainer after the current iteration, and a second signal at once."""
     asked = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():  # Python permits signal handlers only there
@@ -286,7 +309,7 @@ def objective(folder: Path) -> float | None:
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
-def _recipe(hydra: HydraConf, choices: dict[str, Any], space: spaces.Space[Any]) -> str:
+def recipe_line(hydra: HydraConf, choices: dict[str, Any], space: spaces.Space[Any]) -> str:
     """Of a run of these choices: which recipe it has, and which it might have, for observations of this space."""
     name = choices.get("tuned")
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]

@@ -42,10 +42,18 @@ class TaskEnv:
             self.bounds = (low.to(task.device, task.dtype), high.to(task.device, task.dtype))
 
     def reset(self) -> Tensor:
-        self.task.reset(torch.ones_like(self.clock, dtype=torch.bool), self.generator)
-        self.clock.zero_()
+        return self.reset_where(torch.ones_like(self.clock, dtype=torch.bool))
+
+    def reset_where(self, mask: Tensor) -> Tensor:
+        """Restart the environments where mask [N] is true; returns obs [N, *O] of all."""
+        self.restart(mask)
+        self.clock.masked_fill_(mask, 0)
         obs = self._observe()
         return obs if self.link is None else self.link.to_device(obs)
+
+    def restart(self, mask: Tensor) -> None:
+        """Set the worlds where mask [N] is true to random initial states."""
+        self.task.reset(mask, self.generator)
 
     def step(self, action: Tensor) -> Step:
         if self.link is not None:
@@ -55,7 +63,7 @@ class TaskEnv:
         self.task.simulate(action)
         step = self.step_task(action)
         if not self.task.on_host or bool(step.done.any()):
-            self.task.reset(step.done, self.generator)
+            self.restart(step.done)
             step = step._replace(obs=self._observe())
         return step if self.link is None else self.link.step_to_device(step)
 

@@ -17,10 +17,11 @@ Discount = float | Tensor
 
 def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
     """y[t] = x[t] + decay[t] * y[t + 1], with y[T] = 0."""
-    y, out = torch.zeros_like(x[0]), torch.empty_like(x)
-    for t in reversed(range(x.shape[0])):
-        y = torch.addcmul(x[t], decay[t], y, out=out[t])
-    return out
+    y, out = torch.zeros_like(x[0]), []
+    for now, kept in zip(reversed(x.unbind()), reversed(decay.unbind()), strict=True):
+        y = torch.addcmul(now, kept, y)
+        out.append(y)
+    return torch.stack(out[::-1])
 
 
 def reward_to_go(reward: Tensor, done: Tensor, *, gamma: Discount) -> Tensor:

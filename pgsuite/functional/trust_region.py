@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pgsuite import distributed
+from pgsuite.functional import autodiff
 
 D = TypeVar("D")
 Product = Callable[[Tensor], Tensor]  # v [P] -> A v [P]
@@ -35,13 +36,13 @@ def assign(params: Sequence[Tensor], vector: Tensor) -> None:
 
 def flat_grad(y: Tensor, params: Sequence[Tensor], *, retain_graph: bool = False) -> Tensor:
     """The gradient [P] of y, averaged over processes; zero for parameters that y does not depend on."""
-    return distributed.mean(flatten(torch.autograd.grad(y, params, retain_graph=retain_graph, materialize_grads=True)))
+    return distributed.mean(flatten(autodiff.grad(y, params, retain_graph=retain_graph)))
 
 
 def fisher_product(kl: Tensor, params: Sequence[Tensor], damping: float) -> Product:
     """Fisher-vector product v [P] -> (F + damping I) v [P].  F is the Hessian of kl where kl is zero, which is the
     Fisher matrix (Schulman et al., 2015, appendix C).  Uses double backward."""
-    grad = flatten(torch.autograd.grad(kl, params, create_graph=True))
+    grad = flatten(autodiff.grad(kl, params, create_graph=True))
 
     def product(v: Tensor) -> Tensor:
         return flat_grad(grad @ v, params, retain_graph=True) + damping * v

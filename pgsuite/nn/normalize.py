@@ -124,11 +124,12 @@ class RewardScale(nn.Module):
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
         """Include a rollout's rewards, with episode starts and mask, each [T, N], discounted by gamma."""
-        decay, sums, sofar = gamma * (~start).to(reward.dtype), torch.empty_like(reward), self.discounted_return
-        for new, kept, total in zip(reward, decay, sums, strict=True):
-            sofar = torch.addcmul(new, kept, sofar, out=total)
+        decay, sums, sofar = gamma * (~start).to(reward.dtype), [], self.discounted_return
+        for new, kept in zip(reward.unbind(), decay.unbind(), strict=True):
+            sofar = torch.addcmul(new, kept, sofar)
+            sums.append(sofar)
         self.discounted_return.copy_(sofar)
-        self.moments.update(sums, mask)
+        self.moments.update(torch.stack(sums), mask)
 
 
 class ClipReward(RewardScale):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pgsuite import distributed
 from pgsuite.components import Component, component_class, make_component
-from pgsuite.functional import trust_region
+from pgsuite.functional import autodiff, trust_region
 from pgsuite.kernel import Kernel
 from pgsuite.settings import Fraction, Positive
 from pgsuite.types import Metrics
@@ -140,6 +140,8 @@ class Optimizer(ABC):
         return [chunk.view_as(p) for p, chunk in zip(self.params, parts, strict=True)]
 
     def check_views(self) -> None:
+        if autodiff.among_runs():  # whose parameters have no storage of their own
+            return
         storage = self.flat.untyped_storage().data_ptr()
         if any(p.untyped_storage().data_ptr() != storage for p in self.params):
             raise RuntimeError("a parameter has left its optimizer: it was given to another one, or moved to a device")
@@ -178,7 +180,7 @@ class Adam(Optimizer):
 
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
         steps = self.steps + 1
-        square = (self.square * self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        square = torch.addcmul(self.square * self.beta2, gradient, gradient, value=1 - self.beta2)
         mean = self.mean.lerp(gradient, 1 - self.beta1)
         deviation = (square / (1 - self.beta2**steps)).sqrt_()
         direction = mean / (1 - self.beta1**steps) / deviation.add_(self.eps)
@@ -204,7 +206,7 @@ class RMSprop(Optimizer):
         self.square = torch.zeros_like(self.flat)  # decaying mean [P]
 
     def apply_gradient(self, gradient: Tensor) -> Sequence[Tensor]:
-        square = (self.square * self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
+        square = torch.addcmul(self.square * self.alpha, gradient, gradient, value=1 - self.alpha)
         direction = gradient / square.sqrt().add_(self.eps)
         return self.flat - self.lr * self.lr_scale * direction, square
 

@@ -126,7 +126,7 @@ class Adaptive(Schedule):
         """Adapt to the KL of the last update."""
         far, near = kl > self.band * self.kl, kl < self.kl / self.band
         change = torch.where(far, 1 / self.factor, torch.where(near, self.factor, 1.0))
-        self.value.mul_(change).clamp_(self.low, self.high)
+        self.value.copy_((self.value * change).clamp(self.low, self.high))
 
 
 KINDS: dict[str, type[Any]] = {

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from pgsuite.errors import UserError
 from pgsuite.files import replacing
+from pgsuite.functional.trust_region import map_tensors
 from pgsuite.trust import check_archive, check_settings
 
 FORMAT = 3  # raised whenever states of an earlier version cannot be loaded
@@ -34,7 +36,7 @@ def save(state: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("w+b") as file:
-            torch.save({"format": FORMAT} | state, file)
+            torch.save({"format": FORMAT} | map_tensors(alone, state), file)
             seal(file)
             file.flush()
             os.fsync(file.fileno())
@@ -42,6 +44,11 @@ def save(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"cannot write {path} ({reason}); checkpoints saved before are intact") from error
+
+
+def alone(x: Tensor) -> Tensor:
+    """x without the rest of the memory that it is a view of, which torch would save too."""
+    return x.detach().clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def load(path: Path) -> dict[str, Any]:

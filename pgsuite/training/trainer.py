@@ -156,23 +156,36 @@ class Trainer:
         self.finished: list[tuple[int, float]] = []  # of episodes: steps at their end, and return
 
     def fit(self) -> None:
-        for part in (*self.callbacks, *([self.failure_handler] if self.failure_handler else [])):
-            part.on_start(self)
+        self.start()
         try:
             while self.steps < self.total_steps and not self.stop:
                 self.step()
         finally:
-            for callback in self.callbacks:
-                callback.on_end(self)
+            self.end()
+
+    def start(self) -> None:
+        for part in (*self.callbacks, *([self.failure_handler] if self.failure_handler else [])):
+            part.on_start(self)
+
+    def end(self) -> None:
+        for callback in self.callbacks:
+            callback.on_end(self)
 
     def step(self) -> None:
         """Run one iteration, and call the callbacks if all its numbers are finite."""
         try:
             report = self.iterate()
         except NotFiniteError as error:
+            self.conclude(error)
+        else:
+            self.conclude(report)
+
+    def conclude(self, report: Report | NotFiniteError) -> None:
+        """End an iteration: recover from non-finite numbers, or call the callbacks."""
+        if isinstance(report, NotFiniteError):
             if self.failure_handler is None or distributed.size() > 1:
-                raise
-            self.failure_handler.on_nonfinite(self, error)
+                raise report
+            self.failure_handler.on_nonfinite(self, report)
             return
         if self.failure_handler is not None:
             if not report.is_finite:
@@ -186,24 +199,30 @@ class Trainer:
             callback.on_iteration(self, report)
 
     def iterate(self) -> Report:
-        began, collecting, before = perf_counter(), sum(self.collector.seconds.values()), self.steps
+        began, collecting = perf_counter(), sum(self.collector.seconds.values())
         self.algorithm.update_schedules(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
         packed = self.pack_host_data(metrics).cpu()  # the only transfer to the host in an iteration
-        values, episodes = packed[: len(metrics) + 2], packed[len(metrics) + 2 :].view(2, -1)
+        report = self.report(list(metrics), packed[: len(metrics) + 2], packed[len(metrics) + 2 :].view(2, -1))
+        took = perf_counter() - began
+        self.seconds["total"] += took
+        self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
+        return report
+
+    def report(self, names: Sequence[str], values: Tensor, episodes: Tensor) -> Report:
+        """The results of an iteration from what was read back of it: the values of the named metrics, number of steps
+        and whether anything is not finite [len(names) + 2], and in each cell returns and lengths [2, T N].  Counts the
+        steps.  Collective."""
+        before = self.steps
         values = distributed.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
         *read, steps, nonfinite, asked = values.tolist()
         read = [x / distributed.size() for x in read]
         self.steps += int(steps)
         self.stop = (self.asked or signal.SIGTERM) if asked else 0
         is_finite = not nonfinite and all(map(math.isfinite, read))
-        episodes = distributed.gather(episodes[:, episodes[1] > 0].tolist()) or [([], [])]
-        returns, lengths = ([x for part in parts for x in part] for parts in zip(*episodes, strict=True))
-        report = Report(before, self.steps, dict(zip(metrics, read, strict=True)), returns, lengths, is_finite)
-        took = perf_counter() - began
-        self.seconds["total"] += took
-        self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
-        return report
+        gathered = distributed.gather(episodes[:, episodes[1] > 0].tolist()) or [([], [])]
+        returns, lengths = ([x for part in parts for x in part] for parts in zip(*gathered, strict=True))
+        return Report(before, self.steps, dict(zip(names, read, strict=True)), returns, lengths, is_finite)
 
     def _pack_host_data(self, metrics: Metrics) -> Tensor:
         """Pack everything that the host needs of an iteration into one float64 vector on the device: the metrics, the

@@ -1,0 +1,263 @@
+"""Training of several runs at once: ``seeds=16``, ``algo.lr=batch(1e-3,3e-4)``."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from hydra.conf import HydraConf
+from omegaconf import DictConfig, OmegaConf
+
+from pgsuite import distributed
+from pgsuite.app import recipes
+from pgsuite.app.build import (
+    build,
+    build_env,
+    check_memory,
+    describe,
+    instantiate,
+    parse_run_config,
+    pick_device,
+    spaces_of,
+    to_dict,
+    versions,
+)
+from pgsuite.app.initialize import initialize
+from pgsuite.app.resume import holds_another, named_by_time
+from pgsuite.app.schema import Run
+from pgsuite.app.train import Outcome, answering_signals, recipe_line, recorders, refuse_unused, short
+from pgsuite.envs import TaskEnv, make
+from pgsuite.envs.base import VectorEnvConfig
+from pgsuite.envs.tasks import Task
+from pgsuite.errors import UserError, command
+from pgsuite.execution.modes import missing_in_torch, why_not_compilable
+from pgsuite.many.env import JointEnv, JointTaskEnv, SharedTask, SideBySide
+from pgsuite.many.trainer import ManyTrainer
+from pgsuite.nn.layers import Convolutions
+from pgsuite.training import callbacks
+from pgsuite.training.recovery import Recovery
+from pgsuite.training.run_lock import RunLock
+from pgsuite.trust import sign
+
+# Settings of how a method computes, not of what: the only choice that several runs can make together.
+TOGETHER = {"early_stop": "masked", "backtracking": "batched", "fisher": "double-backward"}
+
+
+def run_many(cfg: DictConfig, hydra: HydraConf) -> list[Outcome]:
+    """Train the runs of a configuration at once, each in its own directory.  Raises UserError, also if a run ended by
+    itself before its time, after the others have gone to their end."""
+    with ExitStack() as stack:
+        return _run_many(cfg, hydra, stack)
+
+
+def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outcome]:
+    console = callbacks.console()
+    say: Callable[[str], None] = console.print
+    whole = to_dict(cfg)
+    for name, value in TOGETHER.items():
+        without_effect = name == "early_stop" and whole["algo"].get("target_kl") is None
+        if whole["algo"].get(name, value) != value and not without_effect:
+            whole["algo"][name] = value
+            say(f"algo.{name}={value}, which gives the same results, for runs at once")
+    configs = expanded(whole)
+    runs = [parse_run_config(config) for config, _ in configs]
+    _refuse(runs[0])
+    folders = _folders(hydra, configs, stack)
+    labels = [label for _, label in configs]
+    with recipes.naming(hydra, whole):
+        many = build_many(runs, labels, say)
+    given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
+    refuse_unused(runs[0], many.algorithm, given)
+    env, trainers = many.env, many.trainers
+    choices = dict(hydra.runtime.choices)
+    for trainer, run, (config, label), (folder, lock) in zip(trainers, runs, configs, folders, strict=True):
+
+        def tell(line: str, label: str = label) -> None:
+            say(f"{label}: {line}")
+
+        config = config | {"resume": None, "trust": False}
+        facts = {"config": config, "signature": sign(config), "choices": choices, "versions": versions()}
+        facts |= {"device": env.device.type, "spaces": spaces_of(trainer.collector.env)}
+        there = set(folder.iterdir())
+        try:
+            found = recorders(trainer, run, lock, folder, facts, None, console)
+        except UserError:
+            for path in set(folder.iterdir()) - there:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+        trainer.callbacks = [part for part in found if not isinstance(part, callbacks.ProgressBar)]
+        trainer.failure_handler = Recovery(folder, facts, run.recover.attempts, tell)
+    many.progress = callbacks.ProgressBar(console)
+    for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, choices, env.observation_space)):
+        say(line)
+    say(f"{len(runs)} runs at once: {', '.join(label for _, label in configs[:3])}{', ...' * (len(configs) > 3)}")
+    with answering_signals(many):
+        try:
+            many.fit()
+        except (RuntimeError, NotImplementedError) as error:
+            if many.steps or "vmap" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
+    for trainer, (folder, _) in zip(trainers, folders, strict=True):
+        if many.stop and trainer.steps < trainer.total_steps:
+            say(f"{trainer.steps:,} steps, saved; go on with: {command('train')} resume={short(folder)}")
+    returns = [trainer.return_mean for trainer in trainers if trainer.steps >= trainer.total_steps]
+    if returns:
+        seconds = many.seconds["total"]
+        say(
+            f"return {fmean(returns):,.1f} +- {pstdev(returns):,.1f} over {len(returns)} runs | {many.steps:,} steps "
+            f"in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {short(folders[0][0].parent)}"
+        )
+    if many.failures:
+        raise UserError("; ".join(f"{configs[s][1]} ended: {error}" for s, error in many.failures.items()))
+    return [
+        Outcome(folder, trainer.steps, many.stop if trainer.steps < trainer.total_steps else 0)
+        for trainer, (folder, _) in zip(trainers, folders, strict=True)
+    ]
+
+
+def build_many(runs: list[Run], labels: list[str], say: Callable[[str], None] = print) -> ManyTrainer:
+    """A trainer of several runs, without callbacks.  Raises UserError for runs that cannot be trained at once."""
+    env = joint_env(runs)
+    trainers = [build(replace(run, execution="eager"), each) for run, each in zip(runs, env.runs, strict=True)]
+    if (why := trainers[0].algorithm.host_sync_reason) is not None:
+        raise UserError(f"these runs cannot be trained at once: {why}; {ONE_BY_ONE}")
+    if any(isinstance(module, Convolutions) for module in trainers[0].algorithm.policy.modules()):
+        raise UserError(f"these runs cannot be trained at once: torch.vmap does not take images; {ONE_BY_ONE}")
+    for trainer, run in zip(trainers, runs, strict=True):
+        if run.init is not None:
+            initialize(trainer, run.init, say)
+    try:
+        many = ManyTrainer(trainers, env, labels, say)
+    except ValueError as error:
+        raise UserError(f"these runs cannot be trained at once: {error}; {ONE_BY_ONE}") from error
+    _compile(many, runs[0])
+    return many
+
+
+ONE_BY_ONE = "train them one by one with -m and seed=0,1,2"
+
+
+def expanded(config: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The configuration of each run, and what tells it from the others, such as ``s3-lr0.001``."""
+    batch = _flat(config["batch"])
+    first, count = config["seed"], config["seeds"] or 1
+    found = []
+    for seed, *values in itertools.product(range(first, first + count), *batch.values()):
+        own = OmegaConf.create(copy.deepcopy(config) | {"seed": seed, "seeds": None, "batch": {}})
+        for key, value in zip(batch, values, strict=True):
+            if OmegaConf.select(own, key, default=...) is ...:
+                raise UserError(f"no setting {key!r} for batch(...)")
+            OmegaConf.update(own, key, value)
+        words = [f"{key.removeprefix('algo.')}{value}" for key, value in zip(batch, values, strict=True)]
+        assert isinstance(own, DictConfig)
+        found.append((to_dict(own), "-".join([f"s{seed}", *words])))
+    return found
+
+
+def _flat(batch: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """The values of settings by dotted name.  Raises UserError for anything but lists of numbers."""
+    found: dict[str, list[Any]] = {}
+    for key, value in batch.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(x, float | int) for x in value):
+            found[f"{prefix}{key}"] = value
+        else:
+            raise UserError(f"batch(...) takes numbers, as in algo.lr=batch(1e-3,3e-4), got {prefix}{key}={value}")
+    return found
+
+
+def _refuse(run: Run) -> None:
+    """Raise UserError for settings that several runs at once cannot have."""
+    because = {
+        "overlap=true has a thread for one run": run.overlap,
+        "resume= goes on with one run: give it by itself": run.resume is not None,
+        "profile=true times one run": run.profile,
+        "logging.wandb logs one run in a process": run.logging.wandb.project is not None,
+        "torch_threads=measure measures one run: give a number": run.torch_threads == "measure",
+        f"execution={run.execution} captures one run: leave it out": run.execution.endswith("cuda_graph"),
+        "torchrun trains one run in several processes": distributed.size() > 1,
+    }
+    for reason, holds in because.items():
+        if holds:
+            raise UserError(f"seeds= and batch(...) train several runs at once, and {reason}")
+
+
+def _compile(many: ManyTrainer, run: Run) -> None:
+    """Compile the kernels of the runs if that is asked for.  Raises UserError if nothing can be compiled here."""
+    if run.execution == "eager":
+        return
+    if (why := why_not_compilable(many.env.device) or missing_in_torch()) is not None:
+        if run.execution == "auto":
+            return
+        raise UserError(f"execution={run.execution} {why}, or leave it out")
+    from pgsuite.many.compile import compile_many
+
+    compile_many(many)
+    for trainer in many.trainers:
+        trainer.execution = "compile"
+
+
+def joint_env(runs: list[Run]) -> JointEnv:
+    """The environments of several runs.  Raises UserError."""
+    run, device = runs[0], pick_device(runs[0].device)
+    task = instantiate(run.env, "env", Task | VectorEnvConfig)
+    if not isinstance(task, Task):
+        envs = [build_env(each, each.num_envs, device) for each in runs]
+        if hasattr(envs[0], "collector"):
+            raise UserError(f"{envs[0].name} collects in its own way, for one run: {ONE_BY_ONE}")
+        return SideBySide(envs)
+    try:
+        count = len(runs) * run.num_envs
+        whole = make(task, count, device=device, backend=run.backend, threads=run.env_threads)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    assert isinstance(whole, TaskEnv)
+    env = SharedTask(JointTaskEnv(task, [x.seed for x in runs], device=whole.device, dtype=whole.dtype))
+    check_memory(env, run.horizon or env.max_episode_steps or 1)
+    return env
+
+
+def _leave(folder: Path, lock: RunLock) -> None:
+    """Release a run directory, and remove it if the run did not start."""
+    lock.release()
+    for path in (folder, folder.parent):
+        with suppress(OSError):  # unless it is empty
+            path.rmdir()
+
+
+def _folders(
+    hydra: HydraConf, configs: list[tuple[dict[str, Any], str]], stack: ExitStack
+) -> list[tuple[Path, RunLock]]:
+    """Make and hold the directory of each run: beside the one that is named by the time, or within the given one."""
+    home, first = Path(hydra.runtime.output_dir), f"-s{configs[0][0]['seed']}"
+    found = []
+    for config, label in configs:
+        lock = RunLock()
+        if named_by_time(hydra):
+            head, _, tail = home.name.rpartition(first)
+            folder = lock.claim(home.parent / f"{head}-{label}{tail}")
+        else:
+            folder = home / label
+            lock.take(folder)
+            if holds_another(folder, config):
+                raise UserError(f"{folder} already holds a run: give another hydra.run.dir=")
+        stack.callback(_leave, folder, lock)
+        found.append((folder, lock))
+    if (
+        named_by_time(hydra)
+        and home not in [folder for folder, _ in found]
+        and home.is_dir()
+        and not any(home.iterdir())
+    ):
+        home.rmdir()
+    return found

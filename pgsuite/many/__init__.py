@@ -1,0 +1,1 @@
+"""Several independent runs in one process, as one computation."""
