@@ -242,8 +242,9 @@ class LanguageEnv:
         self.pad, self.stop = tokens.pad, tokens.stop
         if not self.texts:
             raise ValueError("env.prompts are none")
-        self.encoded, self.real = self.encode(self.texts)
-        self.lengths = self.real.sum(0).cpu()  # tokens of each prompt
+        encoded, real = self.encode(self.texts)
+        self.lengths = real.sum(0)  # tokens of each prompt, on the host
+        self.encoded, self.real = encoded.to(self.device), real.to(self.device)
         self.width, vocabulary = len(self.encoded), len(tokens)
         self.max_episode_steps = self.width + length - 1
         self.observation_space: spaces.Space[Any] = spaces.Discrete(vocabulary)
@@ -280,7 +281,7 @@ class LanguageEnv:
             raise ValueError(f"a prompt has no tokens: {texts[int(real.any(0).long().argmin())]!r}")
         order = real.long().argsort(stable=True, dim=0)  # padding first
         tokens, real = tokens.gather(0, order), real.gather(0, order)
-        return tokens.where(real, self.pad).to(self.device), real.to(self.device)
+        return tokens.where(real, self.pad), real
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """The prompts [P, N] of the next N responses, with groups in adjacent columns, and the mask of real tokens; P
