@@ -23,7 +23,7 @@ import sys
 import tempfile
 import textwrap
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from record import RESULTS, ROOT, keep, source, write_table
 
 KEPT = RESULTS / "peers"
 PLOT = "docs/reference/speed.png"
-PEERS = ("stable-baselines3", "sb3-contrib", "rsl-rl-lib", "tianshou", "envpool")
+PEERS = ("stable-baselines3", "sb3-contrib", "rsl-rl-lib", "tianshou", "envpool", "ale-py")
 OURS = ["pgsuite", "pgsuite, compile"]
 SB3 = ["SB3 on DummyVecEnv", "SB3 on envpool"]
 TIANSHOU = ["Tianshou on DummyVectorEnv", "Tianshou on envpool"]
@@ -115,6 +115,13 @@ def measure(table: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     return [{"name": racer.name, "threads": racer.threads, "rates": rates[racer.label]} for racer in racers]
 
 
+def installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
 def describe(work: Workload) -> str:
     shape = "-".join(map(str, work.hidden))
     steps = f"{work.epochs} epoch{'s' * (work.epochs > 1)} x {work.minibatches} minibatches of {work.minibatch:,}"
@@ -138,7 +145,9 @@ def text(table: str, result: dict[str, Any]) -> str:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(best["rates"], each, strict=True))
         numbers = f"{statistics.median(each):,.0f} | from {min(each):,.0f} to {max(each):,.0f}"
         lines.append(f"| {row['name']} | {row['threads']} | {numbers} | {'' if row is best else f'{ratio:.2f}'} |")
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", *PEERS))
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("torch", *PEERS) if name in result["versions"]
+    )
     caption = f"Medians of {len(best['rates'])} interleaved rounds of {result['seconds']:g} s; {result['machine']}; "
     return "\n".join([*lines, "", f"{caption}commit {result['commit']}; {versions}.", ""])
 
@@ -194,7 +203,7 @@ def main() -> None:
         return
     for name in args.only:
         result = source() | {"seconds": args.seconds}
-        result["versions"] |= {peer: version(peer) for peer in PEERS}
+        result["versions"] |= {peer: version(peer) for peer in PEERS if installed(peer)}
         result["rows"] = measure(name, args.rounds, args.seconds)
         print(text(name, result))
         keep(result, args.out / f"{name}.json")
