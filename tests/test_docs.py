@@ -19,6 +19,7 @@ import pgsuite
 from pgsuite.__main__ import COMMANDS
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Reinforce
 from pgsuite.app import sweeps  # noqa: F401  # registers what configurations call
+from pgsuite.app.cli import replacing
 from pgsuite.app.schema import register
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def test_the_settings_of_every_page_exist() -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for command, settings in commands.items():
             try:
-                compose("train", settings)
+                compose("train", [part for setting in settings for part in replacing(setting)])
             except Exception as error:  # whatever Hydra raises
                 pytest.fail(f"{command}: {error}")
 
