@@ -180,7 +180,7 @@ def choices(group: str) -> Iterator[tuple[str, str]]:
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         found = SCHEMA.findall(path.read_text())
         if not found:  # short for another choice
-            (other,) = re.findall(r"^defaults: \[(\w+)\]", path.read_text(), re.M)
+            other = OmegaConf.load(path)["defaults"][0]  # pyright: ignore[reportArgumentType]
             found = SCHEMA.findall((CONFIGS / group / f"{other}.yaml").read_text())
         yield path.stem, found[0]
 
