@@ -105,6 +105,10 @@ def test_options_are_those_of_boxes() -> None:
     lamps = spaces.Tuple([spaces.MultiBinary(2), spaces.Discrete(2)])
     with pytest.raises(ValueError, match=r"policy.log_sigma is for Gaussian policies, and this one is bernoulli"):
         make_head(lamps, log_sigma=-1.0)
+    with pytest.raises(ValueError, match=r"no policy for actions Dict\(\), which have no parts"):
+        make_head(spaces.Dict({}))
+    alike = spaces.Dict({"a": spaces.Dict({"b": spaces.Discrete(2)}), "a.b": spaces.Discrete(3)})
+    assert make_head(alike).inputs == 5  # no part is lost for its name
     with pytest.raises(ValueError, match="no policy for actions Text"):
         make_head(spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Text(3)}))
 

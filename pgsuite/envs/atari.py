@@ -63,8 +63,8 @@ class AtariEnv(GymEnv):
     terminal_on_life_loss = False
 
     def _step(self, action: Tensor) -> Step:
+        if not self.terminal_on_life_loss:
+            return super()._step(action)
         lives = self.info["lives"].copy()
         step = super()._step(action)
-        if not self.terminal_on_life_loss:
-            return step
         return step._replace(life_lost=torch.from_numpy(self.info["lives"] < lives) & ~step.done)

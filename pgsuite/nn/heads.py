@@ -229,14 +229,17 @@ class JoinedHead(Head):
 
     def __init__(self, space: spaces.Space[Any], distribution: Component = "auto", **options: Any) -> None:
         super().__init__(space)
-        parts = dict(leaves(space))
-        boxes = {name for name, part in parts.items() if isinstance(part, spaces.Box)}
+        parts = list(leaves(space))  # whose names may be equal: {"a": {"b": ...}, "a.b": ...}
+        if not parts:
+            raise ValueError(f"no policy for actions {space}, which have no parts")
+        boxes = any(isinstance(part, spaces.Box) for _, part in parts)
         self.heads, self.slots, self.masks = nn.ModuleList(), [], []
-        for name, part in parts.items():
-            chosen = name in boxes or not boxes  # by what is said of Boxes, which no other part would take
+        for name, part in parts:
+            box = isinstance(part, spaces.Box)
+            chosen = box or not boxes  # by what is said of Boxes, which no other part would take
             self.heads.append(make_head(part, distribution, **options) if chosen else make_head(part))
             size, scalar = math.prod(part.shape or ()), isinstance(part, spaces.Discrete)
-            self.slots.append(Slot(name, size, whole=name not in boxes, scalar=scalar))
+            self.slots.append(Slot(name, size, whole=not box, scalar=scalar))
             self.masks.append(spaces.flatdim(part))
         self.inputs = sum(head.inputs for head in self.each)
 
