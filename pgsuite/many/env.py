@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pgsuite import seeding
 from pgsuite.envs.base import NotFiniteError, VectorEnv
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Task
 from pgsuite.functional.trust_region import map_tensors, tensors
-from pgsuite.many.stack import Generators, in_place
+from pgsuite.many.stack import DrawingMode, Generators, in_place
 from pgsuite.types import Obs, Step, map_obs
 
 
@@ -109,7 +108,7 @@ class SideBySide(JointEnv):
         return joined([blank if step is None else step for step in found])
 
 
-class RowDraws(TorchFunctionMode):
+class RowDraws(DrawingMode):
     """Within this mode, each run draws its rows of what is drawn from ``Generators`` [S N, ...] by its own generator,
     as it would alone; those that are not ``drawing`` draw nothing."""
 
@@ -117,12 +116,7 @@ class RowDraws(TorchFunctionMode):
         super().__init__()
         self.count, self.each = count, each
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        generators = kwargs.get("generator")
-        if not isinstance(generators, Generators):
-            return func(*args, **kwargs)
-        del kwargs["generator"]
+    def draw(self, func: Any, generators: Generators, args: Any, kwargs: dict[str, Any]) -> Any:
         if any(len(x) != self.count * self.each for x in tensors([args, kwargs])):
             raise ValueError(f"{func.__name__} draws numbers that are not of single worlds")
         if isinstance(args[0], Tensor) and in_place(func):
@@ -136,12 +130,12 @@ class RowDraws(TorchFunctionMode):
             sizes = x if isinstance(x, tuple | list) else [x]
             return type(x)((self.each, *x[1:])) if sizes is x else self.each
 
-        def draw(s: int, generator: torch.Generator) -> Any:
+        def own(s: int, generator: torch.Generator) -> Any:
             mine = [share(args[0], s), *args[1:]] if args else []
             rest = {key: share(x, s) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
             return func(*mine, **rest | {"generator": generator})
 
-        drawn = [draw(s, generator) if draws else None for s, (generator, draws) in enumerate(streams)]
+        drawn = [own(s, generator) if draws else None for s, (generator, draws) in enumerate(streams)]
         like = next(x for x in drawn if x is not None)
         return torch.cat([torch.zeros_like(like) if x is None else x for x in drawn])
 

@@ -105,13 +105,8 @@ def in_place(func: Callable[..., Any]) -> bool:
     return func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
-class Draws(TorchFunctionMode):
-    """Within this mode, what is drawn from ``Generators`` under vmap is drawn by each run from its own generator, as it
-    would be alone."""
-
-    def __init__(self, anchor: Tensor) -> None:
-        super().__init__()
-        self.anchor = anchor  # [], with an axis of runs: any tensor of all runs
+class DrawingMode(TorchFunctionMode):
+    """Within this mode, ``draw`` stands for functions that draw from ``Generators``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -119,6 +114,22 @@ class Draws(TorchFunctionMode):
         if not isinstance(generators, Generators):
             return func(*args, **kwargs)
         del kwargs["generator"]
+        return self.draw(func, generators, args, kwargs)
+
+    def draw(self, func: Any, generators: Generators, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What func(*args, **kwargs, generator=generators) returns."""
+        raise NotImplementedError
+
+
+class Draws(DrawingMode):
+    """Within this mode, what is drawn from ``Generators`` under vmap is drawn by each run from its own generator, as it
+    would be alone."""
+
+    def __init__(self, anchor: Tensor) -> None:
+        super().__init__()
+        self.anchor = anchor  # [], with an axis of runs: any tensor of all runs
+
+    def draw(self, func: Any, generators: Generators, args: Any, kwargs: dict[str, Any]) -> Any:
         given = tensors([args, kwargs])
         if in_place(func) and len(given) == 1:
 
@@ -130,7 +141,7 @@ class Draws(TorchFunctionMode):
             return args[0]
         streams = list(zip(generators.each, generators.drawing, strict=True))
 
-        def draw(*xs: Tensor) -> tuple[Tensor]:
+        def each(*xs: Tensor) -> tuple[Tensor]:
             found: list[Tensor | None] = []
             for s, (generator, drawing) in enumerate(streams):
                 mine = iter([x[s] for x in xs])
@@ -139,7 +150,7 @@ class Draws(TorchFunctionMode):
             blank = torch.zeros_like(next(x for x in found if x is not None))
             return (torch.stack([blank if x is None else x for x in found]),)
 
-        (drawn,) = autodiff.outside(draw, *given) if given else autodiff.outside(lambda _: draw(), self.anchor)
+        (drawn,) = autodiff.outside(each, *given) if given else autodiff.outside(lambda _: each(), self.anchor)
         return drawn
 
 
