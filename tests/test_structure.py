@@ -82,3 +82,4 @@ def test_every_planted_fault_has_its_place_and_was_found() -> None:
     record = json.loads((ROOT.parent / RECORD).read_text())
     assert [each["fault"] for each in record["each"]] == [x.name for x in MUTATIONS]
     assert record["found"] == record["faults"] == len({x.name for x in MUTATIONS}) > 60
+    assert f"each of {record['faults']} faults" in (ROOT.parent / "README.md").read_text()
