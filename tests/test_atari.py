@@ -79,8 +79,6 @@ def test_the_recipe_is_that_of_games_and_their_evaluation_is_of_whole_ones(comma
     small = ["num_envs=4", "horizon=8", "total_steps=64", "env.max_episode_steps=40", "algo.minibatches=1"]
     code, out, err = command("train", "env=atari", "env.game=MsPacman", *small, "hydra.run.dir=run")
     assert code == 0, err
-    assert "recipe ppo-atari" in out and "rewards clipped to +-1" in out and "critic on the same body" in out
-    code, out, err = command("train", "env=atari", "env.game=MsPacman", *small, "~tuned", "hydra.run.dir=bare")
-    assert code == 0 and "; for observations that are images there is tuned=ppo-images" in out, err
+    assert "recipe ppo-atari\n" in out and "rewards clipped to +-1" in out and "critic on the same body" in out
     code, out, err = command("evaluate", "run=run", "episodes=2", "deterministic=false")
     assert code == 0 and "40.0 steps each" in out, err

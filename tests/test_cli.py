@@ -301,7 +301,52 @@ def test_schedules_are_written_replaced_and_logged(command: Cli) -> None:
 
 def test_without_a_recipe_none_is_claimed(command: Cli) -> None:
     code, out, _ = command("train", "env=MountainCar", *TINY)
-    assert code == 0 and "recipe none: the method's defaults" in out and "images" not in out
+    assert code == 0 and "recipe none: the method's defaults" in out
+
+
+CAMERA = """
+import gymnasium
+import numpy as np
+
+class Camera(gymnasium.Env):
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, size=36):
+        self.observation_space = gymnasium.spaces.Dict({
+            "speed": gymnasium.spaces.Box(-1, 1, (2,)), "view": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        })
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {key: np.zeros(x.shape, x.dtype) for key, x in self.observation_space.items()}, {}
+
+    def step(self, action):
+        return self.reset()[0], 1.0, False, False, {}
+
+gymnasium.register("Camera-v0", Camera, max_episode_steps=4)
+"""
+
+
+def test_what_sees_a_screen_and_has_no_recipe_gets_that_for_images(command: Cli) -> None:
+    (command.folder / "camera.py").write_text(CAMERA)
+    camera = ["train", "env=gym", "env.import=camera", "env.id=Camera-v0", "total_steps=8", "num_envs=2", "horizon=4"]
+
+    def trained(folder: str, *more: str) -> tuple[str, Any]:
+        code, out, err = command(*camera, f"hydra.run.dir={folder}", *more)
+        assert code == 0, err
+        return out, yaml.safe_load((command.folder / folder / "config.yaml").read_text())
+
+    out, config = trained("screen", "algo.minibatches=2")
+    assert "recipe ppo-images\n" in out
+    assert config["algo"]["clip"] == 0.1 and config["critic"]["shared"]
+    assert config["algo"]["minibatches"] == 2 and config["num_envs"] == 2  # one's own settings go before it
+    out, config = trained("bare", "~tuned", "algo.minibatches=2")
+    assert "recipe none" in out and config["algo"]["clip"] == 0.2
+    out, config = trained("codes", "+env.options.size=20", "algo.minibatches=2")
+    assert "recipe none" in out and not config["critic"]["shared"]
+    assert "recipe none" in trained("trpo", "algo=trpo", "algo.critic_minibatches=1")[0]
+    out, _ = trained("screen", "algo.minibatches=2", "resume=auto")
+    assert "has made all its 8 steps" in out
 
 
 @pytest.mark.parametrize("estimator", ["gae", "n_step", "td_lambda", "monte_carlo", "vtrace"])

@@ -32,7 +32,7 @@ from pgsuite.errors import UserError
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
 from pgsuite.nn.network import Features, Network
-from pgsuite.nn.normalize import ClipReward, RewardScale, Standardize, WhitenReward
+from pgsuite.nn.normalize import ClipReward, RewardScale, Standardize, WhitenReward, is_screen
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import OverlappedCollector
 from pgsuite.settings import closest
@@ -148,6 +148,18 @@ def build_env(run: Run, num_envs: int, device: torch.device) -> VectorEnv:
         return make(task, num_envs, device=device, backend=run.backend, threads=run.env_threads, seed=seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def observes_screens(run: Run) -> bool:
+    """Whether observations are those of a screen or camera, or have such parts, where that can be seen without the
+    environments of the run.  Raises UserError for invalid options."""
+    task = instantiate(run.env, "env", Task | VectorEnvConfig)
+    try:
+        space = None if isinstance(task, Task) else task.peek()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    parts = space.values() if isinstance(space, spaces.Dict) else [space] if space is not None else []
+    return any(map(is_screen, parts))
 
 
 def build_policy(

@@ -95,7 +95,7 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
         trainer.callbacks = [part for part in found if not isinstance(part, callbacks.ProgressBar)]
         trainer.failure_handler = Recovery(folder, facts, run.recover.attempts, tell)
     many.progress = callbacks.ProgressBar(console)
-    for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, choices, env.observation_space)):
+    for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, choices)):
         say(line)
     say(f"{len(runs)} runs at once: {', '.join(label for _, label in configs[:3])}{', ...' * (len(configs) > 3)}")
     with answering_signals(many):

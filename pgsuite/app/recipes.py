@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,9 +13,11 @@ from hydra import compose
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from omegaconf import read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from pgsuite.app.build import to_dict
+from pgsuite.app.build import observes_screens, to_dict
+from pgsuite.app.schema import Run
 from pgsuite.errors import UserError
 
 GROUP = re.compile(r"[+~]*tuned(@[^=]*)?(=|$)")  # overrides that select the recipe
@@ -42,6 +45,28 @@ def given_by_recipe(hydra: HydraConf, config: dict[str, Any]) -> dict[str, tuple
     without = [override for override in hydra.overrides.task if not GROUP.match(override)]
     ours, theirs = _flat(config), _flat(to_dict(compose("train", [*without, "~tuned"])))
     return {name: (x, theirs.get(name)) for name, x in ours.items() if x != theirs.get(name)}
+
+
+def with_one_for_images(config: dict[str, Any], hydra: HydraConf, run: Run) -> dict[str, Any]:
+    """The configuration of a new run.  If it has no recipe, and none was asked for, and its observations are those of a
+    screen, it is composed again with the method's recipe for images, which becomes the run's choice.
+
+    Raises UserError for environments that cannot be made."""
+    choices, fitting = hydra.runtime.choices, f"{hydra.runtime.choices['algo']}-images"
+    have = {path.stem for path in available(hydra)}
+    chosen = choices.get("tuned") in have or any(map(GROUP.match, hydra.overrides.task))
+    chosen = chosen or config["resume"] not in (None, "auto")
+    if chosen or fitting not in have or not observes_screens(run):
+        return config
+    with read_write(hydra):  # pyright: ignore[reportArgumentType]
+        choices["tuned"] = fitting
+    return to_dict(compose("train", [*hydra.overrides.task, f"tuned={fitting}"]))
+
+
+def available(hydra: HydraConf) -> list[Path]:
+    """The files of all recipes."""
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    return [path for folder in folders for path in (folder / "tuned").glob("*.yaml")]
 
 
 def written(value: Any) -> str:

@@ -15,7 +15,6 @@ from statistics import fmean
 from types import FrameType
 from typing import Any, Protocol
 
-from gymnasium import spaces
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +31,6 @@ from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
 from pgsuite.files import write_text
 from pgsuite.nn.configs import CriticConfig
-from pgsuite.nn.normalize import is_image
 from pgsuite.settings import flatten
 from pgsuite.training import callbacks, checkpoint, loggers
 from pgsuite.training.profiling import Profile
@@ -124,7 +122,8 @@ def _run(
             console.print(line)
 
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
-    composed = config = to_dict(cfg)
+    config = to_dict(cfg)
+    composed = config = recipes.with_one_for_images(config, hydra, parse_run_config(config))
     settings = parse_run_config(config)
     before = find_run_to_resume(config, hydra, lock, say)
     if before is not None:
@@ -160,7 +159,7 @@ def _run(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     trainer.failure_handler = Recovery(folder, facts, settings.recover.attempts, say)
-    for line in (*describe(trainer, settings), recipe_line(hydra, choices, trainer.collector.env.observation_space)):
+    for line in (*describe(trainer, settings), recipe_line(hydra, choices)):
         say(line)
     if before is not None:
         resume_trainer(trainer, before.state, say)
@@ -309,18 +308,11 @@ def objective(folder: Path) -> float | None:
     return (summary.get("evaluation") or {}).get("return", summary.get("return_mean"))
 
 
-def recipe_line(hydra: HydraConf, choices: dict[str, Any], space: spaces.Space[Any]) -> str:
-    """Of a run of these choices: which recipe it has, and which it might have, for observations of this space."""
+def recipe_line(hydra: HydraConf, choices: dict[str, Any]) -> str:
+    """Which recipe a run of these choices has."""
     name = choices.get("tuned")
-    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    have = {path.stem for folder in folders for path in (folder / "tuned").glob("*.yaml")}
-    if name in have:
-        return f"recipe {name}"
-    none, fitting = "recipe none: the method's defaults", f"{choices['algo']}-images"
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-    if fitting in have and any(map(is_image, parts)):
-        return f"{none}; for observations that are images there is tuned={fitting}"
-    return none
+    have = {path.stem for path in recipes.available(hydra)}
+    return f"recipe {name}" if name in have else "recipe none: the method's defaults"
 
 
 def short(folder: Path) -> Path:

@@ -83,3 +83,8 @@ class VectorEnvConfig(ABC):
     @abstractmethod
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> VectorEnv:
         """Make N environments with tensors of ``dtype`` on ``device``.  Raises ValueError if that is impossible."""
+
+    def peek(self) -> spaces.Space[Any] | None:
+        """The space of observations as tensors, where it can be seen without the environments of the run.  Raises
+        ValueError as ``build`` does."""
+        return None

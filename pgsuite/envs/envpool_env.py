@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from pgsuite import seeding, settings
@@ -60,6 +61,9 @@ class EnvPool(VectorEnvConfig):
         if (players := pool.config["max_num_players"]) > 1:
             raise ValueError(f"{self.id} is for {players} players, and one policy plays here")
         return EnvPoolEnv(pool, name=self.id, device=device, dtype=dtype)
+
+    def peek(self) -> spaces.Space[Any]:
+        return self.build(1, device=torch.device("cpu"), dtype=torch.float32, seed=0).observation_space
 
 
 class Pool(VectorEnv[Any, Any, Any]):

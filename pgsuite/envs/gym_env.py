@@ -67,6 +67,13 @@ class Gym(VectorEnvConfig):
         limit = self.max_episode_steps or time_limit(vec)
         return GymEnv(vec, name=self.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
 
+    def peek(self) -> spaces.Space[Any]:
+        vec = self.vectorize(1)
+        try:
+            return tensor_space(vec.single_observation_space)
+        finally:
+            vec.close()
+
     def vectorize(self, num_envs: int) -> VectorEnv:
         """Make the vector environment.  Raises ValueError for an unknown id, or if gymnasium fails to make it."""
         self.register()

@@ -61,6 +61,11 @@ def is_image(space: spaces.Space[Any]) -> bool:
     return isinstance(space, spaces.Box) and space.dtype == "uint8" and len(space.shape) == 3
 
 
+def is_screen(space: spaces.Space[Any]) -> bool:
+    """Whether observations are byte images [C, H, W] of a screen or camera: at least 36 pixels high and wide."""
+    return is_image(space) and min((space.shape or ())[1:]) >= SCREEN
+
+
 class Standardize(nn.Module):
     """Standardization of observations by running mean and standard deviation, clipped to +-clip if that is given.
 
@@ -76,8 +81,7 @@ class Standardize(nn.Module):
             self.parts = nn.ModuleDict(parts)
         else:
             shape = space.shape or ()
-            screen = is_image(space) and min(shape[1:]) >= SCREEN
-            self.moments = RunningMoments(shape) if enabled and not screen else None
+            self.moments = RunningMoments(shape) if enabled and not is_screen(space) else None
 
     def forward(self, obs: Obs) -> Obs:
         if isinstance(obs, dict):
