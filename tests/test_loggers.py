@@ -1,5 +1,6 @@
 """What runs leave for TensorBoard and for Weights & Biases, read back."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 from pgsuite.errors import UserError
 from pgsuite.training.loggers import Csv, TensorBoard, WandB, Wandb
 
-SETTINGS = {"algo": "ppo", "algo.lr": 3e-4, "critic.recurrent": None, "policy.hidden": [64, 64], "checkpoint.every": 9}
+SETTINGS = {
+    "algo": "ppo",
+    "env": "Hopper",
+    "algo.lr": 3e-4,
+    "critic.recurrent": None,
+    "policy.hidden": [64, 64],
+    "checkpoint.every": 9,
+}
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -26,6 +34,11 @@ def layout(found: EventAccumulator) -> dict[str, Any]:
     return {chart.title: chart for category in stored.category for chart in category.chart}
 
 
+def drawn(chart: Any, found: EventAccumulator) -> list[str]:
+    """The tags of a run in a chart."""
+    return [tag for tag in found.Tags()["scalars"] if any(re.search(x, tag) for x in chart.multiline.tag)]
+
+
 def layout_of(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     TensorBoard(folder, settings).close({})
     return layout(read(folder))
@@ -37,19 +50,33 @@ def test_returns_stand_first_and_have_a_band_of_one_deviation(tmp_path: Path) ->
     board.close({})
     found = read(tmp_path)
     charts = layout(found)
-    series = charts["return, and one deviation among episodes"].margin.series[0]
-    assert next(iter(charts)) == "return"
+    series = charts["Hopper, one deviation among episodes"].margin.series[0]
+    assert next(iter(charts)) == "Hopper"
     assert [found.Scalars(tag)[0].value for tag in (series.value, series.lower, series.upper)] == [5.0, 3.0, 7.0]
 
 
+@pytest.mark.parametrize("name", ["ALE/Pong-v5", "mine:Env-v0", "a.b (c)"])
+def test_returns_of_each_environment_have_charts_of_their_own(tmp_path: Path, name: str) -> None:
+    runs = {}
+    for env in (name, "Another-v1"):
+        board = TensorBoard(tmp_path / env.replace("/", "_"), SETTINGS | {"env.id": env, "evaluation.every": 5})
+        board.write(10, {"episode/return": 5.0, "evaluation/return": 6.0, "evaluation/stochastic_return": 7.0})
+        board.close({})
+        runs[env] = read(tmp_path / env.replace("/", "_"))
+    charts = layout(runs[name])
+    values = {title: [runs[name].Scalars(tag)[0].value for tag in drawn(charts[title], runs[name])] for title in charts}
+    assert values[name] == [5.0] and values[f"{name}, evaluation"] == [6.0, 7.0]
+    assert not drawn(charts[name], runs["Another-v1"]) and not drawn(charts[f"{name}, evaluation"], runs["Another-v1"])
+
+
 def test_evaluations_have_a_chart_where_there_are_any(tmp_path: Path) -> None:
-    assert "evaluation return" not in layout_of(SETTINGS, tmp_path / "without")
-    assert "evaluation return" in layout_of(SETTINGS | {"evaluation.every": 5}, tmp_path / "with")
+    assert "Hopper, evaluation" not in layout_of(SETTINGS, tmp_path / "without")
+    assert "Hopper, evaluation" in layout_of(SETTINGS | {"evaluation.every": 5}, tmp_path / "with")
 
 
 def test_language_models_have_charts_of_what_aligns_them_before_others(tmp_path: Path) -> None:
     charts = list(layout_of(SETTINGS | {"policy.model": "model.pt"}, tmp_path / "one"))
-    assert charts.index("true score, and that of the reference") < charts.index("return")
+    assert charts.index("true score, and that of the reference") < charts.index("Hopper")
     assert "reward" not in layout_of(SETTINGS, tmp_path / "another")
 
 
@@ -57,7 +84,7 @@ def test_hyperparameters_are_numbers_where_they_are_and_leave_out_machinery(tmp_
     TensorBoard(tmp_path, SETTINGS).close({})
     content = read(tmp_path).summary_metadata[SESSION_START_INFO_TAG].plugin_data.content
     stored = parse_session_start_info_plugin_data(content).hparams
-    assert set(stored) == {"algo", "algo.lr", "policy.hidden"}
+    assert set(stored) == {"algo", "env", "algo.lr", "policy.hidden"}
     assert stored["algo.lr"].number_value == 3e-4
 
 

@@ -18,18 +18,20 @@ from pgsuite.training.video import Gif, log_gif
 
 __all__ = ["Csv", "Logger", "TensorBoard", "WandB", "Wandb"]
 
-# Charts of the Custom Scalars tab.  The tags are regular expressions, since diagnostics differ among methods.
-EVALUATION = "evaluation return"
-CHARTS = {
-    "return": "episode/return",
-    EVALUATION: "evaluation/(return|stochastic_return)",
+# Charts of the Custom Scalars tab by their tags, which are regular expressions.  Returns of different environments have
+# no common scale, so each environment has charts of its own: TensorBoard joins the layouts of all runs by their titles.
+RETURNS = {"episode/return": "training", "evaluation/return": "evaluation", "evaluation/stochastic_return": "sampled"}
+DIAGNOSTICS = {
     "KL": "algorithm/kl",
     "entropy": "algorithm/entropy",
     "explained variance": "algorithm/explained_variance",
-    "clipped, or fraction of the full step": "algorithm/(clip_fraction|step_fraction)",
-    "policy loss, or surrogate improvement": "algorithm/(policy_loss|surrogate_improvement)",
+    "clipped fraction of ratios": "algorithm/clip_fraction",
+    "fraction of the full step": "algorithm/step_fraction",
+    "policy loss": "algorithm/policy_loss",
+    "surrogate improvement": "algorithm/surrogate_improvement",
     "value loss": "algorithm/value_loss",
-    "gradient norms": "algorithm/.*grad_norm",
+    "gradient norm": "algorithm/grad_norm",
+    "gradient norm of the critic": "algorithm/critic_grad_norm",
     "learning rate": "algorithm/learning_rate",
     "episode length": "episode/length",
     "steps per second": "time/steps_per_second",
@@ -42,7 +44,6 @@ ALIGNMENT = {
     "tokens per response": "language/length",
     "KL coefficient": "algorithm/reference_coef",
 }
-BAND = ("episode/return", "episode/return_lower", "episode/return_upper")
 MACHINERY = re.compile(rf"(device|backend|execution|torch_threads|({'|'.join(INCIDENTAL)})(\..*)?)$")
 
 
@@ -55,8 +56,8 @@ class Wandb(Checked):
 
 
 class TensorBoard(Logger):
-    """TensorBoard event files, with hyperparameters and results in the HParams tab, and returns next to diagnostics in
-    the Custom Scalars tab."""
+    """TensorBoard event files, with hyperparameters and results in the HParams tab, and returns by environment above
+    diagnostics in the Custom Scalars tab."""
 
     def __init__(self, folder: Path, hyperparameters: Mapping[str, Any], after: int | None = None) -> None:
         """``after`` is the number of steps from which the run is resumed; later entries are no longer shown."""
@@ -64,6 +65,9 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.steps = max(after or 0, 0)
+        named = (hyperparameters.get(key) for key in ("env.id", "env.game", "env"))
+        self.env = next((str(x) for x in named if x is not None), "return")
+        self.returns = f"returns/{re.sub(r'[^-/.a-zA-Z0-9_]', '_', self.env)}"  # as TensorBoard writes it
         self.writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
         shown = {name: x for name, x in hyperparameters.items() if x is not None and not MACHINERY.match(name)}
         shown = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in shown.items()}
@@ -71,21 +75,24 @@ class TensorBoard(Logger):
         _, session, self.end = hparams(shown, {})
         if after is None or after < 0:
             self.writer._get_file_writer().add_summary(session)
-            evaluated = hyperparameters.get("evaluation.every") is not None
-            drawn = {title: tag for title, tag in CHARTS.items() if evaluated or title != EVALUATION}
-            charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in drawn.items()}
-            charts["return, and one deviation among episodes"] = ["Margin", list(BAND)]  # TensorBoard draws it last
-            layout = {"Returns beside diagnostics": charts}
+            at = re.escape(self.returns)
+            charts = {self.env: f"{at}/training"}
+            if hyperparameters.get("evaluation.every") is not None:
+                charts[f"{self.env}, evaluation"] = f"{at}/(evaluation|sampled)"
+            layout = {"Returns": charts, "Diagnostics": DIAGNOSTICS}
             if hyperparameters.get("policy.model") is not None:
-                held_out = {title: ["Multiline", [f"^{tag}$"]] for title, tag in ALIGNMENT.items()}
-                layout = {"Alignment, on prompts that are held out": held_out} | layout
-            self.writer.add_custom_scalars(layout)
+                layout = {"Alignment, on prompts that are held out": ALIGNMENT} | layout
+            drawn = {x: {title: ["Multiline", [f"^{tag}$"]] for title, tag in y.items()} for x, y in layout.items()}
+            band = [f"{self.returns}/{x}" for x in ("training", "lower", "upper")]
+            drawn["Returns"][f"{self.env}, one deviation among episodes"] = ["Margin", band]
+            self.writer.add_custom_scalars(drawn)
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
         scalars = dict(scalars)
         if {"episode/return", "episode/return_std"} <= scalars.keys():
             mean, std = scalars["episode/return"], scalars["episode/return_std"]
-            scalars |= dict(zip(BAND, (mean, mean - std, mean + std), strict=True))
+            scalars |= {f"{self.returns}/lower": mean - std, f"{self.returns}/upper": mean + std}
+        scalars |= {f"{self.returns}/{name}": scalars[tag] for tag, name in RETURNS.items() if tag in scalars}
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, steps)
         self.writer.flush()
