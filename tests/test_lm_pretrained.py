@@ -1,5 +1,7 @@
 """A language model of the transformers library in the place of our own."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from lm_worlds import Letters, collector, speaker, vowels
 from test_cli import Cli, command  # noqa: F401
+from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.algorithms import PPO, TRPO, Reinforce
@@ -19,7 +22,14 @@ from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic
 from pgsuite.nn.transformer import rotate
 from pgsuite.rlhf.env import LanguageEnv, PretrainedTokens, read_prompts
-from pgsuite.rlhf.policy import LanguageModelConfig, add_adapters, language_policy, load
+from pgsuite.rlhf.policy import (
+    LanguageModelConfig,
+    TokenBody,
+    add_adapters,
+    language_policy,
+    load,
+    recompute_activations,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,6 +77,48 @@ def test_it_is_aligned_by_first_and_second_order_methods(directory: Path, cls: A
     metrics = algorithm.iterate(rollouts)
     assert all(x.isfinite() for x in metrics.values())
     assert not all(torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))
+
+
+def saved_for_backward(compute: Callable[[], Tensor]) -> int:
+    """The numbers that a computation saves for its backward pass."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        compute()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("own", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (PPO, {}),
+        *(pytest.param(TRPO, {"fisher": x}, marks=pytest.mark.long) for x in ("double-backward", "gauss-newton")),
+    ],
+)
+def test_activations_that_are_computed_anew_give_the_same_step(
+    directory: Path, own: bool, cls: Any, options: Any
+) -> None:
+    model = speaker(10) if own else language_policy(*load(str(directory)))
+    found, saved = [], []
+    for anew in (False, True):
+        env, policy = world(), copy.deepcopy(model)
+        assert isinstance(policy.body, TokenBody)
+        if anew and own:
+            recompute_activations(policy.body.transformer)
+        elif anew:
+            settings = LanguageModelConfig(model=str(directory), gradient_checkpointing=True)
+            policy = settings.build(policy.obs_norm, env.action_space, seeding.generator(0, "networks"))
+        parts: Any = {"policy": policy, "generator": seeding.generator(0, "algorithm")}
+        critic = Critic(policy.obs_norm, shared=policy, generator=seeding.generator(0, "networks"))
+        algorithm = cls(**parts, critic=critic, reference=Reference(policy, 0.1), gamma=1.0, **options)
+        r = collector(env).collect(policy)
+        saved.append(saved_for_backward(lambda: policy.dist(r).log_prob(r.action)))  # noqa: B023
+        algorithm.train_on(r)
+        found.append(list(policy.parameters()))
+    assert saved[1] < saved[0] / 2
+    assert not any(map(torch.equal, found[1], model.parameters()))
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("own", [True, False])

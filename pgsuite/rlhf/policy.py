@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pgsuite.errors import install
 from pgsuite.nn.configs import PolicyConfig
@@ -193,6 +196,7 @@ class LanguageModelConfig(PolicyConfig):
         1.0  # probability of the nucleus that is sampled from; 1 samples from all tokens
     )
     lora: Natural = 0  # rank of low-rank adapters, which alone are trained (Hu et al., 2022); 0 trains all parameters
+    gradient_checkpointing: bool = False  # compute activations anew in backward passes: less memory, more time
     frozen: Natural = 0  # number of lowest layers that are not trained, and are shared by policy and reference
 
     def build(self, obs_norm: Standardize, action_space: spaces.Space[Any], generator: Generator) -> LanguagePolicy:
@@ -207,6 +211,8 @@ class LanguageModelConfig(PolicyConfig):
             )
         if self.lora:
             add_adapters(body, out, self.lora, generator)
+        if self.gradient_checkpointing:
+            recompute_activations(body)
         options: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "frozen": self.frozen}
         return language_policy(body, out, tokens=tokens, **options)
 
@@ -329,6 +335,19 @@ def add_adapters(body: Transformer | Pretrained, out: nn.Module, rank: int, gene
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
     freeze_parameters(body, but=ADAPTER)
     freeze_parameters(out)
+
+
+def recompute_activations(body: Transformer | Pretrained) -> None:
+    """Have the layers of a model keep nothing but their inputs for backward passes, which compute activations anew
+    (Chen et al., 2016)."""
+
+    def forward(given: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return given(*inputs, **options)
+        return checkpoint(given, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    for block in body.blocks:
+        block.forward = partial(forward, block.forward)
 
 
 def merged(model: nn.Module) -> dict[str, Tensor]:
