@@ -1,4 +1,4 @@
-"""Mistakes that a user can correct, and the words to do it with."""
+"""Errors that a user can correct, and helpers for their messages."""
 
 import dis
 import sys

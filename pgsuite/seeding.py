@@ -1,4 +1,4 @@
-"""Random streams: one seed, and a generator for each user of it that owes nothing to the others."""
+"""Random streams: independent generators, each derived from the seed of the run and a name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
 
 
 def number(seed: int, stream: str) -> int:
-    """A 31-bit seed for somebody else's generator, which depends on both as ``generator`` does."""
+    """A 31-bit seed for a generator of another library, derived from the same two as ``generator``."""
     return int(torch.randint(2**31 - 1, (), generator=generator(seed, stream)))
 
 

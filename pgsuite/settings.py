@@ -1,4 +1,4 @@
-"""A hyperparameter's type says which values it may take; ``check`` holds every dataclass to its types.
+"""The types of hyperparameters, which state the values that are allowed, and ``check``, which enforces them.
 
     clip: Positive = 0.2
     gamma: Fraction = 0.99
@@ -42,7 +42,7 @@ Fraction = Annotated[float, Range(0, 1)]
 Shrink = Annotated[float, Range(0, 0.999, open=True)]
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
-TorchThreads = Annotated[int, Range(1, 256)]  # where a process cannot have so many, it is ended without a word
+TorchThreads = Annotated[int, Range(1, 256)]  # the operating system kills a process that has too many
 WorldThreads = Annotated[int, Range(0, 256)]  # that step environments; 0 takes every core
 
 
@@ -90,7 +90,7 @@ def check(obj: Any, label: str | None = None, skip: Iterable[str] = ()) -> None:
 
 @dataclass(kw_only=True)
 class Checked:
-    """A dataclass whose fields are held to their types when it is made."""
+    """A dataclass that checks its fields when it is constructed."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -112,7 +112,7 @@ def number(hint: Any) -> type[float] | type[int] | None:
 
 
 def closed(hint: Any) -> Any:
-    """The type of a field with the bounds of its range let in: a schedule may come as near to them as it likes."""
+    """The type of a field with open bounds made closed: a schedule may approach them arbitrarily closely."""
     if get_origin(hint) is Annotated:
         base, limits = get_args(hint)
         return Annotated[base, replace(limits, open=False)]
@@ -122,7 +122,7 @@ def closed(hint: Any) -> Any:
 
 
 def plain(hint: Any) -> Any:
-    """The hint with its constraints taken off: what a configuration library understands."""
+    """The type without its constraints, for libraries of configurations."""
     if get_origin(hint) is Annotated:
         return plain(get_args(hint)[0])
     if get_origin(hint) is Literal:

@@ -1,7 +1,7 @@
-"""Whose code is imported: modules that settings name.
+"""Which modules named in settings may be imported.
 
 Settings of a command line or of a call may name any class.  Settings that were read from a file, such as the
-checkpoint of somebody else's run, may name those of this package and of torch.optim; any other only if this user
+checkpoint of another user's run, may name those of this package and of torch.optim; any other only if this user
 trained that run, or says so (docs/howto/security.md).
 """
 
@@ -27,8 +27,8 @@ from pgsuite.errors import UserError, place, reason
 
 Trust = bool | str | list[str]  # true, or what else may be imported: packages, modules, or the paths of classes
 PACKAGES = ("pgsuite", "torch.optim", "ale_py")  # the last registers the Atari games of configs/env
-# What package:name may be.  Not all of pgsuite: these are called with what the file gives, and pgsuite.train, say,
-# takes any directory to write to.
+# What package:name may be.  Not all of pgsuite: these are called with arguments from the file, and pgsuite.train, for
+# one, writes to any directory.
 OBJECTS = {
     "pgsuite.rlhf.corpus:prompts",
     "pgsuite.rlhf.corpus:held_out",
@@ -165,7 +165,7 @@ def _signature(config: Any, key: bytes | None) -> str | None:
 
 
 def _key(*, create: bool) -> bytes | None:
-    """The key of this user, which nobody else can read; None if there is none."""
+    """The key of this user, readable by this user only; None if there is none."""
     try:
         home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
         path = Path(home, "pgsuite", "key")

@@ -47,7 +47,7 @@ WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*$", re.IGNORECAS
 class Run:
     """A run directory: what ``pgsuite.train`` returns, or ``pgsuite.Run(folder)`` of an earlier run.
 
-    trust: as for ``pgsuite.load``, of a run that somebody else trained.  Raises UserError if the directory holds none.
+    trust: as for ``pgsuite.load``, of a run that another user trained.  Raises UserError if the directory holds none.
     """
 
     def __init__(self, folder: str | Path, *, trust: Trust = False) -> None:

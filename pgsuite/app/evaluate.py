@@ -42,7 +42,7 @@ class EvaluateConfig:
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
-    trust: Trust = False  # classes from outside pgsuite that a run of somebody else's may name; true for any
+    trust: Trust = False  # classes from outside pgsuite that a run of another user may name; true for any
     env: dict[str, Any] = field(
         default_factory=dict
     )  # settings of the environment other than the run's: env.options.x=5
@@ -69,7 +69,7 @@ class Played(NamedTuple):
 
 
 class Progress:
-    """Says every few ``seconds`` how far an evaluation is, which may take long, above all if it is filmed."""
+    """Prints the progress of an evaluation every few ``seconds``; one that is filmed may take long."""
 
     def __init__(self, what: str, say: Callable[[str], object], seconds: float = 10.0) -> None:
         self.what, self.say, self.seconds, self.last = what, say, seconds, perf_counter()

@@ -26,7 +26,7 @@ class Replaying:
     """The settings of a replay."""
 
     crash: str = ""  # a crash.pt, or the run directory that contains it
-    trust: Trust = False  # classes from outside pgsuite that a bundle of somebody else's may name; true for any
+    trust: Trust = False  # classes from outside pgsuite that a bundle of another user may name; true for any
 
     def __post_init__(self) -> None:
         settings.check(self, label="")

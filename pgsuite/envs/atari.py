@@ -29,9 +29,9 @@ class Atari(VectorEnvConfig):
     frame_skip: Count = 4  # frames for each action
     stack: Count = 4  # screens in an observation
     noop_max: Natural = 30  # a game begins with up to so many frames without an action
-    full_actions: bool = False  # all 18 actions, instead of those that matter in the game
-    terminal_on_life_loss: bool = False  # to what learns; the game goes on, and the score is of whole games
-    max_episode_steps: Count = 27_000  # after which a game is cut: half an hour at 60 frames a second
+    full_actions: bool = False  # all 18 actions, instead of those that have an effect in the game
+    terminal_on_life_loss: bool = False  # for the learner; the game goes on, and scores are those of whole games
+    max_episode_steps: Count = 27_000  # after which a game is truncated: half an hour at 60 frames a second
 
     def __post_init__(self) -> None:
         settings.check(self, label="env.")

@@ -146,7 +146,7 @@ class Maker:
         gym = self.gym
         gym.register()
         try:
-            # Watch checks what gymnasium's own checker would, and says where.
+            # Watch makes the checks of gymnasium's own checker, and names the file and line.
             env = gymnasium.make(
                 gym.id, max_episode_steps=gym.max_episode_steps, disable_env_checker=True, **gym.options
             )

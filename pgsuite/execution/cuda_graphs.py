@@ -298,7 +298,7 @@ class Captured:
 
     def capture(self, args: tuple[Any, ...]) -> Any:
         state = TensorState(*self.roots)
-        # Each generator that a graph is told of costs launches at every replay.
+        # Each generator that is registered with a graph costs launches at every replay.
         graphs = self.record([x for x in state.generators if x in self.drawn_from], self.uncapturable_calls)
 
         def work() -> Any:

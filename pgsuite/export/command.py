@@ -46,7 +46,7 @@ class Export:
     )
     to: str | None = None  # file or directory to write; null takes policy.onnx, .pt2 or model in the run directory
     seed: Natural = 0  # of the random observations on which the file is tested
-    trust: Trust = False  # classes from outside pgsuite that a run of somebody else's may name; true for any
+    trust: Trust = False  # classes from outside pgsuite that a run of another user may name; true for any
     tolerance: Positive = TOLERANCE  # largest permitted difference between outputs of the file and of the policy
 
     def __post_init__(self) -> None:

@@ -106,7 +106,7 @@ def in_place(func: Callable[..., Any]) -> bool:
 
 
 class DrawingMode(TorchFunctionMode):
-    """Within this mode, ``draw`` stands for functions that draw from ``Generators``."""
+    """Within this mode, ``draw`` replaces functions that draw from ``Generators``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -59,7 +59,7 @@ class Language(VectorEnvConfig):
     tokens: str | None = (
         None  # an object with pad, stop, encode and decode, or a function that makes it; or a directory of transformers
     )
-    chat: bool = False  # prompts are what a user says, to be put into the chat template of the tokenizer
+    chat: bool = False  # prompts are messages of a user, inserted into the chat template of the tokenizer
     reward: str = ""  # a callable of prompts and responses
     rewards: list[str] | None = None  # files that env.reward makes callables of; null where it is one itself
     ensemble: Ensemble = "mean"  # of several rewards; the minimum is conservative (Coste et al., 2024)
@@ -158,8 +158,8 @@ def read_prompts(path: Path, where: str) -> list[str]:
 
 
 class PretrainedTokens:
-    """A tokenizer saved by the ``transformers`` library.  With ``chat``, prompts are what a user says, and are put into
-    its chat template.  Raises ValueError for one without a stop token, or then without a template."""
+    """A tokenizer saved by the ``transformers`` library.  With ``chat``, prompts are messages of a user, and
+    are inserted into its chat template.  Raises ValueError for one without a stop token, or then without a template."""
 
     def __init__(self, path: str, chat: bool = False) -> None:
         try:

@@ -361,7 +361,7 @@ class Output:
         try:
             action()
         except OSError as error:
-            with suppress(OSError):  # Python writes at its end what is left in the buffer, and would fail again
+            with suppress(OSError):  # at its end Python flushes the buffer, and would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.stream = open(os.devnull, "w")  # noqa: SIM115
             with suppress(OSError):

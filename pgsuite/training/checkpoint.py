@@ -74,7 +74,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds more than tensors, numbers and words, so it is refused unopened") from error
     except UserError:
         raise
-    except Exception as error:  # whoever seals a file can have anything raised while it is read
+    except Exception as error:  # a crafted file can cause any exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read {path} ({reason}); use an earlier one of the same run") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

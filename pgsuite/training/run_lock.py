@@ -36,8 +36,8 @@ class RunLock:
         self.file: int | None = None
 
     def claim(self, wanted: Path) -> Path:
-        """Make and hold a directory that nobody else holds and that contains no run: ``wanted``, or where it is taken,
-        the same name with _2, _3 and so on.  Raises UserError and OSError."""
+        """Make and hold a directory that no other process holds and that contains no run: ``wanted``, or where it is
+        taken, the same name with _2, _3 and so on.  Raises UserError and OSError."""
         for count in itertools.count(1):
             folder = wanted if count == 1 else wanted.with_name(f"{wanted.name}_{count}")
             with suppress(FileExistsError, BlockingIOError):
