@@ -35,6 +35,7 @@ class Step(NamedTuple):
     truncated: Tensor  # [N] bool, the time limit was reached and no terminal state: bootstrap from next_obs
     mask: Tensor | None = None  # [N] bool, false where the step only restarted the environment; None if no step does
     life_lost: Tensor | None = None  # [N] bool, terminal to the learner, though the episode goes on; None if never
+    channels: dict[str, Tensor] | None = None  # [N] each: costs, or rewards beside the reward; None if there are none
 
     @property
     def done(self) -> Tensor:
@@ -106,14 +107,17 @@ class Rollout(Experience):
     truncated: Tensor  # [T, N] bool
     mask: Tensor  # [T, N] bool, false in cells without a transition
     extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each: life_lost, and what preprocessing computes
+    channels: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each: costs, or rewards beside the reward
+    # value, advantage and target [T, N] in each channel from which the method learns, which preprocessing computes
+    estimates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def done(self) -> Tensor:
         return self.terminated | self.truncated
 
     def finite(self) -> Tensor:
-        """Whether actions, rewards and next observations are finite in all real cells: [] bool."""
-        parts = (self.action, self.reward, *leaves(self.next_obs))
+        """Whether actions, rewards, channels and next observations are finite in all real cells: [] bool."""
+        parts = (self.action, self.reward, *self.channels.values(), *leaves(self.next_obs))
         return torch.stack([(finite_cells(x, self.mask) | ~self.mask).all() for x in parts]).all()
 
 
@@ -131,6 +135,7 @@ class Batch(Experience):
     target: Tensor  # [...] regression target of the critic
     mask: Tensor  # [...] bool
     extra: dict[str, Tensor] = field(default_factory=dict)  # [...] each
+    channels: dict[str, Tensor] = field(default_factory=dict)  # [...] each: the advantage in each channel
 
     @classmethod
     def of(cls, rollout: Rollout, *, value: Tensor, advantage: Tensor, target: Tensor) -> Batch:
@@ -138,7 +143,8 @@ class Batch(Experience):
         even though no mean includes them."""
         r = rollout
         logp, value, advantage, target = (x.where(r.mask, 0.0) for x in (r.logp, value, advantage, target))
-        return cls(r.obs, r.hidden_state, r.start, r.action, logp, value, advantage, target, r.mask, r.extra)
+        channels = {name: x["advantage"].where(r.mask, 0.0) for name, x in r.estimates.items()}
+        return cls(r.obs, r.hidden_state, r.start, r.action, logp, value, advantage, target, r.mask, r.extra, channels)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

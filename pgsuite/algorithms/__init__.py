@@ -2,10 +2,30 @@
 
 from pgsuite.algorithms.a2c import A2C
 from pgsuite.algorithms.base import ActorCritic, Algorithm
+from pgsuite.algorithms.channels import Channel
+from pgsuite.algorithms.constrained import Constrained, Lagrangian, PPOLagrangian, TRPOLagrangian
+from pgsuite.algorithms.cpo import CPO
 from pgsuite.algorithms.npg import NPG
 from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.ppo_penalty import PPOPenalty
 from pgsuite.algorithms.reinforce import Reinforce
+from pgsuite.algorithms.rnd import RND
 from pgsuite.algorithms.trpo import TRPO
 
-__all__ = ["A2C", "NPG", "PPO", "PPOPenalty", "TRPO", "ActorCritic", "Algorithm", "Reinforce"]
+__all__ = [
+    "A2C",
+    "CPO",
+    "NPG",
+    "PPO",
+    "RND",
+    "TRPO",
+    "ActorCritic",
+    "Algorithm",
+    "Channel",
+    "Constrained",
+    "Lagrangian",
+    "PPOLagrangian",
+    "PPOPenalty",
+    "Reinforce",
+    "TRPOLagrangian",
+]

@@ -11,9 +11,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pgsuite import distributed
+from pgsuite.algorithms.channels import Channel, Channels, critic_loss
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.algorithms.reference import Reference
 from pgsuite.components import Component
+from pgsuite.envs.base import channels_of
 from pgsuite.functional import objectives
 from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.normalize import RewardScale
@@ -75,6 +77,7 @@ class Algorithm(Scheduled, ABC):
         """
         prepared = self.preprocess(rollout)
         metrics = self.learn(prepared)
+        metrics |= self.learn_channels(prepared)
         metrics |= self.adapt(prepared)
         self.update_statistics(rollout)
         return metrics
@@ -101,6 +104,10 @@ class Algorithm(Scheduled, ABC):
         with phase("update"):
             metrics = self.update(batch)
         return metrics | self.metrics(batch)
+
+    def learn_channels(self, rollout: Rollout) -> Metrics:
+        """Learn from a rollout what belongs to the channels beside the reward: nothing without a critic."""
+        return {}
 
     @is_phase("compute_advantages")
     @torch.no_grad()
@@ -214,6 +221,16 @@ class Algorithm(Scheduled, ABC):
             Accumulated(objective), *((weight, (*others, x)) for weight, x in zip(weights, pieces, strict=True))
         )
 
+    def fit(
+        self, optimizer: Optimizer, objective: Objective, given: tuple[Any, ...], batch: Batch, epochs: int, parts: int
+    ) -> Metrics:
+        """Minimize objective(*given, minibatch) in several passes over a batch, each of so many parts.  The metrics are
+        means over the steps."""
+        steps: list[Metrics] = []
+        for _ in range(epochs):
+            steps += [self.gradient_step(optimizer, objective, *given, part) for part in self.split(batch, parts)]
+        return average(steps)
+
     def validate(self, collector: Collector) -> None:
         """Raise ValueError if this method cannot train on rollouts of the collector."""
         for name, part in self.held.items():
@@ -248,7 +265,7 @@ class Algorithm(Scheduled, ABC):
     @property
     def held(self) -> dict[str, Any]:
         """Every object that this method holds as an attribute, in order and once, by name: "critic"; within lists,
-        tuples and dictionaries with its index or key: "twins.0", "heads.left"."""
+        tuples, dictionaries and channels with its index, key or attribute: "twins.0", "heads.left"."""
         found: dict[int, tuple[str, Any]] = {}
 
         def walk(name: str, x: Any) -> None:
@@ -256,11 +273,12 @@ class Algorithm(Scheduled, ABC):
                 return
             found[id(x)] = name, x
             inside = x.items() if isinstance(x, Mapping) else enumerate(x) if isinstance(x, list | tuple) else ()
-            for key, value in inside:
-                walk(f"{name}.{key}", value)
+            for key, value in vars(x).items() if isinstance(x, Channel) else inside:
+                if key != "schedules":  # Scheduled saves them and moves them between devices
+                    walk(f"{name}.{key}", value)
 
         for name, x in vars(self).items():
-            if name != "schedules":  # Scheduled saves them and moves them between devices
+            if name != "schedules":
                 walk(name, x)
         return dict(found.values())
 
@@ -319,11 +337,18 @@ class ActorCritic(Algorithm):
 
     critic: Critic
     estimator: Estimator = field(default_factory=GAE)
+    channels: Channels = field(default_factory=Channels)
     normalize_advantage: Literal["none", "batch"] = "batch"  # standardize advantages to zero mean and unit variance
     ratio: Literal["token", "sequence"] = "token"  # importance ratio of each action, or of whole episodes
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, channel in self.channels.items():
+            channel.setup(name, self.critic)
+
     def validate(self, collector: Collector) -> None:
         super().validate(collector)
+        self.validate_channels(collector)
         if self.ratio == "sequence" and not (self.sequential and collector.whole_episodes):
             raise ValueError("algo.ratio=sequence is for whole episodes of policies that see them as such: env=rlhf")
         if collector.is_off_policy and not self.estimator.supports_off_policy:
@@ -344,9 +369,49 @@ class ActorCritic(Algorithm):
             rollout = replace(rollout, extra=rollout.extra | {"weight": clipped})
         elif ratio is not None:
             advantage = ratio.clamp(max=self.estimator.rho_clip) * advantage
-        if self.normalize_advantage == "batch":
-            advantage = standardize(advantage, rollout.mask)
+        channels = {name: x["advantage"] for name, x in rollout.estimates.items()}
+        advantage = self.combine(advantage, channels, rollout.mask)
         return Batch.of(rollout, value=value, advantage=advantage, target=target)
+
+    def combine(self, advantage: Tensor, channels: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """The advantage [T, N] that the policy is to gain: that of the reward and those of ``channels``, each by its
+        weight, standardized if that is configured."""
+        for name, x in channels.items():
+            advantage = advantage + self.channels[name].weight * x
+        return standardize(advantage, mask) if self.normalize_advantage == "batch" else advantage
+
+    def preprocess(self, rollout: Rollout) -> Rollout:
+        rollout = super().preprocess(rollout)
+        with torch.no_grad():
+            return replace(rollout, estimates={name: x.estimate(rollout) for name, x in self.channels.items()})
+
+    def learn_channels(self, rollout: Rollout) -> Metrics:
+        """Fit the critics of the channels; the metrics of each have its name before them."""
+        metrics: Metrics = {}
+        for name, channel in self.channels.items():
+            with phase("channels"):
+                metrics |= {f"{name}_{key}": x for key, x in channel.learn(rollout, self.fit).items()}
+            found = rollout.estimates[name]
+            metrics[f"{name}_explained_variance"] = explained_variance(found["value"], found["target"], rollout.mask)
+        return metrics
+
+    def update_statistics(self, rollout: Rollout) -> None:
+        super().update_statistics(rollout)
+        for channel in self.channels.values():
+            channel.update_statistics(rollout)
+
+    def validate_channels(self, collector: Collector) -> None:
+        """Raise ValueError for a channel that the environments do not have, and for minibatches that do not divide."""
+        known = channels_of(collector.env)
+        for name, channel in self.channels.items():
+            if channel.from_env and name not in known:
+                has = f"only {', '.join(known)}" if known else "none"
+                example = f"env=SafetyHalfCheetahVelocity, or env=gym env.channels=[{name}]"
+                raise ValueError(
+                    f"{type(self).__name__} learns from the channel {name!r}, and {collector.env.name} has {has}: take "
+                    f"an environment with it, such as {example}"
+                )
+            check_split(collector.horizon, collector.env.num_envs, channel.minibatches, columns=self.sequential)
 
     def ratio_of(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
         """Importance ratio per cell [...]: of each action, or of its whole episode."""
@@ -382,14 +447,5 @@ class CriticRegressionMixin(Algorithm):
 
     @is_phase("critic")
     def fit_critic(self, critic: Critic, optimizer: Optimizer, batch: Batch) -> Metrics:
-        steps: list[Metrics] = []
-        for _ in range(self.critic_epochs):
-            parts = self.split(batch, self.critic_minibatches)
-            steps += [self.gradient_step(optimizer, self.critic_loss, critic, part) for part in parts]
-        metrics = average(steps)
+        metrics = self.fit(optimizer, critic_loss, (critic,), batch, self.critic_epochs, self.critic_minibatches)
         return metrics | {"critic_grad_norm": metrics.pop("grad_norm")}
-
-    def critic_loss(self, critic: Critic, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The critic's mean squared error over real cells, as the loss [] and as a metric."""
-        error = masked_mean(objectives.squared_error(critic(batch), batch.target), batch.mask)
-        return error, {"value_loss": error.detach()}

@@ -66,17 +66,13 @@ class NPG(ActorCritic, CriticRegressionMixin):
         bitwise unchanged."""
         params = list(self.policy.parameters())
         start = trust_region.flatten(params).detach()
-        gradient, entropy, product, evaluate_step = self.linearize(start, batch)
+        model = self.linearize(start, batch)
+        step, evaluate_step, step_metrics = self.full_step(start, batch, model)
 
         @torch.no_grad()
         def evaluate_fraction(fraction: Tensor) -> tuple[Tensor, Tensor]:
             improvement, kl = evaluate_step(start + fraction.unsqueeze(-1) * step)
             return distributed.mean(improvement), distributed.mean(kl)
-
-        direction = trust_region.conjugate_gradient(product, gradient, self.cg_iters, self.cg_tol)
-        fisher_direction = product(direction)
-        length = (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
-        step = direction * (length * self.critic_optimizer.lr_scale)  # halved with the learning rate
 
         with phase("line search"):
             fraction, metrics = self.line_search(evaluate_fraction, start.new_ones(()))
@@ -84,17 +80,30 @@ class NPG(ActorCritic, CriticRegressionMixin):
         moved = torch.where(accepted, start + fraction * step, start)
         trust_region.assign(params, moved)
         with torch.no_grad():
-            improvement, kl = evaluate_step(moved)
-        return metrics | {
-            "surrogate_improvement": distributed.mean(improvement),
-            "kl": distributed.mean(kl),
-            "accepted": accepted.to(start.dtype),
-            "step_fraction": fraction.where(accepted, 0.0),
-            "step_norm": (moved - start).norm(),
-            "cg_residual": (fisher_direction - gradient).norm() / gradient.norm().clamp(min=1e-12),
-            "entropy": entropy,
-            "grad_norm": gradient.norm(),
-        }
+            improvement, kl = model.evaluate_step(moved)
+        return (
+            metrics
+            | step_metrics
+            | {
+                "surrogate_improvement": distributed.mean(improvement),
+                "kl": distributed.mean(kl),
+                "accepted": accepted.to(start.dtype),
+                "step_fraction": fraction.where(accepted, 0.0),
+                "step_norm": (moved - start).norm(),
+                "entropy": model.entropy,
+                "grad_norm": model.gradient.norm(),
+            }
+        )
+
+    def full_step(self, start: Tensor, batch: Batch, model: LocalModel) -> tuple[Tensor, StepEvaluator, Metrics]:
+        """The step [P] from the parameters ``start`` [P] of which the line search takes a fraction; what it asks to be
+        positive, and the KL, [] or [K], as a function of parameters [P] or [K, P]; and metrics."""
+        direction = trust_region.conjugate_gradient(model.product, model.gradient, self.cg_iters, self.cg_tol)
+        fisher_direction = model.product(direction)
+        length = (2 * self.max_kl / (direction @ fisher_direction).clamp(min=1e-12)).sqrt()
+        residual = (fisher_direction - model.gradient).norm() / model.gradient.norm().clamp(min=1e-12)
+        step = direction * (length * self.critic_optimizer.lr_scale)  # halved with the learning rate
+        return step, model.evaluate_step, {"cg_residual": residual}
 
     def _linearize(self, start: Tensor, batch: Batch) -> LocalModel:
         """The local model of the objective at the policy's parameters ``start`` [P]."""

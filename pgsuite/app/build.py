@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from pgsuite import distributed, seeding
-from pgsuite.algorithms.base import Algorithm
+from pgsuite.algorithms.base import ActorCritic, Algorithm
+from pgsuite.algorithms.channels import Channel, Channels
 from pgsuite.algorithms.reference import Reference
 from pgsuite.app.schema import Run, locate
 from pgsuite.components import is_component
@@ -186,6 +187,18 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     return policy.to(env.device), critic.to(env.device)
 
 
+def build_channels(run: Run) -> Channels:
+    """The channels from which a method learns beside the reward.  Raises UserError."""
+    found = Channels()
+    for name, settings in run.channels.items():
+        if not isinstance(settings, dict):
+            raise UserError(f"channels.{name} must be settings, such as channels.{name}.weight=0.5, got {settings!r}")
+        settings = {"_target_": f"{Channel.__module__}.Channel"} | settings
+        generator = seeding.generator(run.seed, f"channels.{name}")  # on the CPU, as those of the networks
+        found[name] = instantiate(settings, f"channels.{name}", Channel, generator=generator)
+    return found
+
+
 def check_memory(env: VectorEnv, horizon: int) -> None:
     """Raise UserError if the observations of a rollout would take more than all memory of the device."""
     space = env.observation_space
@@ -224,6 +237,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
     kind = WhitenReward if run.whiten_reward else RewardScale if run.scale_reward else ClipReward
     reward_scale = kind(env.num_envs, clip).to(device) if scaled or clip is not None else None
     reference = dict(vars(run.reference))
+    channels = build_channels(run)
     algorithm: Algorithm = instantiate(
         run.algo,
         "algo",
@@ -233,7 +247,12 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         generator=seeding.generator(seed, "minibatches", device),
         reward_scale=reward_scale,
         reference=None if reference["coef"] is None else Reference(policy, **reference),
+        channels=channels,
     )
+    if channels and not isinstance(algorithm, ActorCritic):
+        raise UserError(
+            f"channels are for methods with a critic, and {type(algorithm).__name__} is none: leave them out"
+        )
     try:
         lower(algorithm, env.device, run.precision)
         collector = getattr(env, "collector", algorithm.collector)(env, horizon, seed)
@@ -250,6 +269,10 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
     return trainer
 
 
+# Names of tensors that differ by environment, and so between processes.
+BY_ENVIRONMENT = ("hidden_state", "discounted_return", "running_cost", "running_length")
+
+
 def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:
     """Raise UserError unless all processes start with equal settings, number of steps, and bitwise equal parameters and
     statistics."""
@@ -258,7 +281,7 @@ def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:
     digest = hashlib.sha256()
     for module in trainer.algorithm.parts.values():
         for name, x in module.state_dict().items():
-            if name.split(".")[-1] not in ("hidden_state", "discounted_return"):  # differ by environment
+            if name.split(".")[-1] not in BY_ENVIRONMENT:
                 digest.update(name.encode() + x.cpu().numpy().tobytes())
     mine = {"settings": config, "steps": trainer.steps, "parameters": digest.hexdigest()}
     theirs = distributed.broadcast(mine)

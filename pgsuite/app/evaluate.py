@@ -20,6 +20,7 @@ from pgsuite.app.build import build_env, instantiate, parse_run_config, to_dict,
 from pgsuite.app.policy_io import Restored, restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
+from pgsuite.envs.base import channels_of
 from pgsuite.errors import UserError
 from pgsuite.files import write_text
 from pgsuite.nn.policy import Policy
@@ -60,6 +61,7 @@ class Played(NamedTuple):
     lengths: torch.Tensor  # [N]
     cut: int  # number of episodes that had not ended after ``limit`` steps
     limit: int
+    channels: dict[str, torch.Tensor]  # sums [N] of each channel
 
     def said(self) -> str:
         """What was cut, in words; empty if nothing was."""
@@ -103,6 +105,7 @@ def play(
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     live, returns = start.clone(), torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
     lengths, limit = torch.zeros_like(returns), max_steps or env.max_episode_steps or UNLIMITED
+    channels = {name: torch.zeros_like(returns) for name in channels_of(env)}
     for steps in range(limit):
         if not bool(live.any()):
             break
@@ -115,10 +118,13 @@ def play(
         step = env.step(choice.action)
         returns += step.reward.double().where(live, 0.0)
         lengths += live
+        for name, sums in channels.items():
+            assert step.channels is not None
+            sums += step.channels[name].double().where(live, 0.0)
         start = step.done
         live = live & ~start
         obs, hidden_state = step.obs, choice.hidden_state
-    return Played(returns, lengths, int(live.sum()), limit)
+    return Played(returns, lengths, int(live.sum()), limit, channels)
 
 
 def make_eval_env(run: Run, episodes: int, *, film: bool) -> VectorEnv:
@@ -167,6 +173,7 @@ def make_evaluator(run: Run, folder: Path, show: Callable[[Gif, int], None], say
                 f"{prefix}length": float(played.lengths.mean()),
                 f"{prefix}cut": float(played.cut),
             }
+            found |= {f"{prefix}{name}": float(sums.mean()) for name, sums in played.channels.items()}
         return found
 
     return play_both
@@ -250,6 +257,7 @@ def _evaluate(
         "return_std": std,
         "returns": returns.tolist(),
         "lengths": lengths.tolist(),
+        "channels": {name: sums.tolist() for name, sums in played.channels.items()},
         "cut": played.cut,
         "backend": env.backend,
         "versions": versions(),
@@ -258,6 +266,7 @@ def _evaluate(
     how = "deterministic" if wanted.deterministic else "stochastic"
     words = [
         f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes",
+        *(f"{name} {float(sums.mean()):,.1f}" for name, sums in played.channels.items()),
         f"{float(lengths.mean()):,.1f} steps each",
         played.said(),
         env.description,

@@ -102,6 +102,7 @@ class Run:
     recover: Recover = field(default_factory=Recover)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
+    channels: dict[str, Any] = field(default_factory=dict)  # to learn from beside the reward, by name: settings of each
     callbacks: dict[str, Any] = field(default_factory=dict)  # further callbacks by name, each settings with a _target_
     loggers: dict[str, Any] = field(default_factory=dict)  # further loggers by name, each settings with a _target_
     policy: PolicyConfig = field(default_factory=MLPPolicyConfig)

@@ -40,7 +40,8 @@ class VectorEnv(Protocol):
 
     Actions outside a Box are clipped to it.  When an episode ends, the environment restarts within the same step, which
     still reports the true successor state; a step that only restarts an environment is masked in ``Step.mask``.
-    Environments that need a particular ``Collector`` class name it as their attribute ``collector``.
+    Environments that need a particular ``Collector`` class name it as their attribute ``collector``, and those whose
+    steps have channels name these as their attribute ``channels``.
     """
 
     name: str
@@ -73,6 +74,11 @@ class VectorEnv(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def channels_of(env: VectorEnv) -> tuple[str, ...]:
+    """The names of the channels of an environment's steps."""
+    return tuple(getattr(env, "channels", ()))
 
 
 class VectorEnvConfig(ABC):

@@ -7,7 +7,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from pgsuite import seeding, settings
 from pgsuite.components import Component, component_class, make_component
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig, broken_env
 from pgsuite.envs.spaces import mismatch, native_action, shown, tensor_space, tensors, to_device
-from pgsuite.envs.workers import Workers
+from pgsuite.envs.workers import Workers, info_of, named_infos
 from pgsuite.errors import install, place, place_of, reason
 from pgsuite.settings import Count, Positive, WorldThreads, closest
 from pgsuite.transfer import HostLink
@@ -47,6 +47,7 @@ class Gym(VectorEnvConfig):
     timeout: Positive | None = None  # seconds that a worker may take to make, reset or step its share; null is 600
     native: bool = False  # the environment's own vectorization, where it registers one
     action_mask: bool = False  # the environment's info has a mask of allowed discrete actions
+    channels: list[str] = field(default_factory=list)  # costs, or rewards beside the reward, in its info: [cost]
     max_episode_steps: Count | None = None  # time limit; null takes the registered one
     options: dict[str, Any] = field(default_factory=dict)  # the environment's own keyword arguments
     wrappers: list[Component] = field(
@@ -61,11 +62,14 @@ class Gym(VectorEnvConfig):
             raise ValueError("env.wrappers are for single environments, and env.native=true makes none: leave one out")
         if self.timeout is not None and not self.workers:
             raise ValueError("env.timeout needs env.workers=1 or more: what hangs in this process cannot be ended")
+        if repeated := [name for i, name in enumerate(self.channels) if name in self.channels[:i]]:
+            raise ValueError(f"env.channels names {repeated[0]!r} twice")
 
     def build(self, num_envs: int, *, device: torch.device, dtype: torch.dtype, seed: int) -> GymEnv:
         vec = self.vectorize(num_envs)
         limit = self.max_episode_steps or time_limit(vec)
-        return GymEnv(vec, name=self.id, max_episode_steps=limit, device=device, dtype=dtype, seed=seed)
+        about = {"name": self.id, "max_episode_steps": limit, "channels": self.channels}
+        return GymEnv(vec, device=device, dtype=dtype, seed=seed, **about)
 
     def peek(self) -> spaces.Space[Any]:
         vec = self.vectorize(1)
@@ -155,7 +159,7 @@ class Maker:
         for choice in gym.wrappers:
             env = wrapped(env, choice)
         env = MaskInObservation(env) if gym.action_mask else env
-        return Watch(env, f"{gym.id} (environment {self.index})")
+        return Watch(env, f"{gym.id} (environment {self.index})", gym.channels)
 
 
 def wrapper(choice: Component) -> tuple[str, dict[str, Any]]:
@@ -221,12 +225,13 @@ class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Checks what an environment does: raises BrokenEnvError for exceptions and for results that do not follow
     gymnasium's interface, and NotFiniteError for non-finite ones, with environment, step, and the user's file and line.
 
-    Infos are dropped, since nothing reads them and a vector environment would merge them in each step.
+    Of infos only the ``channels`` are kept, since nothing reads the rest and a vector environment would merge it in
+    each step.  A step of six values, with the cost after the reward as in Safety-Gymnasium, has it as info["cost"].
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any], name: str) -> None:
+    def __init__(self, env: gymnasium.Env[Any, Any], name: str, channels: Sequence[str] = ()) -> None:
         super().__init__(env)
-        self.name, self.steps = name, 0
+        self.name, self.steps, self.channels = name, 0, tuple(channels)
         required = {"observation_space": spaces.Space, "action_space": spaces.Space, "metadata": Mapping}
         for attribute, kind in required.items():
             if not isinstance(found := getattr(env, attribute, None), kind):
@@ -251,9 +256,12 @@ class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
             result = self.env.step(action)
         except (Exception, SystemExit) as error:
             raise self.broken(error, when, "step") from error
+        if isinstance(result, tuple) and len(result) == 6 and isinstance(result[5], Mapping):
+            obs, reward, cost, *ends, info = result
+            result = obs, reward, *ends, {**info, "cost": cost}
         if not (isinstance(result, tuple) and len(result) == 5):
             raise self.wrong(when, f"{shown(result)}; {INTERFACE['step']}", "step")
-        obs, reward, *ends, _ = result
+        obs, reward, *ends, info = result
         if (number := scalar(reward)) is None:
             shape = np.shape(reward) if isinstance(reward, np.ndarray | list | tuple | Tensor) else ()
             what = f"a reward of shape {shape}" if shape else f"the reward {shown(reward)}"
@@ -264,7 +272,19 @@ class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
             if scalar(value) not in (0, 1):
                 raise self.wrong(when, f"{name}={shown(value)}; it must be true or false", "step")
         self.check(obs, when, "step")
-        return obs, number, bool(ends[0]), bool(ends[1]), {}
+        return obs, number, bool(ends[0]), bool(ends[1]), {x: self.channel(info, x, when) for x in self.channels}
+
+    def channel(self, info: Any, name: str, when: str) -> float:
+        """The value of a channel in the info of a step."""
+        if not isinstance(info, Mapping) or name not in info:
+            known = ", ".join(map(str, info)) if isinstance(info, Mapping) and info else "nothing"
+            text = f"no {name!r} in its info, which env.channels takes it from; it has {known}"
+            raise self.wrong(when, text, "step")
+        if (number := scalar(info[name])) is None:
+            raise self.wrong(when, f"{shown(info[name])} as info[{name!r}]; it must be one number", "step")
+        if not math.isfinite(number):
+            raise self.wrong(when, f"{number} as info[{name!r}]", "step", kind=NotFiniteError)
+        return number
 
     def check(self, obs: Any, when: str, method: str) -> None:
         if (found := mismatch(self.observation_space, obs)) is not None:
@@ -341,9 +361,10 @@ class GymEnv:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        channels: Sequence[str] = (),
     ) -> None:
         self.vec, self.name, self.num_envs, self.device, self.dtype = vec, name, vec.num_envs, device, dtype
-        self.max_episode_steps = max_episode_steps
+        self.max_episode_steps, self.channels = max_episode_steps, tuple(channels)
         self.link = HostLink(device)
         self.space, self.action_space = vec.single_observation_space, vec.single_action_space
         self.observation_space: spaces.Space[Any] = tensor_space(self.space)
@@ -393,6 +414,7 @@ class GymEnv:
             if done.any():
                 next_obs = self._final(new, done, self.info)
         self.last = new
+        channels = {name: self._channel(name, done, idle) for name in self.channels} or None
         return Step(
             obs=new,
             next_obs=next_obs,
@@ -400,7 +422,18 @@ class GymEnv:
             terminated=torch.from_numpy(terminated),
             truncated=torch.from_numpy(truncated),
             mask=torch.from_numpy(~idle) if self.mode is AutoresetMode.NEXT_STEP else None,
+            channels=channels,
         )
+
+    def _channel(self, name: str, done: np.ndarray, idle: np.ndarray) -> Tensor:
+        """A channel [N] of the last step, in which environments that are ``idle`` [N] only restarted."""
+        found = info_of(self.info, name, done)
+        if found is None and not idle.all():
+            known = ", ".join(named_infos(self.info)) or "nothing"
+            raise BrokenEnvError(
+                f"{self.name} gave no {name!r} in its infos, which env.channels takes it from; they have {known}"
+            )
+        return torch.tensor(np.zeros(self.num_envs) if found is None else found, dtype=self.dtype)
 
     def _final(self, obs: Obs, done: np.ndarray, info: dict[str, Any]) -> Obs:
         """True successor states; gymnasium returns those of finished environments separately."""

@@ -28,6 +28,7 @@ class TaskEnv:
             task.max_episode_steps,
         )
         self.observation_space, self.action_space = task.observation_space, task.action_space
+        self.channels = tuple(task.channels())
         how, closeness = task.describe()
         self.backend = how.split()[0].split(".")[0]
         said = (self.name, how, f"{self.num_envs} environments", closeness)
@@ -70,11 +71,12 @@ class TaskEnv:
     def _step_task(self, action: Tensor) -> Step:
         """The transition after the simulation of a step, before any restart, on the task's device."""
         reward, terminated = self.task.advance(action)
+        channels = {name: x.to(self.dtype) for name, x in self.task.channels().items()} or None
         next_obs = self._observe()
         self.clock += 1
         truncated = (self.clock >= self.max_episode_steps) & ~terminated
         self.clock.masked_fill_(terminated | truncated, 0)
-        return Step(next_obs, next_obs, reward.to(self.dtype), terminated, truncated)
+        return Step(next_obs, next_obs, reward.to(self.dtype), terminated, truncated, channels=channels)
 
     def _observe(self) -> Tensor:
         return self.task.observe().to(self.dtype)

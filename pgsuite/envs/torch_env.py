@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class TorchNative(VectorEnvConfig):
 
     entry: str = ""  # such as my_package:make_env; called with num_envs, device, seed and the options, by keyword
     max_episode_steps: Count | None = None  # time limit, passed to the environments; null takes theirs
+    channels: list[str] = field(default_factory=list)  # costs, or rewards beside the reward, in the infos: [cost]
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of env.entry
 
     def __post_init__(self) -> None:
@@ -42,7 +44,8 @@ class TorchNative(VectorEnvConfig):
         number = seeding.number(seed, "environment")
         arguments = {"num_envs": num_envs, "device": device, "seed": number, **limit, **self.options}
         made = make_object(self.entry, "env.entry", **arguments)
-        env = TorchNativeEnv(made, name=self.entry, device=device, dtype=dtype, seed=number, **limit)
+        about = {"name": self.entry, "channels": self.channels, **limit}
+        env = TorchNativeEnv(made, device=device, dtype=dtype, seed=number, **about)
         if env.num_envs != num_envs:
             raise ValueError(f"env.entry={self.entry} made {env.num_envs} environments, not {num_envs}")
         return env
@@ -70,7 +73,9 @@ class TorchNativeEnv:
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
         max_episode_steps: int | None = None,
+        channels: Sequence[str] = (),
     ) -> None:
+        self.channels = tuple(channels)
         self.env, self.name, self.device, self.dtype, self.seed = env, name, device, dtype, seed
         self.origin = seed or 0
         for required in ("num_envs", "single_observation_space", "single_action_space"):
@@ -111,15 +116,15 @@ class TorchNativeEnv:
             new, reward = self._obs(obs), self._cells(reward, self.dtype)
             terminated, truncated = self._cells(terminated, torch.bool), self._cells(truncated, torch.bool)
             final = info.get("final_obs", info.get("final_observation"))
+            channels = {name: self._cells(info[name], self.dtype) for name in self.channels} or None
             successors = self.last if final is None else self._obs(final)
         truncated &= ~terminated
         done = terminated | truncated
         if not self.knows:
             self._learn(final is not None, done)
         self.last = new
-        return Step(
-            obs=new, next_obs=choose(done, successors, new), reward=reward, terminated=terminated, truncated=truncated
-        )
+        successors = choose(done, successors, new)
+        return Step(new, successors, reward, terminated, truncated, channels=channels)
 
     def _learn(self, given: bool, done: Tensor) -> None:
         """Find out whether true successors are given.  Some environments give none in steps without an episode end, so

@@ -76,13 +76,14 @@ class Workers(VectorEnv[Any, Any, Any]):
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         each = list(iterate(self.action_space, actions))
         answers = self.ask([("step", each[share.start : share.stop]) for share in self.shares])
-        obs, *rest, finals = zip(*answers, strict=True)
+        obs, *rest, finals, infos = zip(*answers, strict=True)
         reward, terminated, truncated = (np.concatenate(x) for x in rest)
         final = np.full(self.num_envs, None, dtype=object)
         for share, found in zip(self.shares, finals, strict=True):
             for i, successor in found.items():
                 final[share.start + i] = successor
-        return self.join(obs), reward, terminated, truncated, {"final_obs": final}
+        info = {name: np.concatenate([x[name] for x in infos]) for name in infos[0]}
+        return self.join(obs), reward, terminated, truncated, {"final_obs": final} | info
 
     def join(self, parts: Sequence[Any]) -> Any:
         """Concatenate the observations of all workers to one batch in new memory."""
@@ -184,8 +185,22 @@ def answer(env: SyncVectorEnv, request: str, *arguments: Any) -> Any:
     if request == "reset":
         return env.reset(seed=arguments[0], options=arguments[1])[0]
     obs, reward, terminated, truncated, info = env.step(batch(env, arguments[0]))
-    final = info.get("final_obs", {})
-    return obs, reward, terminated, truncated, {i: final[i] for i in np.flatnonzero(terminated | truncated)}
+    final, done = info.get("final_obs", {}), terminated | truncated
+    infos = {name: info_of(info, name, done) for name in named_infos(info)}
+    return obs, reward, terminated, truncated, {i: final[i] for i in np.flatnonzero(done)}, infos
+
+
+def named_infos(info: dict[str, Any]) -> list[str]:
+    """The names of the values in a step's infos."""
+    every = {**info, **info.get("final_info", {})}
+    return [name for name in every if not name.startswith("_") and name not in ("final_obs", "final_info")]
+
+
+def info_of(info: dict[str, Any], name: str, done: np.ndarray) -> Any:
+    """A value [N] of a step's infos, or None.  gymnasium gives those of finished environments that have restarted
+    apart."""
+    found, final = info.get(name), info.get("final_info", {}).get(name)
+    return found if final is None else np.where(done, final, 0.0 if found is None else found)
 
 
 def batch(env: SyncVectorEnv, actions: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pgsuite import seeding
-from pgsuite.envs.base import NotFiniteError, VectorEnv
+from pgsuite.envs.base import NotFiniteError, VectorEnv, channels_of
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Task
 from pgsuite.functional.trust_region import map_tensors, tensors
@@ -46,6 +46,7 @@ class JointEnv(ABC):
         self.description = f"{first.description} in each of {self.count} runs"
         self.num_envs, self.max_episode_steps = self.count * self.each, first.max_episode_steps
         self.observation_space, self.action_space = first.observation_space, first.action_space
+        self.channels = channels_of(first)
         self.live = [True] * self.count  # runs that go on
         self.running = list(self.live)
         self.errors: dict[int, NotFiniteError] = {}  # by run, of the rollout in progress
@@ -196,6 +197,7 @@ class Share:
         self.name, self.backend, self.device, self.dtype = whole.name, whole.backend, whole.device, whole.dtype
         self.max_episode_steps = whole.max_episode_steps
         self.observation_space, self.action_space = whole.observation_space, whole.action_space
+        self.channels = whole.channels
         self.description = whole.description.replace(f"{whole.num_envs} environments", f"{each} environments")
         self.generator = whole.generator.each[index]
 

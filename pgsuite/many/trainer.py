@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from pgsuite.envs.base import channels_of
 from pgsuite.errors import UserError
 from pgsuite.many.collect import JointCollector
 from pgsuite.many.env import JointEnv
@@ -41,11 +42,14 @@ class ManyTrainer:
         self.stack = Stack([trainer.algorithm for trainer in trainers])
         self.algorithm = trainers[0].algorithm
         self.collector = JointCollector([trainer.collector for trainer in trainers], env, self.stack)
-        self.tracker = EpisodeTracker(env.num_envs, env.device)
+        self.tracker = EpisodeTracker(env.num_envs, env.device, channels_of(env))
         for s, trainer in enumerate(trainers):
             for name in ("reward", "length"):
                 mine = getattr(self.tracker, name)[s * env.each :][: env.each]
                 setattr(trainer.tracker, name, mine.copy_(getattr(trainer.tracker, name)))
+            for name, x in trainer.tracker.channels.items():
+                mine = self.tracker.channels[name][s * env.each :][: env.each]
+                trainer.tracker.channels[name] = mine.copy_(x)
         self.failures: dict[int, UserError] = {}  # by run
         self.left: dict[int, list[Tensor]] = {}  # the tensors of ended runs, which stay as they are
         self.progress: ProgressBar | None = None
@@ -115,7 +119,8 @@ class ManyTrainer:
         return reports
 
     def pack_host_data(self, rollout: Rollout, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """As of a ``Trainer``: [S, len(metrics) + 2], and the returns and lengths of episodes [S, 2, T N]."""
+        """As of a ``Trainer``: [S, len(metrics) + 2], and the returns, lengths and sums of channels of episodes
+        [S, 2 + channels, T N]."""
         count = self.stack.count
         finite = self.stack(Rollout.finite, rollout) & self.stack.finite()
         values = [x.double() for x in (*metrics.values(), rollout.mask.sum((1, 2)), ~finite)]

@@ -47,7 +47,8 @@ class Body(nn.Module):
     """Features [..., size] of observations [..., *O], the input of the output layer of a policy or critic.
 
     A body without memory defines ``forward(obs)``.  One with memory is ``sequential`` and ``carries`` its hidden state:
-    it defines ``initial_state`` and ``step``, and keeps the state under its ``name``, which is policy or critic.
+    it defines ``initial_state`` and ``step``, and keeps the state under its ``name``: policy, critic, or that of a
+    channel's critic.
 
     One of your own is chosen by ``policy.body``; it is made as ``cls(obs_norm, name, generator, **settings)``.
 

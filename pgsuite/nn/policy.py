@@ -150,11 +150,20 @@ class Critic(Network):
             body = shared.body
         body = body or Features(obs_norm, "critic", privileged=True, **shape)
         super().__init__(body, 1, 0.0 if zero_init else 1.0, shape.get("generator"))
-        self.shared = shared is not None
+        self.shared, self.num_envs = shared is not None, num_envs
         self.values_and_next_values = Kernel("values", self._values_and_next_values)
         self.register_buffer(
-            "hidden_state", body.initial_state(num_envs)["critic"].clone() if self.remembers else torch.zeros(0)
+            "hidden_state", body.initial_state(num_envs)[body.name].clone() if self.remembers else torch.zeros(0)
         )
+
+    def twin(self, name: str) -> Critic:
+        """Another critic that begins with the present parameters, for other rewards.  A body that is shared stays
+        shared, as do the statistics of observations; a hidden state of its own has the ``name``."""
+        kept = self.body if self.shared else self.body.obs_norm
+        twin = copy.deepcopy(self, {id(kept): kept})
+        if not self.shared:
+            twin.body.name = name
+        return twin
 
     @property
     def remembers(self) -> bool:
@@ -190,10 +199,10 @@ class Critic(Network):
         if not self.remembers:
             return rollout
         hidden_state = self.hidden_state.expand(len(rollout.start), *self.hidden_state.shape)
-        return replace(rollout, hidden_state=rollout.hidden_state | {"critic": hidden_state})
+        return replace(rollout, hidden_state=rollout.hidden_state | {self.body.name: hidden_state})
 
     @torch.no_grad()
     def update_statistics(self, rollout: Rollout) -> None:
         """Advance the hidden state to the end of a rollout."""
         if self.remembers:
-            self.hidden_state.copy_(self.body.sequence(self.attach_critic_state(rollout))[1]["critic"][-1])
+            self.hidden_state.copy_(self.body.sequence(self.attach_critic_state(rollout))[1][self.body.name][-1])

@@ -87,6 +87,7 @@ class Collector(ABC):
             truncated=step.truncated,
             mask=live,
             extra={} if step.life_lost is None else {LIFE_LOST: step.life_lost},
+            channels=step.channels or {},
         )
         with phase("write"):
             self.buffer.write(t, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,31 +12,47 @@ from pgsuite.types import Rollout
 
 
 class EpisodeTracker:
-    """Accumulates the undiscounted return and the length of each environment's current episode."""
+    """Accumulates the undiscounted return, the length and the sums of the channels of each environment's current
+    episode."""
 
-    def __init__(self, num_envs: int, device: torch.device) -> None:
+    def __init__(self, num_envs: int, device: torch.device, channels: Sequence[str] = ()) -> None:
         self.reward = torch.zeros(num_envs, device=device, dtype=torch.float64)
         self.length = torch.zeros(num_envs, device=device, dtype=torch.float64)
+        self.channels = {name: torch.zeros_like(self.reward) for name in channels}
 
     def finished_episodes(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Returns and lengths, each [K], of the K episodes that finished in this rollout; masked steps do not count."""
-        returns, lengths = self.update(rollout)
+        returns, lengths, *_ = self.update(rollout)
         return returns[lengths > 0], lengths[lengths > 0]
 
-    def update(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Returns and lengths, each [T, N], in the cells where an episode finished; the length is zero in all others.
-        Nothing is read back to the host."""
-        reward, going = rollout.reward.double(), (~rollout.start).double()
-        returns, lengths = torch.empty_like(reward), torch.empty_like(reward)
-        for t in range(reward.shape[0]):
-            returns[t] = self.reward.mul_(going[t]).add_(reward[t])
-            lengths[t] = self.length.mul_(going[t]).add_(rollout.mask[t])
+    def update(self, rollout: Rollout) -> tuple[Tensor, ...]:
+        """Returns, lengths and then the sums of each channel, each [T, N], in the cells where an episode finished; the
+        length is zero in all others.  Nothing is read back to the host."""
+        going = (~rollout.start).double()
+        returns = accumulate(self.reward, rollout.reward.double(), going)
+        lengths = accumulate(self.length, rollout.mask, going)
+        sums = [
+            accumulate(x, rollout.channels[name].where(rollout.mask, 0.0), going) for name, x in self.channels.items()
+        ]
         finished = rollout.done & rollout.mask
-        return returns, lengths.where(finished, 0.0)
+        return returns, lengths.where(finished, 0.0), *sums
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reward": self.reward.clone(), "length": self.length.clone()}
+        return {"reward": self.reward.clone(), "length": self.length.clone()} | {
+            f"channels.{name}": x.clone() for name, x in self.channels.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reward.copy_(state["reward"])
         self.length.copy_(state["length"])
+        for name, x in self.channels.items():
+            x.copy_(state[f"channels.{name}"])
+
+
+def accumulate(sofar: Tensor, x: Tensor, going: Tensor) -> Tensor:
+    """The sums [T, N] of x [T, N] since the start of each episode, continued from ``sofar`` [N], which becomes the last
+    row.  ``going`` [T, N] is zero where an episode starts and one elsewhere."""
+    sums = torch.empty_like(going)
+    for t in range(len(going)):
+        sums[t] = sofar.mul_(going[t]).add_(x[t])
+    return sums

@@ -415,6 +415,7 @@ def _cut(rollout: Rollout, junk: float) -> Rollout:
         next_obs=spoil(rollout.next_obs),
         action=spoil(action) if action.is_floating_point() else action,
         reward=spoil(rollout.reward),
+        channels={name: spoil(x) for name, x in rollout.channels.items()},
         logp=spoil(rollout.logp),
         terminated=(rollout.terminated & mask) | ends,
         truncated=rollout.truncated & mask & ~ends,
@@ -424,7 +425,8 @@ def _cut(rollout: Rollout, junk: float) -> Rollout:
 
 def _spoil(batch: Batch, junk: float) -> Batch:
     spoiled = {name: getattr(batch, name).where(batch.mask, junk) for name in ("advantage", "target", "value")}
-    return replace(batch, **spoiled)
+    channels = {name: x.where(batch.mask, junk) for name, x in batch.channels.items()}
+    return replace(batch, **spoiled, channels=channels)
 
 
 def _check_schedules(cls: type[Algorithm], world: World, settings: Mapping[str, Any]) -> None:

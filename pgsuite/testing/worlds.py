@@ -18,7 +18,7 @@ class Point(Task):
     """Push a point to the origin of the plane; the episode terminates if it leaves the square of half-width 2.
 
     Actions are forces, continuous, or discrete: none, or full force along an axis.  Observations are position and
-    velocity.
+    velocity.  The channel ``cost`` is one in each step that ends in the right half of the square.
     """
 
     observation_space = spaces.Box(-float("inf"), float("inf"), (4,))
@@ -47,6 +47,9 @@ class Point(Task):
         position = position + 0.4 * velocity
         self.state = torch.cat([position, velocity], -1)
         return 1 - position.square().sum(-1), position.abs().amax(-1) > 2
+
+    def channels(self) -> dict[str, Tensor]:
+        return {"cost": (self.state[:, 0] > 0).to(self.dtype)}
 
     def observe(self) -> Tensor:
         return self.state.clone()

@@ -66,11 +66,14 @@ class MetricAverager:
     def __init__(self) -> None:
         self.returns: list[float] = []
         self.lengths: list[float] = []
+        self.channels: dict[str, list[float]] = {}
         self.metrics: dict[str, list[float]] = {}
 
     def add(self, report: Report) -> None:
         self.returns += report.returns
         self.lengths += report.lengths
+        for name, sums in report.channels.items():
+            self.channels.setdefault(name, []).extend(sums)
         for name, value in report.metrics.items():
             self.metrics.setdefault(name, []).append(value)
 
@@ -82,6 +85,7 @@ class MetricAverager:
             scalars["episode/return_std"] = statistics.pstdev(self.returns)
             scalars["episode/length"] = statistics.fmean(self.lengths)
             scalars["episode/count"] = float(len(self.returns))
+            scalars |= {f"episode/{name}": statistics.fmean(sums) for name, sums in self.channels.items()}
         return scalars
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pgsuite import distributed
 from pgsuite.algorithms.base import Algorithm
-from pgsuite.envs.base import NotFiniteError
+from pgsuite.envs.base import NotFiniteError, channels_of
 from pgsuite.kernel import Kernel, kernels_of, phase
 from pgsuite.nn.optim import Optimizer
 from pgsuite.rollout import Collector, EpisodeTracker
@@ -39,6 +39,7 @@ class Report:
     returns: list[float]  # of the episodes that finished in all processes; empty except in the first process
     lengths: list[float]  # in steps
     is_finite: bool  # whether rollout, metrics, parameters and statistics are finite
+    channels: dict[str, list[float]] = field(default_factory=dict)  # the sums of each channel in these episodes
 
     def passes(self, every: float) -> bool:
         """Whether the number of steps passed a multiple of ``every`` in this iteration."""
@@ -151,7 +152,7 @@ class Trainer:
             self.algorithm.update_schedules(percent / 100)
             self.algorithm.validate(self.collector)
         env = self.collector.env
-        self.tracker = EpisodeTracker(env.num_envs, env.device)
+        self.tracker = EpisodeTracker(env.num_envs, env.device, channels_of(env))
         self.pack_host_data = Kernel("pack host data", self._pack_host_data)
         self.finished: list[tuple[int, float]] = []  # of episodes: steps at their end, and return
 
@@ -203,7 +204,8 @@ class Trainer:
         self.algorithm.update_schedules(self.steps / self.total_steps)
         metrics = self.algorithm.iterate(self.collector)
         packed = self.pack_host_data(metrics).cpu()  # the only transfer to the host in an iteration
-        report = self.report(list(metrics), packed[: len(metrics) + 2], packed[len(metrics) + 2 :].view(2, -1))
+        values, episodes = packed.split([len(metrics) + 2, len(packed) - len(metrics) - 2])
+        report = self.report(list(metrics), values, episodes.view(2 + len(self.tracker.channels), -1))
         took = perf_counter() - began
         self.seconds["total"] += took
         self.seconds["learning"] += took - (sum(self.collector.seconds.values()) - collecting)
@@ -211,8 +213,8 @@ class Trainer:
 
     def report(self, names: Sequence[str], values: Tensor, episodes: Tensor) -> Report:
         """The results of an iteration from what was read back of it: the values of the named metrics, number of steps
-        and whether anything is not finite [len(names) + 2], and in each cell returns and lengths [2, T N].  Counts the
-        steps.  Collective."""
+        and whether anything is not finite [len(names) + 2], and in each cell returns, lengths and the sums of channels
+        [2 + channels, T N].  Counts the steps.  Collective."""
         before = self.steps
         values = distributed.total(torch.cat([values, values.new_tensor([bool(self.asked)])]))
         *read, steps, nonfinite, asked = values.tolist()
@@ -220,14 +222,16 @@ class Trainer:
         self.steps += int(steps)
         self.stop = (self.asked or signal.SIGTERM) if asked else 0
         is_finite = not nonfinite and all(map(math.isfinite, read))
-        gathered = distributed.gather(episodes[:, episodes[1] > 0].tolist()) or [([], [])]
-        returns, lengths = ([x for part in parts for x in part] for parts in zip(*gathered, strict=True))
-        return Report(before, self.steps, dict(zip(names, read, strict=True)), returns, lengths, is_finite)
+        gathered = distributed.gather(episodes[:, episodes[1] > 0].tolist()) or [[[] for _ in episodes]]
+        returns, lengths, *sums = ([x for part in parts for x in part] for parts in zip(*gathered, strict=True))
+        channels = dict(zip(self.tracker.channels, sums, strict=True))
+        return Report(before, self.steps, dict(zip(names, read, strict=True)), returns, lengths, is_finite, channels)
 
     def _pack_host_data(self, metrics: Metrics) -> Tensor:
         """Pack everything that the host needs of an iteration into one float64 vector on the device: the metrics, the
-        number of environment steps, whether anything is not finite, and, for each cell [T, N], the returns and then the
-        lengths of the episodes that finished there; the length is zero where none did."""
+        number of environment steps, whether anything is not finite, and, for each cell [T, N], the returns, then the
+        lengths, then the sums of each channel of the episodes that finished there; the length is zero where none
+        did."""
         rollout = self.collector.buffer.read()
         nonfinite = ~(rollout.finite() & self.algorithm.finite())
         values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), nonfinite)]

@@ -2,6 +2,7 @@
 
 from pgsuite.envs.tasks.base import Task
 from pgsuite.envs.tasks.classic import Acrobot, CartPole, MountainCar, MountainCarContinuous, Pendulum
+from pgsuite.envs.tasks.cruise import Cruise
 from pgsuite.envs.tasks.memory import TMaze
 from pgsuite.envs.tasks.mujoco import (
     Ant,
@@ -21,6 +22,7 @@ __all__ = [
     "Acrobot",
     "Ant",
     "CartPole",
+    "Cruise",
     "HalfCheetah",
     "Hopper",
     "Humanoid",

@@ -20,7 +20,7 @@ class Task(ABC):
 
     A subclass defines the observation (``observe``), reward and termination (``advance``), the initial states
     (``reset``) and the two spaces; a task whose state is tensors allocates them in ``place``.  Everything else has a
-    default.
+    default.  Costs, and rewards that are learned apart, are its ``channels``.
 
     So that a task can be compiled and captured, its code must not read tensors back to the host and must not make
     shapes that depend on data, unless its back end is on the host.
@@ -69,6 +69,11 @@ class Task(ABC):
     @abstractmethod
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of the step: reward [N] and terminated [N]."""
+
+    def channels(self) -> dict[str, Tensor]:
+        """Costs, or rewards beside the reward, by name: [N] each, of the step that ``advance`` has just completed.
+        Called before the first reset too, for the names, which are always the same."""
+        return {}
 
     @abstractmethod
     def observe(self) -> Tensor:

@@ -26,7 +26,7 @@ from pgsuite.envs.physics.base import Physics
 from pgsuite.envs.physics.mujoco_batch import BatchPhysics
 from pgsuite.envs.physics.mujoco_warp import REMEDY, WarpPhysics
 from pgsuite.envs.tasks.base import Task
-from pgsuite.settings import Count, NonNegative
+from pgsuite.settings import Count, NonNegative, Positive
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
@@ -175,10 +175,15 @@ class Robot(NoisyStart):
 
 @dataclass(kw_only=True, eq=False)
 class Locomotion(Robot):
-    """Rewards forward velocity, minus a cost of control."""
+    """Rewards forward velocity, minus a cost of control.
+
+    With a ``velocity_limit``, the channel ``cost`` is one in each step faster than that, and zero in others: the
+    velocity tasks of Safety-Gymnasium (Ji et al., 2023).
+    """
 
     forward_reward_weight: float = 1.0  # weight of the forward velocity
     ctrl_cost_weight: float = 0.1  # weight of the squared action, a cost
+    velocity_limit: Positive | None = None  # in m/s: each faster step costs one; null has no cost
 
     def bind(self, physics: Physics) -> None:
         super().bind(physics)
@@ -192,9 +197,22 @@ class Locomotion(Robot):
         """The position [N] along the track, in m."""
         return self.physics.qpos[:, 0]
 
+    def velocity(self) -> Tensor:
+        """The forward velocity [N] in the last step, in m/s."""
+        return (self.x() - self.before) / self.dt
+
+    def speed(self) -> Tensor:
+        """What ``velocity_limit`` limits [N], in m/s."""
+        return self.velocity()
+
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        velocity, effort = (self.x() - self.before) / self.dt, action.square().sum(-1)
+        velocity, effort = self.velocity(), action.square().sum(-1)
         return self.forward_reward_weight * velocity - self.ctrl_cost_weight * effort, self.never()
+
+    def channels(self) -> dict[str, Tensor]:
+        if self.velocity_limit is None:
+            return {}
+        return {"cost": (self.speed() > self.velocity_limit).to(self.dtype)}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -269,7 +287,27 @@ class Hopper(Walker2d):
 
 
 @dataclass(kw_only=True, eq=False)
-class Ant(Legged):
+class Roaming(Legged):
+    """Legged locomotion in the plane, where the limited velocity is that in any direction."""
+
+    def bind(self, physics: Physics) -> None:
+        super().bind(physics)
+        self.y_before = torch.zeros_like(self.y())
+
+    def simulate(self, action: Tensor) -> None:
+        self.y_before.copy_(self.y())
+        super().simulate(action)
+
+    @abstractmethod
+    def y(self) -> Tensor:
+        """The position [N] across the track, in m."""
+
+    def speed(self) -> Tensor:
+        return torch.hypot(self.velocity(), (self.y() - self.y_before) / self.dt)
+
+
+@dataclass(kw_only=True, eq=False)
+class Ant(Roaming):
     gymnasium_id = "Ant-v5"
     outputs = ("xpos", "cfrc_ext")
     skipped = 2
@@ -299,6 +337,9 @@ class Ant(Legged):
 
     def x(self) -> Tensor:
         return self.physics.outputs["xpos"][:, self.main, 0]
+
+    def y(self) -> Tensor:
+        return self.physics.outputs["xpos"][:, self.main, 1]
 
     def healthy(self) -> Tensor:
         z, (low, high) = self.physics.qpos[:, 2], self.healthy_z_range
@@ -342,7 +383,7 @@ class HumanBody(Robot):
 
 
 @dataclass(kw_only=True, eq=False)
-class Humanoid(HumanBody, Legged):
+class Humanoid(HumanBody, Roaming):
     gymnasium_id = "Humanoid-v5"
 
     xml_file: str = "humanoid.xml"
@@ -359,6 +400,9 @@ class Humanoid(HumanBody, Legged):
 
     def x(self) -> Tensor:
         return self.physics.outputs["xipos"][:, :, 0] @ self.mass_share
+
+    def y(self) -> Tensor:
+        return self.physics.outputs["xipos"][:, :, 1] @ self.mass_share
 
     def healthy(self) -> Tensor:
         return between(self.physics.qpos[:, 2], self.healthy_z_range)

@@ -1,0 +1,153 @@
+"""Methods that bound the mean cost of an episode: what they share, and Lagrangian relaxations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pgsuite import distributed
+from pgsuite.algorithms.base import ActorCritic
+from pgsuite.algorithms.channels import Channel, Channels
+from pgsuite.algorithms.ppo import PPO
+from pgsuite.algorithms.trpo import TRPO
+from pgsuite.nn.optim import make_optimizer
+from pgsuite.rollout.episodes import accumulate
+from pgsuite.settings import NonNegative, Positive
+from pgsuite.types import Batch, Metrics, Rollout, masked_mean
+
+
+@dataclass(kw_only=True, eq=False)
+class Cost(Channel):
+    """The channel of a constrained cost, of which the method itself decides the weight."""
+
+    unused_settings = ("weight",)
+
+
+class EpisodeCost(nn.Module):
+    """Mean cost and length of the episodes that ended in the last rollout in which any did; until one has, of those
+    under way.
+
+    ``running_cost`` and ``running_length`` [N] are the sums of the current episode of each environment.
+    """
+
+    running_cost: Tensor
+    running_length: Tensor
+    cost: Tensor  # []
+    length: Tensor  # [] in steps
+    ended: Tensor  # [] number of episodes in the last rollout
+    known: Tensor  # [] bool, whether an episode has ended
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__()
+        for name in ("running_cost", "running_length"):
+            self.register_buffer(name, torch.zeros(num_envs))
+        for name, value in {"cost": 0.0, "length": 1.0, "ended": 0.0, "known": False}.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    @torch.no_grad()
+    def update(self, cost: Tensor, rollout: Rollout) -> None:
+        """Include the costs [T, N] of a rollout."""
+        going = (~rollout.start).to(cost.dtype)
+        costs = accumulate(self.running_cost, cost.where(rollout.mask, 0.0), going)
+        lengths = accumulate(self.running_length, rollout.mask, going)
+        done = rollout.done & rollout.mask
+        ended = distributed.total(done.sum().to(cost.dtype))
+        any_ended, known = ended > 0, self.known | (ended > 0)
+        for mean, sums, running in (
+            (self.cost, costs, self.running_cost),
+            (self.length, lengths, self.running_length),
+        ):
+            finished = distributed.total(sums.where(done, 0.0).sum()) / ended.clamp(min=1.0)
+            mean.copy_(torch.where(any_ended, finished, mean.where(known, distributed.mean(running.mean()))))
+        self.ended.copy_(ended)
+        self.known.copy_(known)
+
+
+@dataclass(kw_only=True, eq=False)
+class Constrained(ActorCritic):
+    """An actor-critic under the constraint that the mean undiscounted cost of an episode is at most ``cost_limit``.
+
+    The cost is a channel of the environment.  The limit is compared with the episodes that ended in the last rollout in
+    which any did, so that rollouts should have the length of whole episodes, or end some of them.
+    """
+
+    cost_limit: NonNegative = 25.0  # mean cost of an episode that is allowed
+    cost_channel: str = "cost"  # the channel that the limit is for
+    cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        self.channels = Channels(self.channels | {self.cost_channel: self.cost})
+        super().__post_init__()
+        self.episodes = EpisodeCost(self.critic.num_envs).to(next(self.critic.parameters()).device)
+
+    def preprocess(self, rollout: Rollout) -> Rollout:
+        self.episodes.update(rollout.channels[self.cost_channel], rollout)
+        return super().preprocess(rollout)
+
+    def combine(self, advantage: Tensor, channels: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """As in the base class, of all channels but the cost."""
+        others = {name: x for name, x in channels.items() if name != self.cost_channel}
+        return super().combine(advantage, others, mask)
+
+    def metrics(self, batch: Batch) -> Metrics:
+        return super().metrics(batch) | {"episode_cost": self.episodes.cost.clone()}
+
+
+class Multiplier(nn.Module):
+    """A Lagrange multiplier, at least zero."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(float(start)))
+
+    def loss(self, violation: Tensor) -> tuple[Tensor, Metrics]:
+        """Minus the multiplier times the violation of its constraint []: descent raises it where that is positive."""
+        return -self.value * violation, {}
+
+
+@dataclass(kw_only=True, eq=False)
+class Lagrangian(Constrained):
+    """A policy gradient of reward minus a multiplier times cost, where the multiplier rises while episodes cost more
+    than the limit, and falls to zero while they cost less (Ray et al., 2019, section 5.2).
+
+    The advantage is (A_r - multiplier * (A_c - mean A_c)) / (1 + multiplier), with A_r standardized as configured.  The
+    multiplier follows the violation by Adam, one step in each rollout in which an episode ended, before the update.
+    """
+
+    multiplier: NonNegative = 0.001  # of the cost, at the start
+    multiplier_lr: Positive = 0.035  # learning rate of the multiplier
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.price = Multiplier(float(self.multiplier)).to(next(self.critic.parameters()).device)
+        self.price_optimizer = make_optimizer([self.price], self.multiplier_lr)
+
+    def preprocess(self, rollout: Rollout) -> Rollout:
+        rollout = super().preprocess(rollout)
+        self.price_optimizer.skip_mask = self.episodes.ended == 0
+        self.price_optimizer.step(self.price.loss, self.episodes.cost - self.cost_limit)
+        with torch.no_grad():
+            self.price.value.clamp_(min=0.0)
+        return rollout
+
+    def combine(self, advantage: Tensor, channels: dict[str, Tensor], mask: Tensor) -> Tensor:
+        gain, cost, price = super().combine(advantage, channels, mask), channels[self.cost_channel], self.price.value
+        return (gain - price * (cost - distributed.mean(masked_mean(cost, mask)))) / (1 + price)
+
+    def metrics(self, batch: Batch) -> Metrics:
+        return super().metrics(batch) | {"multiplier": self.price.value.detach().clone()}
+
+
+@dataclass(kw_only=True, eq=False)
+class PPOLagrangian(Lagrangian, PPO):
+    """PPO with a Lagrange multiplier on the mean cost of an episode (Ray et al., 2019)."""
+
+    normalize_advantage: Literal["none", "batch", "minibatch"] = "batch"  # of the reward; minibatch: of both together
+
+
+@dataclass(kw_only=True, eq=False)
+class TRPOLagrangian(Lagrangian, TRPO):
+    """TRPO with a Lagrange multiplier on the mean cost of an episode (Ray et al., 2019)."""

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pgsuite import distributed
+from pgsuite.algorithms.constrained import Constrained
+from pgsuite.algorithms.npg import LocalModel, StepEvaluator
+from pgsuite.algorithms.trpo import TRPO
+from pgsuite.functional.constrained import constrained_step
+from pgsuite.functional.trust_region import conjugate_gradient
+from pgsuite.rollout import Collector
+from pgsuite.types import Batch, Metrics
+
+
+@dataclass(kw_only=True, eq=False)
+class CPO(Constrained, TRPO):
+    """Constrained policy optimization: the trust region step of TRPO under one more linear constraint, on the cost
+    (Achiam et al., 2017).
+
+    The step maximizes g'x subject to b'x + c <= 0 and x'Fx / 2 <= max_kl, where g and b are the gradients of the
+    surrogate objectives of reward and cost, and c is the cost above the limit per step of an episode.  Where no step
+    meets both, it is the one that lowers the cost most.  The line search takes the largest step length at which the KL
+    is within ``max_kl``, the cost surrogate rises by no more than what is left to the limit, and the reward surrogate
+    improves; above the limit it asks that the cost falls instead of the latter.
+    """
+
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        if self.reference is not None and self.reference.penalty == "loss":
+            raise ValueError("CPO's constraint takes no KL penalty: give reference.penalty=reward")
+
+    def full_step(self, start: Tensor, batch: Batch, model: LocalModel) -> tuple[Tensor, StepEvaluator, Metrics]:
+        cost = self.linearize(start, replace(batch, advantage=batch.channels[self.cost_channel]))
+        directions = [
+            conjugate_gradient(model.product, x, self.cg_iters, self.cg_tol) for x in (model.gradient, cost.gradient)
+        ]
+        products = [model.product(x) for x in directions]
+        violation = (self.episodes.cost - self.cost_limit) / self.episodes.length
+        found = constrained_step(*directions, *products, violation, self.max_kl)
+
+        def evaluate_step(vector: Tensor) -> tuple[Tensor, Tensor]:
+            improvement, kl = map(distributed.mean, model.evaluate_step(vector))
+            increase = distributed.mean(cost.evaluate_step(vector)[0])
+            allowed = torch.where(increase <= -violation, improvement, -increase.abs())
+            return torch.where(violation > 0, -increase, allowed), kl
+
+        residual = (products[0] - model.gradient).norm() / model.gradient.norm().clamp(min=1e-12)
+        metrics = {
+            "cg_residual": residual,
+            "cost_grad_norm": cost.gradient.norm(),
+            "feasible": found.feasible.to(start.dtype),
+            "multiplier": found.multiplier,
+        }
+        return found.step * self.critic_optimizer.lr_scale, evaluate_step, metrics
