@@ -382,8 +382,7 @@ class ActorCritic(Algorithm):
 
     def preprocess(self, rollout: Rollout) -> Rollout:
         rollout = super().preprocess(rollout)
-        with torch.no_grad():
-            return replace(rollout, estimates={name: x.estimate(rollout) for name, x in self.channels.items()})
+        return replace(rollout, estimates={name: x.estimate(rollout) for name, x in self.channels.items()})
 
     def learn_channels(self, rollout: Rollout) -> Metrics:
         """Fit the critics of the channels; the metrics of each have its name before them."""

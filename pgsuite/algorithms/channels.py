@@ -61,6 +61,7 @@ class Channel(Scheduled):
         """The channel [T, N] of a rollout."""
         return rollout.channels[self.name]
 
+    @torch.no_grad()
     def estimate(self, rollout: Rollout) -> dict[str, Tensor]:
         """Value, advantage and target, each [T, N], after the statistics of the scale have included the rollout."""
         never = torch.zeros_like(rollout.start)
@@ -70,9 +71,10 @@ class Channel(Scheduled):
             reward = self.reward_scale(reward, rollout.mask)
         value, next_value = self.critic.values_and_next_values(rollout)
         seen = replace(rollout, reward=reward)
-        if not self.episodic:  # the state after the last of an episode is the first of the next one
-            seen = replace(seen, terminated=never, truncated=never)
-            next_value = torch.cat([value[1:], next_value[-1:]])
+        if not self.episodic:  # the first observation of the next episode follows, where there is one
+            cut = torch.cat([~rollout.mask[1:], never[-1:]])
+            seen = replace(seen, terminated=rollout.terminated & cut, truncated=rollout.truncated & cut)
+            next_value = torch.cat([value[1:], next_value[-1:]]).where(~cut, next_value)
         ratio = rollout.extra.get("weight")
         advantage, target = self.estimator(seen, value, next_value, ratio, gamma=self.gamma)
         return {"value": value, "advantage": advantage, "target": target}

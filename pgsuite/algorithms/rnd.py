@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Generator, Tensor
 
+from pgsuite import seeding
 from pgsuite.algorithms.channels import Channel, Fit
 from pgsuite.nn.network import Features, Network, PolicyInput
 from pgsuite.nn.normalize import Standardize
@@ -42,14 +43,14 @@ class RND(Channel):
         super().setup(name, critic)
         device = next(critic.parameters()).device
         self.obs_norm = Standardize(critic.body.obs_norm.space, self.clip_obs).to(device)
-        self.random, self.predictor = (self.network().to(device) for _ in range(2))
+        generator = self.generator or seeding.generator(0, name)
+        self.random, self.predictor = (self.network(generator).to(device) for _ in range(2))
         self.random.requires_grad_(False)
         self.predictor_optimizer = make_optimizer([self.predictor], self.predictor_lr)
 
-    def network(self) -> Network:
-        options = {"hidden": self.hidden, "activation": "relu", "generator": self.generator}
-        body = Features(self.obs_norm, "rnd", privileged=False, **options)
-        return Network(body, self.features, 1.0, self.generator)
+    def network(self, generator: Generator) -> Network:
+        shape = {"hidden": self.hidden, "activation": "relu", "generator": generator}
+        return Network(Features(self.obs_norm, "rnd", privileged=False, **shape), self.features, 1.0, generator)
 
     def error(self, seen: PolicyInput) -> Tensor:
         """The predictor's mean squared error [...] at observations [..., *O]."""

@@ -38,8 +38,8 @@ class Cruise(Task):
         self.drags = torch.tensor(self.DRAGS, device=device)
 
     def reset(self, mask: Tensor, generator: Generator) -> None:
-        drawn = torch.randint(len(self.DRAGS), self.drag.shape, generator=generator, device=self.device)
-        self.drag = torch.where(mask, self.drags[drawn], self.drag)
+        drawn = torch.empty_like(self.drag).uniform_(0, len(self.DRAGS), generator=generator).long()
+        self.drag = torch.where(mask, self.drags[drawn.clamp(max=len(self.DRAGS) - 1)], self.drag)
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         speed = action.squeeze(-1)

@@ -1,0 +1,165 @@
+"""Constrained methods: returns and costs under a limit, beside the best policy that is known or OmniSafe's table.
+
+    python benchmarks/constrained.py [--tasks Cruise SafetyHalfCheetahVelocity] [--methods ppo_lagrangian cpo]
+                                     [--seeds 0 1 2 3 4] [--steps 1000000] [--jobs 2]
+    python benchmarks/constrained.py --docs
+
+Each run trains one method on one task with one seed, in a process of its own, and is kept in
+benchmarks/results/constrained/<task>-<method>-s<seed>.json: how return and cost of the training episodes went, and an
+evaluation of the last policy with sampled actions, since the limit is for these.  A run that is kept is not repeated.
+``--docs`` measures nothing and puts the kept results into docs/explanation/constrained.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, ROOT, keep, source, write_table
+
+from pgsuite.envs.tasks import Cruise
+
+KEPT = RESULTS / "constrained"
+METHODS = ("ppo_lagrangian", "trpo_lagrangian", "cpo")
+ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Swimmer", "Humanoid")
+TASKS = ("Cruise", *(f"Safety{name}Velocity" for name in ROBOTS))
+STEPS = {"Cruise": 153_600}  # others: --steps
+# Rollouts of whole episodes, whose mean cost is compared with the limit.
+CRUISE = ["num_envs=48", "horizon=16", "algo.cost_limit=4"]
+ROBOT = ["num_envs=4", "horizon=1000", "algo.cost_limit=25", "algo.cost.minibatches=16"]
+FIRST_ORDER, TRUST_REGION = ["algo.minibatches=16"], ["algo.critic_minibatches=16"]
+# Return and cost of OmniSafe after 1e7 steps at a limit of 25, its benchmarks/on-policy/README.md, table 2.
+PUBLISHED = {
+    "SafetyHalfCheetahVelocity": {
+        "ppo_lagrangian": ("2,946 ± 306", "3.4 ± 4.8"),
+        "trpo_lagrangian": ("2,885 ± 77", "9.0 ± 11.8"),
+        "cpo": ("2,786 ± 173", "4.7 ± 6.7"),
+    },
+    "SafetyHopperVelocity": {
+        "ppo_lagrangian": ("962 ± 753", "14.0 ± 19.3"),
+        "trpo_lagrangian": ("1,392 ± 269", "11.2 ± 10.0"),
+        "cpo": ("1,714 ± 18", "13.4 ± 5.8"),
+    },
+    "SafetyWalker2dVelocity": {
+        "ppo_lagrangian": ("2,982 ± 682", "13.5 ± 14.6"),
+        "trpo_lagrangian": ("3,207 ± 8", "15.0 ± 9.3"),
+        "cpo": ("2,075 ± 962", "21.9 ± 9.4"),
+    },
+    "SafetyAntVelocity": {
+        "ppo_lagrangian": ("3,262 ± 80", "12.1 ± 6.6"),
+        "trpo_lagrangian": ("3,042 ± 181", "19.5 ± 20.2"),
+        "cpo": ("3,099 ± 79", "14.1 ± 3.4"),
+    },
+    "SafetySwimmerVelocity": {
+        "ppo_lagrangian": ("64.7 ± 17.7", "28.0 ± 4.1"),
+        "trpo_lagrangian": ("81.2 ± 16.3", "22.2 ± 3.9"),
+        "cpo": ("65.3 ± 43.3", "18.2 ± 8.0"),
+    },
+    "SafetyHumanoidVelocity": {
+        "ppo_lagrangian": ("6,624 ± 26", "5.9 ± 9.5"),
+        "trpo_lagrangian": ("6,551 ± 58", "59.6 ± 117.4"),
+        "cpo": ("6,465 ± 80", "0.2 ± 0.4"),
+    },
+}
+
+
+def settings(task: str, method: str, seed: int, steps: int) -> list[str]:
+    """The command line of a run, other than its directory."""
+    own = CRUISE if task == "Cruise" else ROBOT + (FIRST_ORDER if method == "ppo_lagrangian" else TRUST_REGION)
+    steps = STEPS.get(task, steps)
+    episodes = 200 if task == "Cruise" else 10
+    told = [f"evaluation.every={steps}", f"evaluation.episodes={episodes}", "env_threads=1"]
+    return [f"algo={method}", f"env={task}", f"seed={seed}", f"total_steps={steps}", *own, *told]
+
+
+def measure(task: str, method: str, seed: int, steps: int) -> None:
+    """Train, and keep what came of it."""
+    path = KEPT / f"{task}-{method}-s{seed}.json"
+    if path.exists():
+        return
+    given = settings(task, method, seed, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pgsuite", "train", *given, f"hydra.run.dir={folder}/run"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{path.stem} failed: {(done.stderr.strip().splitlines() or [''])[-1]}", file=sys.stderr)
+            return
+        rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open()))
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    names = {"return": "episode/return", "cost": "episode/cost", "multiplier": "algorithm/multiplier"}
+    every = max(1, len(rows) // 60)
+    curve = [
+        {"steps": int(row["steps"])} | {short: round(float(row[name]), 4) for short, name in names.items() if row[name]}
+        for row in rows[::every]
+    ]
+    last = [float(row[names["cost"]]) for row in rows[-len(rows) // 5 :] if row[names["cost"]]]
+    evaluation = {
+        name: summary["evaluation"][name] for name in ("stochastic_return", "stochastic_cost", "return", "cost")
+    }
+    result = {"settings": given, "evaluation": evaluation, "training_cost_last_fifth": statistics.fmean(last)}
+    keep(source() | result | {"seconds": summary["seconds"], "curve": curve}, path)
+    print(f"{path.stem}: {evaluation}", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    digits = 0 if abs(statistics.fmean(values)) >= 100 else 1 if abs(statistics.fmean(values)) >= 20 else 2
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):,.{digits}f} ± {deviation:,.{digits}f}"
+
+
+def table() -> str:
+    """Every kept result, by task and method."""
+    lines = [
+        "| task | method | steps | seeds | limit | return | cost | training cost, last fifth | known |",
+        "|---" * 9 + "|",
+    ]
+    machine = ""
+    for task in TASKS:
+        for method in METHODS:
+            paths = sorted(KEPT.glob(f"{task}-{method}-s*.json"))
+            runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
+            if not runs:
+                continue
+            given = dict(x.split("=", 1) for x in runs[0]["settings"])
+            limit = float(given["algo.cost_limit"])
+            published = PUBLISHED.get(task, {}).get(method)
+            best = f"best {Cruise().best(limit):.2f}" if task == "Cruise" else ""
+            known = best if published is None else f"OmniSafe, 1e7 steps: {published[0]}, cost {published[1]}"
+            cells = [task, method, f"{int(given['total_steps']):,}", str(len(runs)), f"{limit:g}"]
+            cells += [spread([x["evaluation"][f"stochastic_{y}"] for x in runs]) for y in ("return", "cost")]
+            cells += [spread([x["training_cost_last_fifth"] for x in runs]), known]
+            lines.append(f"| {' | '.join(cells)} |")
+            machine = f"{runs[0]['machine']}; commit {runs[0]['commit']}; torch {runs[0]['versions']['torch']}"
+    return f"Means and standard deviations over seeds, of sampled actions; {machine}.\n\n" + "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--docs", action="store_true")
+    options = parser.parse_args()
+    if not options.docs:
+        runs = [(task, method, seed) for task in options.tasks for seed in options.seeds for method in options.methods]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda run: measure(*run, options.steps), runs))
+    write_table("docs/explanation/constrained.md", "constrained.py", table())
+
+
+if __name__ == "__main__":
+    main()
