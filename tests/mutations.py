@@ -682,8 +682,8 @@ MUTATIONS = [
     fault(
         "MuJoCo's effort is not squared",
         MUJOCO,
-        "velocity, effort = (self.x() - self.before) / self.dt, action.square().sum(-1)",
-        "velocity, effort = (self.x() - self.before) / self.dt, action.abs().sum(-1)",
+        "velocity, effort = self.velocity(), action.square().sum(-1)",
+        "velocity, effort = self.velocity(), action.abs().sum(-1)",
         f"{MUJOCO_TEST}[HalfCheetah",
     ),
     fault(

@@ -77,7 +77,7 @@ def test_returns_that_are_not_episodic_go_on_in_the_next_episode() -> None:
     rollout = replace(rollout, obs=torch.zeros(4, 2, 4), next_obs=torch.zeros(4, 2, 4))
     for episodic, first in ((True, [1 + 2.0, 2 + 4 + 8 + 16]), (False, [1 + 2 + 4 + 8, 2 + 4 + 8 + 16])):
         channel = Channel(gamma=0.5, estimator=MonteCarlo(), episodic=episodic)
-        algorithm = build(A2C, env, channels=Channels(apart=channel))
+        build(A2C, env, channels=Channels(apart=channel))
         channel.critic.out.weight.data.zero_()
         assert channel.estimate(rollout)["target"][0].tolist() == first
 
@@ -101,7 +101,7 @@ def test_the_sums_of_channels_are_those_of_episodes_as_far_as_they_count() -> No
     rollout = rollout_of(cost, ends, torch.ones(2, dtype=torch.bool))
     mask = torch.ones_like(ends)
     mask[0, 1] = False  # whose cost of one does not count
-    returns, lengths, sums = tracker.update(replace(rollout, mask=mask))
+    _, lengths, sums = tracker.update(replace(rollout, mask=mask))
     assert sums[lengths > 0].tolist() == [0 + 2, 3 + 5] and lengths[lengths > 0].tolist() == [2, 2]
     state = tracker.state_dict()
     other = EpisodeTracker(2, torch.device("cpu"), ["cost"])

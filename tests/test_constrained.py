@@ -50,8 +50,8 @@ def solved(fisher: Tensor, reward: Tensor, cost: Tensor, violation: Tensor, max_
 
 @pytest.mark.usefixtures("double")
 def test_a_step_is_optimal_by_its_dual_or_recovers_fastest_where_none_is_feasible() -> None:
-    """Feasible in the dense program, and worth what its multipliers, which are feasible in the dual, bound every step by:
-    so no step is worth more.  Without a feasible step it is at the end of the trust region that costs least."""
+    """Feasible in the dense program, and worth what its multipliers, feasible in the dual, bound every step by, so that
+    no step is worth more.  Without a feasible step it is at the end of the trust region that costs least."""
     generator, max_kl, kinds = torch.Generator().manual_seed(0), 0.01, {"free": 0, "bound": 0, "recovers": 0}
     for _ in range(300):
         fisher, g, b, c = program(generator)

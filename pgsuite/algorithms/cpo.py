@@ -50,7 +50,7 @@ class CPO(Constrained, TRPO):
         residual = (products[0] - model.gradient).norm() / model.gradient.norm().clamp(min=1e-12)
         metrics = {
             "cg_residual": residual,
-            "cost_grad_norm": cost.gradient.norm(),
+            "constraint_grad_norm": cost.gradient.norm(),
             "feasible": found.feasible.to(start.dtype),
             "multiplier": found.multiplier,
         }
