@@ -57,6 +57,11 @@ class Channel(Scheduled):
         device = next(self.critic.parameters()).device
         self.reward_scale = RewardScale(critic.num_envs, None).to(device) if self.scale else None
 
+    @property
+    def unit(self) -> Tensor | float:
+        """What the channel is multiplied by."""
+        return 1.0 if self.reward_scale is None else self.reward_scale.moments.scale
+
     def reward(self, rollout: Rollout) -> Tensor:
         """The channel [T, N] of a rollout."""
         return rollout.channels[self.name]

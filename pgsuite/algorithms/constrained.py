@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from pgsuite.algorithms.trpo import TRPO
 from pgsuite.nn.optim import make_optimizer
 from pgsuite.rollout.episodes import accumulate
 from pgsuite.settings import NonNegative, Positive
-from pgsuite.types import Batch, Metrics, Rollout, masked_mean
+from pgsuite.types import Batch, Metrics, Rollout
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,6 +23,8 @@ class Cost(Channel):
     """The channel of a constrained cost, of which the method itself decides the weight."""
 
     unused_settings = ("weight",)
+
+    scale: bool = True
 
 
 class EpisodeCost(nn.Module):
@@ -113,8 +114,9 @@ class Lagrangian(Constrained):
     """A policy gradient of reward minus a multiplier times cost, where the multiplier rises while episodes cost more
     than the limit, and falls to zero while they cost less (Ray et al., 2019, section 5.2).
 
-    The advantage is (A_r - multiplier * (A_c - mean A_c)) / (1 + multiplier), with A_r standardized as configured.  The
-    multiplier follows the violation by Adam, one step in each rollout in which an episode ended, before the update.
+    The advantage is (A_r - multiplier * A_c) / (1 + multiplier), and then standardized as configured.  The multiplier
+    is in units of scaled reward per scaled cost.  It follows the violation, cost of episodes minus limit, by Adam: one
+    step in each rollout in which an episode ended, before the update.
     """
 
     multiplier: NonNegative = 0.001  # of the cost, at the start
@@ -134,8 +136,9 @@ class Lagrangian(Constrained):
         return rollout
 
     def combine(self, advantage: Tensor, channels: dict[str, Tensor], mask: Tensor) -> Tensor:
-        gain, cost, price = super().combine(advantage, channels, mask), channels[self.cost_channel], self.price.value
-        return (gain - price * (cost - distributed.mean(masked_mean(cost, mask)))) / (1 + price)
+        price = self.price.value
+        gain = (advantage - price * channels[self.cost_channel]) / (1 + price)
+        return super().combine(gain, channels, mask)
 
     def metrics(self, batch: Batch) -> Metrics:
         return super().metrics(batch) | {"multiplier": self.price.value.detach().clone()}
@@ -144,8 +147,6 @@ class Lagrangian(Constrained):
 @dataclass(kw_only=True, eq=False)
 class PPOLagrangian(Lagrangian, PPO):
     """PPO with a Lagrange multiplier on the mean cost of an episode (Ray et al., 2019)."""
-
-    normalize_advantage: Literal["none", "batch", "minibatch"] = "batch"  # of the reward; minibatch: of both together
 
 
 @dataclass(kw_only=True, eq=False)

@@ -38,7 +38,7 @@ class CPO(Constrained, TRPO):
             conjugate_gradient(model.product, x, self.cg_iters, self.cg_tol) for x in (model.gradient, cost.gradient)
         ]
         products = [model.product(x) for x in directions]
-        violation = (self.episodes.cost - self.cost_limit) / self.episodes.length
+        violation = self.cost.unit * (self.episodes.cost - self.cost_limit) / self.episodes.length
         found = constrained_step(*directions, *products, violation, self.max_kl)
 
         def evaluate_step(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ ROWS = {  # kernels and phases in the order of an iteration, with their nesting 
     "critic": 1,
     "gradient step": 1,
     "metrics": 0,
+    "channels": 0,
     "adapt": 0,
     "update_statistics": 0,
     "keep the state": 0,
