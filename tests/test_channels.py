@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from test_constrained import rollout_of
 from torch import Tensor
-from toys import PointMass, build, collector, mostly_long
+from toys import PointMass, Toy, build, collector, mostly_long
 
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Channel, Reinforce
 from pgsuite.algorithms.channels import Channels
@@ -204,3 +204,33 @@ def test_what_was_visited_is_no_longer_new_and_what_was_not_still_is() -> None:
     channel.update_statistics(rollout)
     far = replace(rollout, next_obs=1e6 + 0 * rollout.next_obs)
     assert torch.equal(channel.reward(far), channel.reward(replace(far, next_obs=1e9 + 0 * far.next_obs)))  # clipped
+
+
+class Chain(Toy):
+    """Walk right to the last of 24 cells, where the only reward is, in 30 steps: a random walk does once in 36,000
+    episodes."""
+
+    obs_size, length = 24, 24
+
+    def fresh(self) -> Tensor:
+        return torch.eye(self.length)[:1].repeat(self.num_envs, 1)
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        place = (self.state.argmax(-1) + 2 * action - 1).clamp(0, self.length - 1)
+        there = place == self.length - 1
+        return torch.eye(self.length)[place], there.float(), there
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cls", [PPO, TRPO])
+def test_a_distant_reward_is_found_with_the_bonus_and_not_without(cls: Any) -> None:
+    found = []
+    for channels in (Channels(), Channels(rnd=RND())):
+        env = Chain(16, 30)
+        algorithm = build(cls, env, channels=channels, **{"lr": 1e-3} if cls is PPO else {})
+        rollouts, sums = collector(algorithm, env, 30), []
+        for _ in range(120):
+            algorithm.iterate(rollouts)
+            sums.append(float(rollouts.buffer.read().reward.sum()) / 16)
+        found.append(sum(sums[-20:]) / 20)
+    assert found[0] < 0.01 and found[1] > 0.5

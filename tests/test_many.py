@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pgsuite
 from pgsuite import envs, seeding
-from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
+from pgsuite.algorithms import A2C, CPO, NPG, PPO, TRPO, Algorithm, PPOLagrangian, Reinforce, TRPOLagrangian
 from pgsuite.algorithms.estimators import MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.algorithms.reference import Reference
 from pgsuite.app.train import main
@@ -32,14 +32,20 @@ from pgsuite.training.trainer import Callback, Report, Trainer
 SEEDS = (3, 0, 7)
 # What runs at once need, and few steps of conjugate gradient, each of which enlarges what is rounded.
 AT_ONCE: dict[Any, Any] = {PPO: {"target_kl": 1e-3, "early_stop": "masked"}, NPG: {"cg_iters": 3}}
-AT_ONCE[TRPO] = AT_ONCE[NPG] | {"backtracking": "batched"}
+AT_ONCE[TRPO] = AT_ONCE[TRPOLagrangian] = AT_ONCE[CPO] = AT_ONCE[NPG] | {"backtracking": "batched"}
 CASES = [
     (cls, recurrent, name, 20)
     for cls in toys.ALL
     for recurrent in ("none", "gru")
     for name in ("toy", "CartPole", "InvertedPendulum")
 ]
-SHORT = [(PPO, "none", "CartPole", 4), (TRPO, "none", "toy", 3), (Reinforce, "none", "InvertedPendulum", 3)]
+CASES += [(cls, "none", "Cruise", 20) for cls in (PPOLagrangian, TRPOLagrangian, CPO)]
+SHORT = [
+    (PPO, "none", "CartPole", 4),
+    (CPO, "none", "Cruise", 3),
+    (TRPO, "none", "toy", 3),
+    (Reinforce, "none", "InvertedPendulum", 3),
+]
 
 
 @pytest.fixture(autouse=True)

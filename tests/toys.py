@@ -16,7 +16,18 @@ from gymnasium import spaces
 from torch import Tensor
 
 from pgsuite import seeding
-from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, PPOPenalty, Reinforce
+from pgsuite.algorithms import (
+    A2C,
+    CPO,
+    NPG,
+    PPO,
+    TRPO,
+    Algorithm,
+    PPOLagrangian,
+    PPOPenalty,
+    Reinforce,
+    TRPOLagrangian,
+)
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import Collector
@@ -34,6 +45,7 @@ BRIEF: dict[type[Algorithm], dict[str, Any]] = {
     NPG: {"critic_epochs": 2, "critic_minibatches": 2},
     TRPO: {"critic_epochs": 2, "critic_minibatches": 2},
 }
+BRIEF |= {PPOLagrangian: BRIEF[PPO], TRPOLagrangian: BRIEF[TRPO], CPO: BRIEF[TRPO]}
 
 
 def mostly_long(cases: Iterable[Any], *short: Any) -> list[Any]:
