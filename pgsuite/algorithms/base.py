@@ -24,7 +24,7 @@ from pgsuite.nn.policy import Critic, Policy, log_prob
 from pgsuite.nn.schedules import Scheduled
 from pgsuite.rollout import Collector, StepCollector, minibatches
 from pgsuite.rollout.minibatches import check_split
-from pgsuite.settings import Count, Fraction, Positive
+from pgsuite.settings import Count, Fraction, Positive, closest
 from pgsuite.types import (
     LIFE_LOST,
     Batch,
@@ -404,11 +404,11 @@ class ActorCritic(Algorithm):
         known = channels_of(collector.env)
         for name, channel in self.channels.items():
             if channel.from_env and name not in known:
-                has = f"only {', '.join(known)}" if known else "none"
                 example = f"env=SafetyHalfCheetahVelocity, or env=gym env.channels=[{name}]"
+                remedy = closest(name, known) if known else f"take an environment with it, such as {example}"
                 raise ValueError(
-                    f"{type(self).__name__} learns from the channel {name!r}, and {collector.env.name} has {has}: take "
-                    f"an environment with it, such as {example}"
+                    f"{type(self).__name__} learns from the channel {name!r}, and {collector.env.name} has "
+                    f"{'others' if known else 'none'}: {remedy}"
                 )
             check_split(collector.horizon, collector.env.num_envs, channel.minibatches, columns=self.sequential)
 

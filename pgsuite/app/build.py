@@ -309,6 +309,8 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
         own = f"critic {critic.shape}{_activation(critic, run.critic)}"
         words.append("critic on the same body" if critic.shared else own)
     words.append(f"{count:,} parameters on {env.device}")
+    channels = ", ".join(getattr(trainer.algorithm, "channels", ()))
+    words += [f"learns from {channels} too"] if channels else []
     words += ["observations standardized"] if run.standardize_obs else []
     words += ["rewards scaled"] if run.scale_reward else []
     words += [f"rewards clipped to +-{run.clip_reward:g}"] if isinstance(run.clip_reward, float | int) else []
