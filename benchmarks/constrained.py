@@ -34,10 +34,8 @@ METHODS = ("ppo_lagrangian", "trpo_lagrangian", "cpo")
 ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Swimmer", "Humanoid")
 TASKS = ("Cruise", *(f"Safety{name}Velocity" for name in ROBOTS))
 STEPS = {"Cruise": 153_600}  # others: --steps
-# Rollouts of whole episodes, whose mean cost is compared with the limit.
 CRUISE = ["num_envs=48", "horizon=16", "algo.cost_limit=4"]
-ROBOT = ["num_envs=4", "horizon=1000", "algo.cost_limit=25", "algo.cost.minibatches=16"]
-FIRST_ORDER, TRUST_REGION = ["algo.minibatches=16"], ["algo.critic_minibatches=16"]
+RECIPES = {"ppo_lagrangian": "ppo", "trpo_lagrangian": "trpo", "cpo": "trpo"}  # of gymnasium's tasks
 # Return and cost of OmniSafe after 1e7 steps at a limit of 25, its benchmarks/on-policy/README.md, table 2.
 PUBLISHED = {
     "SafetyHalfCheetahVelocity": {
@@ -75,7 +73,11 @@ PUBLISHED = {
 
 def settings(task: str, method: str, seed: int, steps: int) -> list[str]:
     """The command line of a run, other than its directory."""
-    own = CRUISE if task == "Cruise" else ROBOT + (FIRST_ORDER if method == "ppo_lagrangian" else TRUST_REGION)
+    robot = task.removeprefix("Safety").removesuffix("Velocity")
+    recipe = f"{RECIPES[method]}-{robot}"
+    if not (ROOT / "configs" / "tuned" / f"{recipe}.yaml").exists():
+        recipe = f"{RECIPES[method]}-mujoco"
+    own = CRUISE if task == "Cruise" else [f"tuned={recipe}", "algo.cost_limit=25"]
     steps = STEPS.get(task, steps)
     episodes = 200 if task == "Cruise" else 10
     told = [f"evaluation.every={steps}", f"evaluation.episodes={episodes}", "env_threads=1"]
@@ -157,7 +159,7 @@ def main() -> None:
     if not options.docs:
         runs = [(task, method, seed) for task in options.tasks for seed in options.seeds for method in options.methods]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: measure(*run, options.steps), runs))
+            list(pool.map(lambda run: measure(run[0], run[1], run[2], options.steps), runs))
     write_table("docs/explanation/constrained.md", "constrained.py", table())
 
 

@@ -2,6 +2,7 @@
 Safety-Gymnasium's do."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from toys import build, collector, mostly_long
 
-from pgsuite.algorithms import CPO, Lagrangian, PPOLagrangian, TRPOLagrangian
+from pgsuite.algorithms import CPO, PPOLagrangian, TRPOLagrangian
 from pgsuite.algorithms.constrained import EpisodeCost
 from pgsuite.envs import make
 from pgsuite.envs.tasks import Cruise
@@ -44,8 +45,8 @@ def program(generator: torch.Generator, size: int = 5) -> tuple[Tensor, Tensor, 
 
 
 def solved(fisher: Tensor, reward: Tensor, cost: Tensor, violation: Tensor, max_kl: float) -> Any:
-    directions = [torch.linalg.solve(fisher, x) for x in (reward, cost)]
-    return constrained_step(*directions, *(fisher @ x for x in directions), violation, max_kl)
+    x, y = torch.linalg.solve(fisher, reward), torch.linalg.solve(fisher, cost)
+    return constrained_step(x, y, fisher @ x, fisher @ y, violation, max_kl)
 
 
 @pytest.mark.usefixtures("double")
@@ -53,7 +54,7 @@ def test_a_step_is_optimal_by_its_dual_or_recovers_fastest_where_none_is_feasibl
     """Feasible in the dense program, and worth what its multipliers, feasible in the dual, bound every step by, so that
     no step is worth more.  Without a feasible step it is at the end of the trust region that costs least."""
     generator, max_kl, kinds = torch.Generator().manual_seed(0), 0.01, {"free": 0, "bound": 0, "recovers": 0}
-    for _ in range(300):
+    for _ in range(150):
         fisher, g, b, c = program(generator)
         x, feasible, nu, lam = solved(fisher, g, b, c, max_kl)
         least = -(2 * max_kl * (b @ torch.linalg.solve(fisher, b))).sqrt()  # of b'x in the trust region
@@ -68,7 +69,7 @@ def test_a_step_is_optimal_by_its_dual_or_recovers_fastest_where_none_is_feasibl
         slope = g - nu * b
         dual = slope @ torch.linalg.solve(fisher, slope) / (2 * lam) + lam * max_kl - nu * c
         assert torch.allclose(g @ x, dual)
-    assert min(kinds.values()) > 30
+    assert min(kinds.values()) > 15
 
 
 @pytest.mark.usefixtures("double")
@@ -91,7 +92,7 @@ def first_batch(algorithm: Any, env: Any) -> Any:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("above", [-0.5, 0.01, 5.0])
+@pytest.mark.parametrize("above", mostly_long([-0.5, 0.01, 5.0], 0.01, 5.0))
 def test_cpo_steps_as_the_dense_program_says_and_asks_for_a_lower_cost_above_the_limit(above: float) -> None:
     """``above``: the mean cost of an episode, above the limit.  At the last of them no step is feasible."""
     env = make(Point(), 64, dtype=torch.float64, seed=0)
@@ -99,12 +100,11 @@ def test_cpo_steps_as_the_dense_program_says_and_asks_for_a_lower_cost_above_the
     batch = first_batch(algorithm, env)
     algorithm.cost_limit = float(algorithm.episodes.cost) - above
     start = flatten(list(algorithm.policy.parameters())).detach()
-    models = [algorithm.linearize(start, batch)]
-    cost = batch.__class__(**vars(batch) | {"advantage": batch.channels["cost"]})
-    models.append(algorithm.linearize(start, cost))
+    costly = replace(batch, advantage=batch.channels["cost"])
+    models = [algorithm.linearize(start, x) for x in (batch, costly)]
     fisher = torch.stack([models[0].product(x) for x in torch.eye(len(start))])
     c = algorithm.cost.unit * above / algorithm.episodes.length
-    wanted = solved(fisher, *(model.gradient for model in models), c, 0.01)
+    wanted = solved(fisher, models[0].gradient, models[1].gradient, c, 0.01)
     step, _, metrics = algorithm.full_step(start, batch, models[0])
     assert torch.allclose(step, wanted.step, rtol=1e-4, atol=1e-6)
     assert bool(metrics["feasible"]) == (above < 1) and (above < 0 or float((step * models[1].gradient).sum()) < 0)
@@ -145,38 +145,41 @@ def rollout_of(cost: Tensor, ends: Tensor, start: Tensor) -> Rollout:
     return Rollout(obs, {}, first, obs, zeros, zeros, obs, ends, never, always, channels={"cost": cost})
 
 
-def test_the_cost_of_episodes_is_that_of_those_which_ended_last() -> None:
+def test_the_cost_of_an_episode_is_that_of_a_step_times_the_length_of_those_which_ended_last() -> None:
     episodes, generator = EpisodeCost(2), torch.Generator().manual_seed(0)
     cost = torch.rand(12, 2, generator=generator)
     ends = torch.zeros(12, 2, dtype=torch.bool)
     ends[5, 0] = ends[6, 1] = True
-    start, seen = torch.ones(2, dtype=torch.bool), []
-    for t in range(0, 12, 4):
-        episodes.update(cost[t : t + 4], rollout_of(cost[t : t + 4], ends[t : t + 4], start))
-        seen.append((float(episodes.cost), float(episodes.length), float(episodes.ended)))
+    start = torch.ones(2, dtype=torch.bool)
+    for t, length in ((0, 4), (4, 6.5), (8, 6.5)):
+        part = cost[t : t + 4]
+        episodes.update(part, rollout_of(part, ends[t : t + 4], start))
         start = ends[t + 3]
-    under_way, ended = float(cost[:4].sum(0).mean()), float((cost[:6, 0].sum() + cost[:7, 1].sum()) / 2)
-    assert seen == [pytest.approx(x) for x in ((under_way, 4, 0), (ended, 6.5, 2), (ended, 6.5, 0))]
+        assert float(episodes.length) == length
+        assert float(episodes.cost) == pytest.approx(length * float(part.mean()))
+
+
+def test_the_cost_of_whole_episodes_is_their_mean() -> None:
+    episodes, generator = EpisodeCost(2), torch.Generator().manual_seed(0)
+    cost, ends = torch.rand(8, 2, generator=generator), torch.zeros(8, 2, dtype=torch.bool)
+    ends[2, 0] = ends[7] = True
+    episodes.update(cost, rollout_of(cost, ends, torch.ones(2, dtype=torch.bool)))
+    assert float(episodes.cost) == pytest.approx(float(cost.sum()) / 3)
 
 
 def test_the_multiplier_follows_the_violation_by_adam_and_stays_above_zero() -> None:
     env = make(Cruise(), 8, seed=0)
-    algorithm: Any = build(PPOLagrangian, env, multiplier=0.05, multiplier_lr=0.03, cost_limit=4.0, **BRIEF_PPO)
+    algorithm: Any = build(PPOLagrangian, env, multiplier=0.05, multiplier_lr=0.03, cost_limit=4.0)
     ends, mean, square, value, steps = torch.ones(1, 8, dtype=torch.bool), 0.0, 0.0, 0.05, 0
-    for level in (9.0, 6.0, None, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0):
-        cost = torch.full((1, 8), level or 0.0)
-        start = torch.ones(8, dtype=torch.bool)
-        algorithm.preprocess(rollout_of(cost, ends if level is not None else ~ends, start))
-        if level is not None:  # else no episode ended, and nothing moves
-            steps, slope = steps + 1, 4.0 - level
-            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
-            deviation = math.sqrt(square / (1 - 0.999**steps)) + 1e-5
-            value = max(0.0, value - 0.03 * mean / (1 - 0.9**steps) / deviation)
+    for level in (9.0, 6.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0):
+        cost = torch.full((1, 8), level)
+        algorithm.preprocess(rollout_of(cost, ends, torch.ones(8, dtype=torch.bool)))
+        steps, slope = steps + 1, 4.0 - level
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+        deviation = math.sqrt(square / (1 - 0.999**steps)) + 1e-5
+        value = max(0.0, value - 0.03 * mean / (1 - 0.9**steps) / deviation)
         assert float(algorithm.price.value.detach()) == pytest.approx(value, rel=1e-4)
     assert value < 0.05
-
-
-BRIEF_PPO = {"epochs": 1, "minibatches": 1}
 
 
 def test_a_lagrangian_gains_reward_less_the_price_of_the_cost() -> None:
@@ -198,10 +201,7 @@ def test_constrained_methods_do_what_the_suite_relies_on(cls: Any) -> None:
 def test_the_cost_is_held_to_its_limit_and_the_return_comes_near_the_best(cls: Any) -> None:
     task = Cruise()
     env = make(task, 48, seed=0)
-    fields: dict[str, Any] = {"cost_limit": 4.0}
-    if issubclass(cls, Lagrangian):
-        fields |= {"multiplier_lr": 0.05}
-    algorithm = build(cls, env, **fields)
+    algorithm = build(cls, env, cost_limit=4.0)
     rollouts, costs, returns = collector(algorithm, env, 16), [], []
     for _ in range(150):
         algorithm.iterate(rollouts)
@@ -209,8 +209,8 @@ def test_the_cost_is_held_to_its_limit_and_the_return_comes_near_the_best(cls: A
         costs.append(float(found.channels["cost"].sum(0).mean()))
         returns.append(float(found.reward.sum(0).mean()))
     assert np.mean(costs[:3]) > 4.5
-    assert np.mean(costs[-50:]) == pytest.approx(4.0, abs=0.5)
-    assert 0.85 * task.best(4.0) < np.mean(returns[-50:]) < task.best(4.5)
+    assert 3.2 < np.mean(costs[-50:]) < 4.3
+    assert 0.85 * task.best(4.0) < np.mean(returns[-50:]) < task.best(4.3)
 
 
 # Tasks
@@ -242,7 +242,8 @@ def test_velocity_tasks_cost_one_in_each_step_above_the_limit(name: str) -> None
     env: Any = make(name, 2, dtype=torch.float64, seed=1, velocity_limit=limit, threads=1)
     assert env.channels == ("cost",) and make(name, 1, threads=1).channels == ()  # pyright: ignore
     env.reset()
-    other, rng, costs = gymnasium.make(f"{name}-v5").unwrapped, np.random.default_rng(0), []
+    other: Any = gymnasium.make(f"{name}-v5").unwrapped
+    rng, costs = np.random.default_rng(0), []
     for _ in range(12):
         qpos, qvel = (x[0].numpy().copy() for x in (env.task.physics.qpos, env.task.physics.qvel))
         other.set_state(qpos, qvel)
@@ -261,6 +262,6 @@ def test_velocity_tasks_cost_one_in_each_step_above_the_limit(name: str) -> None
 
 def test_a_method_whose_channel_is_missing_says_which_environments_have_one() -> None:
     env = make("CartPole", 4)
-    algorithm = build(PPOLagrangian, env, **BRIEF_PPO)
+    algorithm = build(PPOLagrangian, env)
     with pytest.raises(ValueError, match=r"learns from the channel 'cost', and CartPole-v1 has none: take an env"):
         algorithm.validate(collector(algorithm, env))

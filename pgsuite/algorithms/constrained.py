@@ -15,7 +15,7 @@ from pgsuite.algorithms.trpo import TRPO
 from pgsuite.nn.optim import make_optimizer
 from pgsuite.rollout.episodes import accumulate
 from pgsuite.settings import NonNegative, Positive
-from pgsuite.types import Batch, Metrics, Rollout
+from pgsuite.types import Batch, Metrics, Rollout, masked_mean
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,51 +28,41 @@ class Cost(Channel):
 
 
 class EpisodeCost(nn.Module):
-    """Mean cost and length of the episodes that ended in the last rollout in which any did; until one has, of those
-    under way.
+    """An estimate of the mean undiscounted cost of an episode under the policy of the last rollout.
 
-    ``running_cost`` and ``running_length`` [N] are the sums of the current episode of each environment.
+    It is the mean cost of a step times the mean length of the episodes that ended last, or, until one has ended, of
+    those under way.  Of a rollout of whole episodes it is their mean cost; others need not wait for an episode to end.
     """
 
-    running_cost: Tensor
-    running_length: Tensor
-    cost: Tensor  # []
-    length: Tensor  # [] in steps
-    ended: Tensor  # [] number of episodes in the last rollout
+    running_length: Tensor  # [N] of the current episodes
+    length: Tensor  # [] mean length of episodes, in steps
+    cost: Tensor  # [] of an episode
     known: Tensor  # [] bool, whether an episode has ended
 
     def __init__(self, num_envs: int) -> None:
         super().__init__()
-        for name in ("running_cost", "running_length"):
-            self.register_buffer(name, torch.zeros(num_envs))
-        for name, value in {"cost": 0.0, "length": 1.0, "ended": 0.0, "known": False}.items():
+        self.register_buffer("running_length", torch.zeros(num_envs))
+        for name, value in {"length": 1.0, "cost": 0.0, "known": False}.items():
             self.register_buffer(name, torch.tensor(value))
 
     @torch.no_grad()
     def update(self, cost: Tensor, rollout: Rollout) -> None:
-        """Include the costs [T, N] of a rollout."""
-        going = (~rollout.start).to(cost.dtype)
-        costs = accumulate(self.running_cost, cost.where(rollout.mask, 0.0), going)
-        lengths = accumulate(self.running_length, rollout.mask, going)
+        """Estimate from the costs [T, N] of a rollout."""
+        lengths = accumulate(self.running_length, rollout.mask, (~rollout.start).to(cost.dtype))
         done = rollout.done & rollout.mask
         ended = distributed.total(done.sum().to(cost.dtype))
-        any_ended, known = ended > 0, self.known | (ended > 0)
-        for mean, sums, running in (
-            (self.cost, costs, self.running_cost),
-            (self.length, lengths, self.running_length),
-        ):
-            finished = distributed.total(sums.where(done, 0.0).sum()) / ended.clamp(min=1.0)
-            mean.copy_(torch.where(any_ended, finished, mean.where(known, distributed.mean(running.mean()))))
-        self.ended.copy_(ended)
-        self.known.copy_(known)
+        mean = distributed.total(lengths.where(done, 0.0).sum()) / ended.clamp(min=1.0)
+        under_way = distributed.mean(self.running_length.mean())
+        self.length.copy_(torch.where(ended > 0, mean, torch.where(self.known, self.length, under_way)))
+        self.cost.copy_(self.length * distributed.mean(masked_mean(cost, rollout.mask)))
+        self.known.logical_or_(ended > 0)
 
 
 @dataclass(kw_only=True, eq=False)
 class Constrained(ActorCritic):
     """An actor-critic under the constraint that the mean undiscounted cost of an episode is at most ``cost_limit``.
 
-    The cost is a channel of the environment.  The limit is compared with the episodes that ended in the last rollout in
-    which any did, so that rollouts should have the length of whole episodes, or end some of them.
+    The cost is a channel of the environment.  The limit is compared with the estimate of ``EpisodeCost``.
     """
 
     cost_limit: NonNegative = 25.0  # mean cost of an episode that is allowed
@@ -115,8 +105,8 @@ class Lagrangian(Constrained):
     than the limit, and falls to zero while they cost less (Ray et al., 2019, section 5.2).
 
     The advantage is (A_r - multiplier * A_c) / (1 + multiplier), and then standardized as configured.  The multiplier
-    is in units of scaled reward per scaled cost.  It follows the violation, cost of episodes minus limit, by Adam: one
-    step in each rollout in which an episode ended, before the update.
+    is in units of scaled reward per scaled cost.  It follows the violation, the cost of an episode minus the limit, by
+    Adam: one step for each rollout, before the update.
     """
 
     multiplier: NonNegative = 0.001  # of the cost, at the start
@@ -129,7 +119,6 @@ class Lagrangian(Constrained):
 
     def preprocess(self, rollout: Rollout) -> Rollout:
         rollout = super().preprocess(rollout)
-        self.price_optimizer.skip_mask = self.episodes.ended == 0
         self.price_optimizer.step(self.price.loss, self.episodes.cost - self.cost_limit)
         with torch.no_grad():
             self.price.value.clamp_(min=0.0)

@@ -34,12 +34,12 @@ class CPO(Constrained, TRPO):
 
     def full_step(self, start: Tensor, batch: Batch, model: LocalModel) -> tuple[Tensor, StepEvaluator, Metrics]:
         cost = self.linearize(start, replace(batch, advantage=batch.channels[self.cost_channel]))
-        directions = [
+        reward_direction, cost_direction = (
             conjugate_gradient(model.product, x, self.cg_iters, self.cg_tol) for x in (model.gradient, cost.gradient)
-        ]
-        products = [model.product(x) for x in directions]
+        )
+        fisher_reward, fisher_cost = model.product(reward_direction), model.product(cost_direction)
         violation = self.cost.unit * (self.episodes.cost - self.cost_limit) / self.episodes.length
-        found = constrained_step(*directions, *products, violation, self.max_kl)
+        found = constrained_step(reward_direction, cost_direction, fisher_reward, fisher_cost, violation, self.max_kl)
 
         def evaluate_step(vector: Tensor) -> tuple[Tensor, Tensor]:
             improvement, kl = map(distributed.mean, model.evaluate_step(vector))
@@ -47,7 +47,7 @@ class CPO(Constrained, TRPO):
             allowed = torch.where(increase <= -violation, improvement, -increase.abs())
             return torch.where(violation > 0, -increase, allowed), kl
 
-        residual = (products[0] - model.gradient).norm() / model.gradient.norm().clamp(min=1e-12)
+        residual = (fisher_reward - model.gradient).norm() / model.gradient.norm().clamp(min=1e-12)
         metrics = {
             "cg_residual": residual,
             "constraint_grad_norm": cost.gradient.norm(),

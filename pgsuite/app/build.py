@@ -270,7 +270,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
 
 
 # Names of tensors that differ by environment, and so between processes.
-BY_ENVIRONMENT = ("hidden_state", "discounted_return", "running_cost", "running_length")
+BY_ENVIRONMENT = ("hidden_state", "discounted_return", "running_length")
 
 
 def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:

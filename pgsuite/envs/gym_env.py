@@ -253,7 +253,7 @@ class Watch(gymnasium.Wrapper[Any, Any, Any, Any]):
         self.steps += 1
         when = f"at its step {self.steps}"
         try:
-            result = self.env.step(action)
+            result: Any = self.env.step(action)
         except (Exception, SystemExit) as error:
             raise self.broken(error, when, "step") from error
         if isinstance(result, tuple) and len(result) == 6 and isinstance(result[5], Mapping):
