@@ -11,16 +11,19 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from test_constrained import rollout_of
 from torch import Tensor
-from toys import PointMass, Toy, build, collector, mostly_long
+from toys import PointMass, Toy, build, collector, compile_by, mostly_long
 
-from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Channel, Reinforce
+from pgsuite.algorithms import A2C, CPO, NPG, PPO, TRPO, Channel, PPOLagrangian, Reinforce
 from pgsuite.algorithms.channels import Channels
 from pgsuite.algorithms.estimators import GAE, MonteCarlo
 from pgsuite.algorithms.rnd import RND
 from pgsuite.envs import BrokenEnvError, Gym, GymEnv, make
 from pgsuite.envs.gym_env import Maker, Watch
+from pgsuite.envs.tasks import Cruise
+from pgsuite.execution.modes import execute
 from pgsuite.rollout import EpisodeTracker, StepCollector
 from pgsuite.testing import check_algorithm
+from pgsuite.training.trainer import Trainer
 from pgsuite.types import Step
 
 
@@ -179,6 +182,26 @@ def test_a_step_of_six_values_has_its_cost_as_a_channel_and_a_missing_one_is_nam
         Watch(SixValues(), "six", ["speed"]).step(0)
     with pytest.raises(BrokenEnvError, match=r"gave nan as info\['cost'\]"):
         Watch(SixValues(math.nan), "six", ["cost"]).step(0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cls", [PPOLagrangian, CPO, A2C])
+def test_compiled_channels_are_those_as_written_and_their_kernels_can_be_reset(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_by("aot_eager", monkeypatch)
+    runs = []
+    for execution in ("eager", "compile"):
+        env = make(Cruise(), 16, seed=0)
+        algorithm = build(cls, env, channels=Channels(rnd=RND()))
+        rollouts = collector(algorithm, env, 16)
+        execute(algorithm, rollouts, execution)
+        trainer = Trainer(algorithm, rollouts, 10**6)
+        trainer.iterate()
+        runs.append(torch.cat([x.flatten() for part in algorithm.parts.values() for x in part.parameters()]))
+    changed = {name for name, kernel in trainer.kernels.items() if kernel.run != kernel.function}
+    assert changed >= {"channels.rnd.critic.values_and_next_values", "channels.rnd.predictor_optimizer.gradient_step"}
+    assert torch.allclose(*runs, atol=1e-4)
 
 
 # Random network distillation

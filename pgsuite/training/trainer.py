@@ -242,7 +242,8 @@ class Trainer:
         """The kernels of the trainer, the algorithm, the collector and the environments, by owner and attribute."""
         env = self.collector.env
         task = getattr(env, "task", None)
-        owners = {name: x for name, x in vars(self.algorithm).items() if isinstance(x, nn.Module | Optimizer)}
+        owners: dict[str, Any] = self.algorithm.held
+        owners = {name: x for name, x in owners.items() if isinstance(x, nn.Module | Optimizer)}
         owners |= {"algorithm": self.algorithm, "collector": self.collector, "trainer": self}
         owners |= {} if self.collector.stepper is self.collector else {"stepper": self.collector.stepper}
         owners |= {"env": env, "task": task, "physics": getattr(task, "physics", None)}
