@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -117,8 +116,8 @@ def measure(task: str, method: str, seed: int, steps: int) -> None:
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     digits = 0 if abs(statistics.fmean(values)) >= 100 else 1 if abs(statistics.fmean(values)) >= 20 else 2
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):,.{digits}f} ± {deviation:,.{digits}f}"
+    deviation = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):,.{digits}f}{deviation}"
 
 
 def table() -> str:
@@ -127,7 +126,7 @@ def table() -> str:
         "| task | method | steps | seeds | limit | return | cost | training cost, last fifth | known |",
         "|---" * 9 + "|",
     ]
-    machine = ""
+    machine, commits = "", set[str]()
     for task in TASKS:
         for method in METHODS:
             paths = sorted(KEPT.glob(f"{task}-{method}-s*.json"))
@@ -143,8 +142,10 @@ def table() -> str:
             cells += [spread([x["evaluation"][f"stochastic_{y}"] for x in runs]) for y in ("return", "cost")]
             cells += [spread([x["training_cost_last_fifth"] for x in runs]), known]
             lines.append(f"| {' | '.join(cells)} |")
-            machine = f"{runs[0]['machine']}; commit {runs[0]['commit']}; torch {runs[0]['versions']['torch']}"
-    return f"Means and standard deviations over seeds, of sampled actions; {machine}.\n\n" + "\n".join(lines)
+            commits |= {x["commit"] for x in runs}
+            machine = f"{runs[0]['machine']}; torch {runs[0]['versions']['torch']}"
+    about = f"{machine}; commits {', '.join(sorted(commits))}"
+    return f"Means and standard deviations over seeds, of sampled actions; {about}.\n\n" + "\n".join(lines)
 
 
 def main() -> None:
