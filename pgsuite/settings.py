@@ -52,6 +52,7 @@ INCIDENTAL = (
     "trust",
     "seeds",
     "batch",
+    "sweep",
     "checkpoint",
     "recover",
     "evaluation",

@@ -19,7 +19,7 @@ FLOORS = [
     {"execution", "reports"},
     {"many"},
     {"app"},
-    {"rlhf", "export"},
+    {"rlhf", "export", "sweep"},
     {"__main__"},
 ]
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one command, in parallel, searched over, cut off and gone on with."""
+"""Sweeps: many runs of one command, in parallel, cut off and gone on with."""
 
 import json
 import os
@@ -104,24 +104,6 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(sweep: Any, capsys: pyte
     assert "algo.epochs=0" in message and "at least 1" in message
     assert "error: job 0" in capsys.readouterr().err
     assert len(runs()) == 1
-
-
-def test_a_search_that_was_cut_off_goes_on_with_the_trial_that_it_was_in(sweep: Any) -> None:
-    optuna = pytest.importorskip("optuna")
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    # An episode has to end in the last tenth of the steps, or a trial has no value and fails: a short limit sees to it.
-    search = ("sweep=optuna", "algo=ppo", "algo.epochs=1", "env.max_episode_steps=10", "hydra.sweeper.n_jobs=1")
-    assert sweep(*search, "hydra.sweeper.n_trials=1", steps=400) == 0
-    study = optuna.load_study(study_name="ppo-CartPole", storage="sqlite:///runs/optuna.db")
-    cut = study.ask()
-    cut._suggest("algo.lr", study.trials[0].distributions["algo.lr"])
-    assert sweep(*search, "hydra.sweeper.n_trials=2", steps=400) == 0
-    finished = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
-    assert len(finished) == len(runs()) == 2
-    assert finished[1].params == cut.params
-    summaries = [json.loads(Path("runs", name, "summary.json").read_text()) for name in runs()]
-    assert {trial.value for trial in finished} == {summary["return_mean"] for summary in summaries}
 
 
 @pytest.mark.parametrize(("choice", "package"), [("slurm", "hydra_submitit_launcher"), ("ray", "hydra_ray_launcher")])

@@ -55,7 +55,7 @@ def shortened(line: str) -> str:
         if "env=rlhf" in line:
             return f"{line} total_steps=400 num_envs=8 algo.minibatches=2 algo.epochs=1"
         line = re.sub(r"total_steps=\S+", "total_steps=2_048", line)
-        line = re.sub(r"n_trials=\d+", "n_trials=2", line)
+        line = re.sub(r"sweep.trials=\d+", "sweep.trials=2", line)
         return line if "total_steps=" in line or "resume=" in line else f"{line} total_steps=2_048"
     return line
 

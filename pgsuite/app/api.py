@@ -29,8 +29,8 @@ from pgsuite import distributed
 from pgsuite.app import cli, schema
 from pgsuite.app.evaluate import EvaluateConfig, evaluate_policy
 from pgsuite.app.policy_io import Actor, restore
+from pgsuite.app.train import Outcome, summary_of
 from pgsuite.app.train import run as run_training
-from pgsuite.app.train import summary_of
 from pgsuite.errors import UserError, install
 from pgsuite.settings import closest
 from pgsuite.training.trainer import Callback
@@ -147,22 +147,35 @@ def train(
     given: dict[str, Any] = {key: x for key, x in named.items() if x is not None} | settings
     if folder is not None:
         given["hydra.run.dir"] = str(folder)
-    threads = torch.get_num_threads()
-    try:
-        with _hydra_of_its_own():
-            cfg, hydra = _compose([override(key, x) for key, x in given.items()])
-            if cfg.seeds is not None or cfg.batch:
-                raise UserError("pgsuite.train trains one run; for several at once: pgsuite train seeds=16 <settings>")
-            outcome = _as_user_errors(
-                lambda: run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
-            )
-    finally:
-        torch.set_num_threads(threads)
+    outcome = train_with([override(key, x) for key, x in given.items()], callbacks)
     if outcome.stopped:
         signal.raise_signal(outcome.stopped)  # to this process' own handler: SIGINT raises KeyboardInterrupt
         if outcome.stopped == signal.SIGINT:
             raise KeyboardInterrupt  # where it is ignored, as shells have it in background jobs
     return Run(outcome.folder, trust=True)  # with whose code it has just been trained
+
+
+def train_with(overrides: Sequence[str], callbacks: Sequence[Callback] = ()) -> Outcome:
+    """Train one run in this process with overrides of the command line.  Raises UserError."""
+    threads = torch.get_num_threads()
+    try:
+        with composed(overrides) as (cfg, hydra):
+            if cfg.seeds is not None or cfg.batch or cfg.sweep is not None:
+                what = "sweep=search" if cfg.sweep is not None else "seeds=16"
+                raise UserError(f"pgsuite.train trains one run; for several: pgsuite train {what} <settings>")
+            return _as_user_errors(
+                lambda: run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def composed(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraConf]]:
+    """The configuration of training with these overrides, and Hydra's node of it, with Hydra's global state set for it
+    until the context ends.  Raises UserError."""
+    with _hydra_of_its_own():
+        yield _compose(list(overrides))
 
 
 def evaluate(

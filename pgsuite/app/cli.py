@@ -160,7 +160,7 @@ def replacing(argument: str) -> list[str]:
         return [f"+batch.{setting}=[{value[6:-1]}]"]
     return (
         [f"{setting}=null", argument]
-        if given and setting.startswith(("algo.", "policy.", "critic.")) and value[:1] == "{"
+        if given and setting.startswith(("algo.", "policy.", "critic.", "sweep.space.")) and value[:1] == "{"
         else [argument]
     )
 
@@ -243,9 +243,7 @@ def _missing(error: MissingConfigException) -> str:
     if not group:
         return " ".join(str(error).split())
     if group in ("hydra/launcher", "hydra/sweeper"):
-        extra = {"submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray", "optuna": "optuna"}.get(
-            name, "sweep"
-        )
+        extra = {"submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}.get(name, "sweep")
         return f"{group}={name} needs hydra-{name.split('_')[0]}-{group[6:]}: {install(extra)}"
     return f"no {group} {name!r}; {closest(name, error.options or [])}"
 

@@ -72,7 +72,8 @@ GROUPS = {
     "algo/estimator": "the advantage estimator of the method",
     "env": "the environment",
     "policy": "the policy and its network",
-    "sweep": "how the runs of a sweep (-m) are started",
+    "sweep": "how the runs of a sweep (-m) are started, or a search or a population over settings",
+    "sweep/space": "the settings that a search or a population varies",
     "tuned": "a measured recipe, by default that of the method and environment; ~tuned leaves it out",
 }
 SCHEDULED = (

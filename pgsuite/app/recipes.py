@@ -43,7 +43,7 @@ def given_by_recipe(hydra: HydraConf, config: dict[str, Any]) -> dict[str, tuple
 
     Raises the errors of Hydra and OmegaConf for overrides that cannot be composed without the recipe."""
     without = [override for override in hydra.overrides.task if not GROUP.match(override)]
-    ours, theirs = _flat(config), _flat(to_dict(compose("train", [*without, "~tuned"])))
+    ours, theirs = flat(config), flat(to_dict(compose("train", [*without, "~tuned"])))
     return {name: (x, theirs.get(name)) for name, x in ours.items() if x != theirs.get(name)}
 
 
@@ -97,12 +97,12 @@ def _names(message: str, setting: str) -> bool:
     return bool(bare) or re.search(rf"(?<![\w.]){re.escape(setting)}(?!\w)", message) is not None
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name; dictionaries without ``_target_``, such as schedules, are not flattened."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and "_target_" in value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         elif key != "_target_":
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

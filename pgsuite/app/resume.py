@@ -24,7 +24,11 @@ from pgsuite.training.trainer import Level, Trainer, slots
 from pgsuite.trust import Source, source_of, strings
 
 # Settings that may change when a run is resumed.
-FREE = ("total_steps", *(name for name in INCIDENTAL if name not in ("resume", "trust", "seeds", "batch")), "device")
+FREE = (
+    "total_steps",
+    *(name for name in INCIDENTAL if name not in ("resume", "trust", "seeds", "batch", "sweep")),
+    "device",
+)
 MEANING: dict[Level, str] = {
     "exact": "as if it had never stopped",
     "episode": "its environments cannot be saved and begin new episodes",

@@ -96,6 +96,7 @@ class Run:
     whiten_reward: bool = False  # divide the rewards of each rollout by their standard deviation instead
     resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
     trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any
+    sweep: dict[str, Any] | None = None  # a search or a population over runs; null trains this one
     init: str | None = None  # a run directory or checkpoint, whose policy, critic and statistics the run begins with
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace

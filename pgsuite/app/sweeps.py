@@ -1,4 +1,4 @@
-"""Resolvers of ``configs/``, for conditional defaults, names of jobs and cores per job, and resume of Optuna studies.
+"""Sweeps of Hydra: names of jobs and cores per job, as resolvers of ``configs/``; and the interface of other sweeps.
 
 Importing this module registers the resolvers; every process of a sweep does so through ``app.cli``.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import OmegaConf
 
-from pgsuite.settings import INCIDENTAL
+from pgsuite.settings import INCIDENTAL, Checked
 
 UNNAMED = re.compile(rf"(algo|env|seed|sweep|tuned|device|total_steps|hydra.*|({'|'.join(INCIDENTAL)})(\..*)?)$")
 LONGEST = 80  # characters of a label
@@ -39,33 +41,25 @@ def cores_each(workers: int) -> int:
     return max(1, cores // workers) if workers > 0 else 1
 
 
+@dataclass
+class Command:
+    """A command line that trains."""
+
+    folder: Path  # the run directory
+    config: dict[str, Any]  # without the settings of the sweep
+    overrides: list[str]
+    choices: dict[str, Any]  # of groups
+
+
+@dataclass(kw_only=True)
+class Sweep(Checked, ABC):
+    """Many runs of one command that ``sweep=`` chooses, each trained by ``app.api.train_with``."""
+
+    @abstractmethod
+    def start(self, command: Command) -> tuple[float | None, int]:
+        """Train, and return the objective of the best run, and the number of the signal that stopped the sweep.  Raises
+        UserError."""
+
+
 OmegaConf.register_new_resolver("label", label, replace=True)
 OmegaConf.register_new_resolver("cores_each", cores_each, replace=True)
-
-
-class Study(Callback):
-    """Resumes an interrupted study of the Optuna sweeper: unfinished trials are repeated with the same values, and
-    finished ones count towards ``n_trials``."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        import optuna
-        from optuna.trial import TrialState
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # pyright: ignore[reportPrivateImportUsage]
-        sweeper = config.hydra.sweeper
-        os.makedirs(config.hydra.sweep.dir, exist_ok=True)  # contains the storage
-        directions = [
-            str(getattr(d, "name", d))
-            for d in ([sweeper.direction] if not OmegaConf.is_list(sweeper.direction) else sweeper.direction)
-        ]
-        study = optuna.create_study(
-            study_name=sweeper.study_name, storage=sweeper.storage, directions=directions, load_if_exists=True
-        )
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
-        finished = len(study.get_trials(states=(TrialState.COMPLETE,)))
-        with read_write(config), open_dict(config):
-            sweeper.n_trials = max(0, sweeper.n_trials - finished)
-        if finished:
-            print(f"study {sweeper.study_name}: {finished} trials are finished, {sweeper.n_trials} to go")

@@ -17,16 +17,28 @@ from typing import Any, Protocol
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from pgsuite import distributed
 from pgsuite.app import recipes
-from pgsuite.app.build import build, check_alike, commit, describe, parse_run_config, spaces_of, to_dict, versions
+from pgsuite.app.build import (
+    build,
+    check_alike,
+    commit,
+    describe,
+    instantiate,
+    parse_run_config,
+    spaces_of,
+    to_dict,
+    versions,
+)
 from pgsuite.app.evaluate import make_evaluator
 from pgsuite.app.initialize import initialize
 from pgsuite.app.resume import find_run_to_resume, new_run_dir, resume_trainer
 from pgsuite.app.schema import Run
+from pgsuite.app.sweeps import Command, Sweep
 from pgsuite.app.threads import measured
 from pgsuite.errors import UserError, command
 from pgsuite.files import write_text
@@ -48,7 +60,8 @@ class Outcome:
 
     folder: Path  # the run directory; of a resumed run, its original one
     steps: int  # environment steps
-    stopped: int = 0  # number of the signal that stopped the run; 0 if it finished
+    stopped: int = 0  # number of the signal that stopped the run; 0 if it finished, or a callback ended it
+    ended_early: str = ""  # why a callback ended it
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -58,6 +71,8 @@ def train(cfg: DictConfig) -> float | None:
     Returns the objective of sweeps: the return of the last evaluation, or without evaluations the ``return_mean`` of
     the run.  Exits with code 0 after SIGINT and 143 after SIGTERM.  Raises UserError.
     """
+    if cfg.sweep is not None:
+        return _sweep(cfg)
     if cfg.seeds is not None or cfg.batch:
         return _train_many(cfg)
     outcome = run(cfg, HydraConfig.get(), resume_with=_resume_command)
@@ -75,6 +90,28 @@ def _train_many(cfg: DictConfig) -> float | None:
         sys.exit(0 if stopped == signal.SIGINT else 128 + stopped)
     found = [objective(outcome.folder) for outcome in outcomes]
     return None if None in found else fmean(x for x in found if x is not None)
+
+
+def _sweep(cfg: DictConfig) -> float | None:
+    """Train the runs of a search or a population; returns the objective of the best."""
+    config, hydra = to_dict(cfg), HydraConfig.get()
+    given, folder = config.pop("sweep"), Path(hydra.runtime.output_dir)
+    sources = [source for source in hydra.runtime.config_sources if source.schema == "file"]
+    paths = [f"file://{source.path}" for source in sources if source.provider != "main"]  # as of --config-dir
+    overrides = [*hydra.overrides.task, *([f"hydra.searchpath={paths}"] if paths else [])]
+    command_line = Command(folder, config, overrides, dict(hydra.runtime.choices))
+    try:
+        if hydra.mode is RunMode.MULTIRUN:
+            raise UserError("a sweep over settings goes without -m and sweep=local: leave it out")
+        if distributed.size() > 1:
+            raise UserError("a sweep over settings starts its processes itself: start it without torchrun")
+        sweep: Sweep = instantiate(given, "sweep", Sweep)
+        best, stopped = sweep.start(command_line)
+    finally:
+        remove_empty(folder, *folder.parents[:2])
+    if stopped:
+        sys.exit(0 if stopped == signal.SIGINT else 128 + stopped)
+    return best
 
 
 def _resume_command(folder: Path) -> str:
@@ -102,10 +139,7 @@ def run(
     finally:
         made_here = (lock.folder or made, made, *made.parents[:2]) if distributed.rank() == 0 else ()
         lock.release()
-        for folder in made_here:  # Hydra and the lock created them; they are removed if the run did not start here
-            if not Path.cwd().is_relative_to(folder):
-                with suppress(OSError):  # unless it is empty
-                    folder.rmdir()
+        remove_empty(*made_here)  # Hydra and the lock created them, and the run did not start here
 
 
 def _run(
@@ -169,8 +203,10 @@ def _run(
         distributed.barrier()  # torchrun ends the others when one exits with 143, and the first may still be writing
     if trainer.stop and trainer.steps < trainer.total_steps:
         how = f"go on with: {resume_with(short(folder))}"
-        say(f"{signal.Signals(trainer.stop).name} at {trainer.steps:,} steps, saved; {how}")
-        return Outcome(folder, trainer.steps, trainer.stop)
+        why = trainer.ended_early or signal.Signals(trainer.stop).name
+        say(f"{why} at {trainer.steps:,} steps, saved; {how}")
+        stopped = 0 if trainer.ended_early else trainer.stop
+        return Outcome(folder, trainer.steps, stopped, trainer.ended_early)
     seconds = trainer.seconds["total"]
     recent = trainer.recent_returns
     say(
@@ -178,6 +214,14 @@ def _run(
         f"{seconds:,.1f} s ({trainer.steps / seconds:,.0f}/s) | {short(folder)}"
     )
     return Outcome(folder, trainer.steps)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove those of these directories that are empty, in this order."""
+    for folder in folders:
+        if not Path.cwd().is_relative_to(folder):
+            with suppress(OSError):  # unless it is empty
+                folder.rmdir()
 
 
 def refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:

@@ -18,14 +18,16 @@ def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
     page.  Raises UserError, without writing, if there is no run to report.
     """
     try:
-        from pgsuite.reports import page, runs
+        from pgsuite.reports import page, runs, sweeps
     except ImportError as error:
         raise UserError(f"a report needs packages that are not here: {REMEDY} ({error})") from error
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write into {str(out)!r}, which is a file: give a directory with --out")
-    found, skipped = runs.find(paths)
+    swept, damaged = sweeps.find(paths)
+    found, skipped = runs.find(paths, sweeps=bool(swept))
+    skipped += damaged
     groups, remarks = runs.group(found)
-    files = page.build(groups, remarks, skipped, command)
+    files = page.build(groups, swept, remarks, skipped, command)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -36,7 +38,8 @@ def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
     pictures = sum(name.endswith(".png") for name in files)
     return [
         *(f"skipped {line}" for line in skipped),
-        f"{page.count(len(found), 'run')} in {page.count(len(groups), 'group')}",
+        *(f"{sweep.name}: {sweeps.summary(sweep)}" for sweep in swept),
+        *([f"{page.count(len(found), 'run')} in {page.count(len(groups), 'group')}"] if found else []),
         *remarks,
         f"open {out / 'index.html'}; beside it table.md and {page.count(pictures, 'picture')}",
     ]

@@ -13,10 +13,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from pgsuite.reports import pictures
+from pgsuite.reports import pictures, sweeps
 from pgsuite.reports.pictures import Look
 from pgsuite.reports.runs import FACTS, FEW, Group, differences, listed, show
 from pgsuite.reports.scores import ALL, MANY, Comparison, Ends, Score, comparisons, overall, scores, shared, verdict
+from pgsuite.reports.sweeps import Sweep
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True)
 
@@ -33,7 +34,9 @@ class Picture:
         return base64.b64encode(self.png).decode()
 
 
-def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str], command: str) -> dict[str, bytes]:
+def build(
+    groups: Sequence[Group], swept: Sequence[Sweep], remarks: Sequence[str], skipped: Sequence[str], command: str
+) -> dict[str, bytes]:
     """Contents of all files of a report, by file name."""
     look = pictures.looks(list(dict.fromkeys(sorted(g.method for g in groups))))
     ranking = [*overall(groups), *scores(groups)]
@@ -49,12 +52,18 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
         ],
         "chance_pictures": _chance_pictures(compared, look),
     }
+    searches = [
+        (sweep.name, sweeps.summary(sweep), *sweeps.table(sweep), _sweep_pictures(sweep, i), str(sweep.folder))
+        for i, sweep in enumerate(swept, 1)
+    ]
     envs = list(dict.fromkeys(g.env for g in groups))
     title = f"{count(len(look), 'method')} on {envs[0] if len(envs) == 1 else f'{len(envs)} environments'}"
+    title = title if groups else listed([sweep.name for sweep in swept])
     columns, rows = _cells(ranking)
     page = TEMPLATES.get_template("report.html").render(
         title=title,
-        extent=_extent(groups),
+        extent=_extent(groups) if groups else "",
+        searches=searches,
         colors={method: color for method, (color, *_) in look.items()},
         verdicts=_verdicts(ranking, compared),
         caveats=[("", line) for line in words],
@@ -68,9 +77,25 @@ def build(groups: Sequence[Group], remarks: Sequence[str], skipped: Sequence[str
         command=command,
         **shown,
     )
-    markdown = _markdown(title, ranking, compared, words)
-    drawn = {p.name: p.png for some in shown.values() for p in some}
+    markdown = _markdown(title, ranking, compared, words, swept)
+    drawn = {p.name: p.png for some in (*shown.values(), *(x[4] for x in searches)) for p in some}
     return {"index.html": _bytes(page), "table.md": _bytes(markdown)} | drawn
+
+
+def _sweep_pictures(sweep: Sweep, number: int) -> list[Picture]:
+    found = {
+        "history": (sweeps.history, "Return of the trials in order, and the best up to then"),
+        "importance": (sweeps.importance, "Share of each setting in how the returns of the finished trials differ"),
+        "slices": (sweeps.slices, "Return of the trials over each setting; grey: pruned"),
+        "lineage": (sweeps.lineage, "Who continued from whom; bold: the ancestors of the best"),
+        "courses": (sweeps.courses, "The settings of all members over the turns; line: those of the best's ancestors"),
+    }
+    drawn = {kind: (draw(sweep), said) for kind, (draw, said) in found.items()}
+    return [
+        Picture(f"{kind}-sweep-{number}.png", png, f"{sweep.name}. {said}", said)
+        for kind, (png, said) in drawn.items()
+        if png is not None
+    ]
 
 
 def _bytes(text: str) -> bytes:
@@ -238,17 +263,27 @@ def _where(some: Sequence[Group], groups: Sequence[Group]) -> str:
     return ", ".join(names)
 
 
-def _markdown(title: str, ranking: Sequence[Score], compared: Sequence[Comparison], words: Sequence[str]) -> str:
+def _markdown(
+    title: str,
+    ranking: Sequence[Score],
+    compared: Sequence[Comparison],
+    words: Sequence[str],
+    swept: Sequence[Sweep],
+) -> str:
     columns, rows = _cells(ranking)
-    lines = [
-        f"# {title}",
+    lines = [f"# {title}"]
+    for sweep in swept:
+        own, trials = sweeps.table(sweep)
+        lines += ["", f"{_plain(sweep.name)}: {sweeps.summary(sweep)}", "", f"| | {' | '.join(map(_plain, own))} |"]
+        lines += [f"|---|{'---:|' * len(own)}", *(f"| {what} | {' | '.join(map(_plain, x))} |" for what, x in trials)]
+    lines += [
         "",
         "Score: mean return of the training episodes that ended in the last tenth of a run's steps.",
         "",
         f"| environment | method | {' | '.join(columns)} |",
         f"|---|---|{'---:|' * len(columns)}",
         *(f"| {' | '.join((*map(_plain, (_heading(s.env), s.method)), *row))} |" for s, row in rows),
-    ]
+    ] * bool(rows)
     if compared:
         lines += ["", "Probability that a run of the first method scores higher than one of the second:", ""]
         lines += ["| environment | first | second | probability | 95% interval |", "|---|---|---|---:|---:|"]

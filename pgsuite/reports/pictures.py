@@ -52,7 +52,7 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
 
     of: training or evaluations.  against: steps or seconds; the time of a step is the median over seeds.
     """
-    figure, axes = _figure(3.5)
+    figure, axes = figure_of(3.5)
     shown: dict[str, list[str]] = {}
     last, handles, labels = 0.0, list[Line2D](), list[str]()
     for group in groups:
@@ -97,7 +97,7 @@ def curves(groups: Sequence[Group], look: Look, *, of: str, against: str) -> tup
     axes.set_title(groups[0].env, loc="left", fontsize=11, fontweight="bold")
     axes.grid(axis="y")
     _legend(figure, handles, labels)
-    return _png(figure), "; ".join(f"{kind}: {', '.join(m)}" if len(shown) > 1 else kind for kind, m in shown.items())
+    return png(figure), "; ".join(f"{kind}: {', '.join(m)}" if len(shown) > 1 else kind for kind, m in shown.items())
 
 
 @mpl.rc_context(STYLE)
@@ -110,7 +110,7 @@ def intervals(
 ) -> bytes:
     """A point and its interval in each row, from top to bottom.  rows: name, colour, point, interval."""
     names = [textwrap.fill(name, 20) for name, *_ in rows]
-    figure, axes = _figure(0.9 + (0.2 + 0.16 * max(name.count("\n") + 1 for name in names)) * len(rows))
+    figure, axes = figure_of(0.9 + (0.2 + 0.16 * max(name.count("\n") + 1 for name in names)) * len(rows))
     for y, (_, color, point, ends) in enumerate(rows):
         if ends is not None:
             axes.plot(ends, [y, y], color=color, linewidth=7, alpha=0.32, solid_capstyle="butt")
@@ -130,10 +130,10 @@ def intervals(
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
-    return _png(figure)
+    return png(figure)
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def figure_of(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -162,7 +162,7 @@ def _tick(span: float) -> float:
     return float(unit * next(m for m in (1, 2, 5, 10) if raw <= m * unit))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()

@@ -25,6 +25,7 @@ IDLE = ("seed", *INCIDENTAL, "checkpoint_every", "wandb")
 # Facts that may change the task or the speed; runs that differ in these form separate groups.
 ENV_VERSIONS = ("gymnasium", "mujoco", "mujoco-warp", "envpool", "ale-py")
 FACTS = ("backend", "device", "processes", *ENV_VERSIONS)
+RECORD = "sweep.json"  # by which the directory of a search or a population is known
 LARGEST = 1e30  # number that a report computes with
 LONGEST = 1 << 28  # bytes of a file
 WIDEST = 100  # characters of a name
@@ -101,12 +102,29 @@ class Group:
         return np.array([run.evaluation for run in self.runs if run.finished and run.evaluation is not None])
 
 
-def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """All runs at or below the paths, which may be globs, and a line on every skipped directory.
+def find(paths: Sequence[str], sweeps: bool = False) -> tuple[list[Run], list[str]]:
+    """All runs at or below the paths, which may be globs, and a line on every skipped directory; without those of
+    searches and populations.
 
-    Raises UserError if a path does not exist, or if there is no run.
+    Raises UserError if a path does not exist, or if there is no run; with ``sweeps``, there need be none.
     """
-    runs, skipped, seen = [], [], set()
+    runs, skipped = [], []
+    for folder in directories(paths, skipped):
+        if (folder / RECORD).exists():
+            continue
+        try:
+            runs.append(read(folder))
+        except Exception as error:  # whatever is wrong with one directory, the others are reported
+            skipped.append(f"{printable(str(folder))}: {reason_of(error)}")
+    if not runs and not sweeps:
+        raise UserError("no run to report on; skipped " + "; skipped ".join(skipped))
+    return runs, skipped
+
+
+def directories(paths: Sequence[str], skipped: list[str]) -> Iterator[Path]:
+    """Directories of runs, and those of searches and populations, at or below the paths, each once; adds a line on
+    every path without any to ``skipped``.  Raises UserError if a path does not exist."""
+    seen = set()
     for path in paths:
         matches = (
             sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
@@ -124,17 +142,12 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
                 if (real := each.resolve()) in seen:
                     continue
                 seen.add(real)
-                try:
-                    runs.append(read(each))
-                except Exception as error:  # whatever is wrong with one directory, the others are reported
-                    skipped.append(f"{printable(str(each))}: {_reason(error)}")
-    if not runs:
-        raise UserError("no run to report on; skipped " + "; skipped ".join(skipped))
-    return runs, skipped
+                yield each
 
 
 def _beneath(folder: Path) -> Iterator[Path]:
-    """Directories that contain files of a run, at any depth, in order; every link is followed once."""
+    """Directories that contain files of a run, or the record of a search or a population, whose runs are left out, at
+    any depth, in order; every link is followed once."""
     walked = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in walked:
@@ -142,7 +155,9 @@ def _beneath(folder: Path) -> Iterator[Path]:
             continue
         walked.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "checkpoints")
-        if {"config.yaml", "summary.json", "metrics.csv"} & set(files):
+        if RECORD in files:
+            folders.clear()
+        if {"config.yaml", "summary.json", "metrics.csv", RECORD} & set(files):
             yield Path(root)
 
 
@@ -215,7 +230,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
     """Contents of a file; None if there is none.  Raises DamagedError for what is no regular file, since reading a pipe
     or a device may never end, and for a file of more than ``LONGEST`` bytes."""
     try:
@@ -233,7 +248,7 @@ def _text(path: Path) -> str | None:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if (text := _text(path)) is None:
+    if (text := text_of(path)) is None:
         raise DamagedError("it has no config.yaml")
     try:
         config = yaml.load(text, _Loader)
@@ -246,7 +261,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _summary(path: Path) -> dict[str, Any]:
     """Contents of summary.json; empty if there is none."""
-    if (text := _text(path)) is None:
+    if (text := text_of(path)) is None:
         return {}
     try:
         summary = json.loads(text)
@@ -261,7 +276,7 @@ def _curve(path: Path, column: str, weight: str | None = None) -> Curve | None:
     """The rows of a CSV file that have a return; None if there are none.  Raises DamagedError."""
     rows: list[tuple[float, float, float, float]] = []
     clock, before = 0.0, 0.0
-    if (text := _text(path)) is None:
+    if (text := text_of(path)) is None:
         return None
     try:
         for row in csv.DictReader(io.StringIO(text, newline="")):
@@ -304,7 +319,7 @@ def _first_line(error: Exception) -> str:
     return printable(" ".join(str(getattr(error, "problem", None) or error).split())[:120])
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, DamagedError) else f"{type(error).__name__}: {_first_line(error)}"
 
 

@@ -173,11 +173,16 @@ def prune(run: Path, keep: int) -> None:
 def mark_best(path: Path) -> None:
     """Make ``best.pt`` a hard link to this checkpoint."""
     with replacing(path.with_name(BEST)) as temporary:
-        try:
-            temporary.unlink()
-            os.link(path, temporary)
-        except OSError:  # not every file system supports hard links
-            shutil.copyfile(path, temporary)
+        temporary.unlink()
+        link(path, temporary)
+
+
+def link(path: Path, to: Path) -> None:
+    """Make ``to`` a hard link to a checkpoint, which is never written again, or a copy where there are none."""
+    try:
+        os.link(path, to)
+    except OSError:  # not every file system supports hard links
+        shutil.copyfile(path, to)
 
 
 def retire_newer(run: Path, steps: int) -> None:

@@ -145,6 +145,7 @@ class Trainer:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "learning"), 0.0))
     asked: int = 0  # number of the signal by which this process was asked to stop
     stop: int = 0  # the same over all processes, agreed upon at the end of each iteration
+    ended_early: str = ""  # why a callback ended the run
 
     def __post_init__(self) -> None:
         self.collector.validate(self.algorithm.policy)
@@ -171,6 +172,11 @@ class Trainer:
     def end(self) -> None:
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def end_early(self, why: str) -> None:
+        """End the run when this iteration is over, as a signal would; for callbacks, of several processes in each of
+        them."""
+        self.stop, self.ended_early = signal.SIGTERM, why
 
     def step(self) -> None:
         """Run one iteration, and call the callbacks if all its numbers are finite."""

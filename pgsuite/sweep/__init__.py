@@ -1,0 +1,1 @@
+"""Searches for settings, and populations that change them while they train."""
