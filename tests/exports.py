@@ -59,6 +59,8 @@ KINDS: dict[str, tuple[Spaces, dict[str, Any], dict[str, Any]]] = {  # spaces, t
     "joined": ((BOX, spaces.Tuple([spaces.Discrete(3, start=1), TORQUE])), {}, {}),
     "discrete": ((spaces.Discrete(6), spaces.Discrete(2)), {"activation": "silu"}, {}),
     "images": ((IMAGE, spaces.Discrete(3)), {"activation": "relu"}, {}),
+    "normalized": ((BOX, TORQUE), {"norm": "layer"}, {}),
+    "residual-gru": ((BOX, TORQUE), {"block": "residual", "norm": "layer"} | GRU, {}),
     "images-lstm": ((IMAGE, spaces.Discrete(3)), LSTM, {"standardize_obs": False}),
     "masks": ((MASKED, spaces.Discrete(4)), {}, {}),
     "masks-multicategorical": ((MASKED, spaces.MultiDiscrete([2, 2])), {}, {}),

@@ -354,7 +354,7 @@ def test_a_loss_computes_a_shared_body_once(cls: type[Algorithm], kind: Any) -> 
     torch.testing.assert_close((loss, *both[0]), (other, *both[1]), rtol=1e-4, atol=1e-6)
 
     algorithm.value_coef = 0.0
-    algorithm.critic.forward = None
+    algorithm.critic.predict = None
     assert "value_loss" in metrics and "value_loss" not in algorithm.loss(batch)[1]
 
 

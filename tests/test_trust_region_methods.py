@@ -54,6 +54,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "multicategorical, masked": lambda: choosy(spaces.MultiDiscrete([2, 3]), 5),
     "bernoulli": lambda: plain(spaces.MultiBinary(2)),
     "bernoulli, masked": lambda: choosy(spaces.MultiBinary(2), 2),
+    "gaussian, normalized": lambda: plain(BOX, norm="layer"),
+    "gaussian, of residual blocks": lambda: plain(BOX, block="residual", norm="layer", activation="silu"),
     "gaussian, remembering": lambda: plain(BOX, recurrent="gru", recurrent_size=3),
     "beta, remembering": lambda: plain(BOX, distribution="beta", recurrent="lstm", recurrent_size=2),
     "categorical, remembering": lambda: plain(spaces.Discrete(3), recurrent="lstm", recurrent_size=2),

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from pgsuite.components import Component, make_component
-from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
+from pgsuite.nn.layers import BLOCKS, Block, Convolutions, Joined, Norm, linear
 from pgsuite.nn.normalize import Standardize, is_image
 from pgsuite.nn.recurrent import RECURRENCES, Recurrence
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves, map_obs
@@ -33,6 +33,8 @@ class Shape(TypedDict, total=False):
 
     hidden: Sequence[int]
     activation: str
+    norm: Norm
+    block: Block
     convolutions: Iterable[Sequence[int]] | None
     recurrent: Component
     recurrent_size: int
@@ -143,7 +145,7 @@ class Features(Body):
     the output layer of a ``Network`` stay float32.
 
     With ``privileged`` the input is ``critic_obs`` if observations have it; otherwise it is everything else.
-    ``obs_norm`` may be shared with other bodies.
+    ``obs_norm`` may be shared with other bodies.  Raises ValueError for residual blocks of different widths.
     """
 
     def __init__(
@@ -154,6 +156,8 @@ class Features(Body):
         privileged: bool,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
+        norm: Norm = "none",
+        block: Block = "plain",
         convolutions: Iterable[Sequence[int]] | None = None,
         recurrent: Component = "none",
         recurrent_size: int = 64,
@@ -188,9 +192,13 @@ class Features(Body):
             features = recurrent_size
             self.shape += f" > {type(self.recurrence).__name__.lower()} {features} > {features}"
         self.sequential = self.carries = self.recurrence is not None
-        self.hidden = perceptron((features, *hidden), activation, generator)
+        if block == "residual" and len(set(hidden)) > 1:
+            raise ValueError(f"{name}.hidden must be of one width for {name}.block=residual, got {list(hidden)}")
+        self.hidden = BLOCKS[block]((features, *hidden), activation, generator, norm=norm)
         self.size = (features, *hidden)[-1]
-        self.shape += "".join(f"-{size}" for size in hidden)
+        kind = ["normalized"] * (norm == "layer") + ["residual"] * (block == "residual")
+        self.shape += " > " + " ".join([*kind, ""]) if kind and hidden else "-" * bool(hidden)
+        self.shape += "-".join(map(str, hidden))
 
     def initial_state(self, num_envs: int) -> HiddenState:
         if self.recurrence is None:
