@@ -58,7 +58,7 @@ class PolicyConfig(Checked, ABC):
 class MLPPolicyConfig(NetworkConfig, PolicyConfig):
     """A multilayer perceptron, and the action distribution that it parameterizes."""
 
-    recurrent: Component = "none"  # a layer before the hidden ones: none, gru, lstm, or by dotted path
+    recurrent: Component = "none"  # before the hidden layers: none, gru, lstm, transformer, or by dotted path
     distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
     log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null is -0.5
     sigma: Sigma = "free"  # of Gaussian policies: a free parameter, or state-dependent

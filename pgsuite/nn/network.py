@@ -12,8 +12,9 @@ from torch import Generator, Tensor, nn
 
 from pgsuite.components import Component, make_component
 from pgsuite.nn.layers import BLOCKS, Block, Convolutions, Joined, Norm, linear
+from pgsuite.nn.memory_transformer import WindowTransformer
 from pgsuite.nn.normalize import Standardize, is_image
-from pgsuite.nn.recurrent import RECURRENCES, Recurrence
+from pgsuite.nn.recurrent import RECURRENCES, Memory
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves, map_obs
 
 
@@ -41,6 +42,7 @@ class Shape(TypedDict, total=False):
     generator: Generator | None
 
 
+MEMORIES: dict[str, type[Memory]] = {**RECURRENCES, "transformer": WindowTransformer}
 Sequencer = Callable[[Rollout], tuple[Tensor, HiddenState]]
 LARGEST_PASS = 2**24  # numbers of the observations in one pass over a rollout without gradient
 
@@ -93,7 +95,8 @@ class Body(nn.Module):
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Features [T, N, size] of each observation and of its true successor, processed in the same episode."""
-        features, after = self.sequence(rollout)
+        features, states = self.sequence(rollout)
+        after = {name: x[:] for name, x in states.items()}  # which may be made only now
         return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
 
     def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
@@ -186,11 +189,9 @@ class Features(Body):
         self.recurrence = None
         if recurrent != "none":
             where = f"{name}.recurrent"
-            self.recurrence = make_component(
-                recurrent, RECURRENCES, Recurrence, where, features, recurrent_size, generator
-            )
+            self.recurrence = make_component(recurrent, MEMORIES, Memory, where, features, recurrent_size, generator)
             features = recurrent_size
-            self.shape += f" > {type(self.recurrence).__name__.lower()} {features} > {features}"
+            self.shape += f" > {self.recurrence.label} {features} > {features}"
         self.sequential = self.carries = self.recurrence is not None
         if block == "residual" and len(set(hidden)) > 1:
             raise ValueError(f"{name}.hidden must be of one width for {name}.block=residual, got {list(hidden)}")
@@ -203,7 +204,7 @@ class Features(Body):
     def initial_state(self, num_envs: int) -> HiddenState:
         if self.recurrence is None:
             return {}
-        return {self.name: self.recurrence.read.weight.new_zeros(num_envs, self.recurrence.width)}
+        return {self.name: next(self.recurrence.parameters()).new_zeros(num_envs, self.recurrence.width)}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         x = self.encode(seen.obs)
@@ -217,7 +218,7 @@ class Features(Body):
         if self.recurrence is None:
             return self.low(self.hidden, x), {}
         x, after = self.recurrence(x.unsqueeze(0), hidden_state[self.name], start.unsqueeze(0))
-        return self.low(self.hidden, x.squeeze(0)), {self.name: after.squeeze(0)}
+        return self.low(self.hidden, x.squeeze(0)), {self.name: after[0]}
 
     def encode(self, obs: Obs) -> Tensor:
         if self.keys is not None:

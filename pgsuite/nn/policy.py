@@ -253,8 +253,7 @@ class Critic(Network):
         """The rollout with the critic's hidden state at its start."""
         if not self.remembers:
             return rollout
-        hidden_state = self.hidden_state.expand(len(rollout.start), *self.hidden_state.shape)
-        return replace(rollout, hidden_state=rollout.hidden_state | {self.body.name: hidden_state})
+        return replace(rollout, hidden_state=rollout.hidden_state | {self.body.name: self.hidden_state.unsqueeze(0)})
 
     @torch.no_grad()
     def update_statistics(self, rollout: Rollout) -> None:
