@@ -53,7 +53,7 @@ def perceptron(
     sizes: Sequence[int], activation: str, generator: Generator | None = None, *, norm: Norm = "none"
 ) -> nn.Sequential:
     """A multilayer perceptron with an activation after every layer, and if so chosen a normalization before it (Ba et
-    al., 2016, equation 4); weights have gain sqrt 2."""
+    al., 2016); weights have gain sqrt 2."""
     net = nn.Sequential()
     for inputs, outputs in itertools.pairwise(sizes):
         layer = linear(inputs, outputs, math.sqrt(2), generator)
@@ -68,7 +68,7 @@ def normalization(norm: Norm, size: int) -> list[nn.Module]:
 
 class ResidualBlock(nn.Module):
     """Adds to its input a perceptron of it, whose hidden layer is four times as wide, with normalization of what goes
-    in (Lee et al., 2025, SimBa, section 4)."""
+    in (SimBa; Lee et al., 2025)."""
 
     def __init__(self, size: int, activation: str, generator: Generator | None, norm: Norm) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def residual(
     sizes: Sequence[int], activation: str, generator: Generator | None = None, *, norm: Norm = "none"
 ) -> nn.Sequential:
     """A linear layer to the width of the blocks, a residual block for each size after the first, which are equal, and a
-    normalization at the end (Lee et al., 2025, SimBa, section 4)."""
+    normalization at the end (SimBa; Lee et al., 2025)."""
     inputs, *widths = sizes
     net = nn.Sequential()
     if widths:

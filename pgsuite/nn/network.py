@@ -44,7 +44,7 @@ class Shape(TypedDict, total=False):
 
 MEMORIES: dict[str, type[Memory]] = {**RECURRENCES, "transformer": WindowTransformer}
 Sequencer = Callable[[Rollout], tuple[Tensor, HiddenState]]
-LARGEST_PASS = 2**24  # numbers of the observations in one pass over a rollout without gradient
+LARGEST_PASS = 2**24  # numbers of the observations, or hidden states, in one pass over a rollout without gradient
 
 
 class Body(nn.Module):
@@ -95,9 +95,15 @@ class Body(nn.Module):
 
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Features [T, N, size] of each observation and of its true successor, processed in the same episode."""
-        features, states = self.sequence(rollout)
-        after = {name: x[:] for name, x in states.items()}  # which may be made only now
-        return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
+        features, after = self.sequence(rollout)
+        numbers = rollout.start.shape[1] * sum(x.shape[-1] for x in self.initial_state(1).values())
+        rows, following = max(1, LARGEST_PASS // max(1, numbers)), []
+        for t in range(0, len(rollout.start), rows):
+            part = slice(t, t + rows)
+            states = {name: x[part] for name, x in after.items()}
+            obs = map_obs(lambda x, part=part: x[part], rollout.next_obs)
+            following.append(self.step(obs, states, torch.zeros_like(rollout.start[part]))[0])
+        return features, torch.cat(following)
 
     def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
         """The same, where a successor that is the next observation is not computed again, nor a terminal one, whose

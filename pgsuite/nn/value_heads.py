@@ -66,8 +66,9 @@ class Scalar(ValueHead):
 
 class Categorical(ValueHead):
     """Logits of ``bins`` of equal width from -limit to limit, fitted by cross-entropy to histograms of normal
-    distributions around the targets, whose deviation is ``spread`` bins (HL-Gauss; Farebrother et al., 2024, equations
-    3 and 4).  The value is the mean of the bins' centers.  Targets beyond the limits count as the limits.
+    distributions around the targets, whose deviation is ``spread`` bins (HL-Gauss; Imani and White, 2018;
+    Farebrother et al., 2024).  The value is the mean of the bins' centers.  Targets beyond the limits count as the
+    limits.
     """
 
     normalizes = True
