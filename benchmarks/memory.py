@@ -8,8 +8,8 @@
 Each round trains every contender for four iterations from scratch, in a process of its own with one torch thread, in
 one order and then in the other.  Counted are the CPU seconds of whole iterations, without construction.  Writes all
 rounds to benchmarks/results/memory/<task>.json; ``--docs`` measures nothing and puts the kept results into
-docs/explanation/algorithms.md.  ``--learn`` trains our kinds of memory for so many steps instead, and writes what they
-learned to benchmarks/results/memory/<task>-learning.json.
+docs/explanation/algorithms.md.  ``--learn`` trains our kinds of memory for so many steps instead, with scaled rewards
+and a learning rate that falls to zero, and writes what they learned to benchmarks/results/memory/<task>-learning.json.
 
 All contenders have the same environments, batch, epochs, minibatches of whole sequences, recurrent layers of the same
 size for policy and critic, one hidden layer after each, tanh, Adam and one learning rate.  They differ in this:
@@ -48,7 +48,7 @@ from pgsuite import algorithms, seeding
 from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import make
 from pgsuite.envs.tasks import CartPole, Task, TMaze
-from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 
 KEPT = RESULTS / "memory"
@@ -139,6 +139,7 @@ Trained = tuple[float, float]  # CPU seconds, and mean return of the last hundre
 
 def pgsuite(work: Work, kind: str, seed: int, steps: int) -> Trained:
     env = make(work.task(), ENVS, seed=seed)
+    learning: dict[str, Any] = {"lr": {"linear": [LR, 0]}, "reward_scale": RewardScale(ENVS)}
     generator = seeding.generator(seed, "networks")
     norm = Standardize(env.observation_space)
     shape: dict[str, Any] = {"hidden": (SIZE,), "recurrent": kind, "recurrent_size": SIZE, "generator": generator}
@@ -148,15 +149,17 @@ def pgsuite(work: Work, kind: str, seed: int, steps: int) -> Trained:
         generator=seeding.generator(seed, "minibatches"),
         estimator=GAE(lam=LAM),
         gamma=GAMMA,
-        lr=LR,
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
         entropy_coef=ENTROPY,
+        **learning if steps > STEPS else {"lr": LR},
     )
     collector = algorithm.collector(env, HORIZON, seed)
     running, finished = torch.zeros(ENVS), deque[float](maxlen=100)
     began = process_time()
-    for _ in range(steps // (ENVS * HORIZON)):
+    iterations = steps // (ENVS * HORIZON)
+    for i in range(iterations):
+        algorithm.update_schedules(i / iterations)
         algorithm.iterate(collector)
         rollout = collector.buffer.read()
         for reward, done in zip(rollout.reward, rollout.done, strict=True):
