@@ -2,12 +2,14 @@
 
     pip install -c constraints.txt -e ".[peers]"
     python benchmarks/memory.py [--only cartpole tmaze tmaze-long] [--rounds 5]
+    python benchmarks/memory.py --learn 100_000 --only cartpole --rounds 3 --jobs 2
     python benchmarks/memory.py --docs
 
 Each round trains every contender for four iterations from scratch, in a process of its own with one torch thread, in
 one order and then in the other.  Counted are the CPU seconds of whole iterations, without construction.  Writes all
 rounds to benchmarks/results/memory/<task>.json; ``--docs`` measures nothing and puts the kept results into
-docs/explanation/algorithms.md.
+docs/explanation/algorithms.md.  ``--learn`` trains our kinds of memory for so many steps instead, with scaled rewards
+and a learning rate that falls to zero, and writes what they learned to benchmarks/results/memory/<task>-learning.json.
 
 All contenders have the same environments, batch, epochs, minibatches of whole sequences, recurrent layers of the same
 size for policy and critic, one hidden layer after each, tanh, Adam and one learning rate.  They differ in this:
@@ -30,6 +32,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import process_time
 from typing import Any
@@ -45,11 +48,12 @@ from pgsuite import algorithms, seeding
 from pgsuite.algorithms.estimators import GAE
 from pgsuite.envs import make
 from pgsuite.envs.tasks import CartPole, Task, TMaze
-from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 
 KEPT = RESULTS / "memory"
-CONTENDERS = ("pgsuite, GRU", "pgsuite, LSTM", "sb3-contrib, LSTM")
+CONTENDERS = ("pgsuite, GRU", "pgsuite, LSTM", "pgsuite, transformer", "sb3-contrib, LSTM")
+LEARNERS = ("pgsuite, GRU", "pgsuite, transformer")
 ENVS, HORIZON, EPOCHS, MINIBATCHES, SIZE = 8, 128, 10, 4, 64
 
 
@@ -133,8 +137,9 @@ LR, GAMMA, LAM, ENTROPY = 1e-3, 0.99, 0.95, 0.01
 Trained = tuple[float, float]  # CPU seconds, and mean return of the last hundred episodes
 
 
-def pgsuite(work: Work, kind: str, seed: int) -> Trained:
+def pgsuite(work: Work, kind: str, seed: int, steps: int) -> Trained:
     env = make(work.task(), ENVS, seed=seed)
+    learning: dict[str, Any] = {"lr": {"linear": [LR, 0]}, "reward_scale": RewardScale(ENVS)}
     generator = seeding.generator(seed, "networks")
     norm = Standardize(env.observation_space)
     shape: dict[str, Any] = {"hidden": (SIZE,), "recurrent": kind, "recurrent_size": SIZE, "generator": generator}
@@ -144,15 +149,17 @@ def pgsuite(work: Work, kind: str, seed: int) -> Trained:
         generator=seeding.generator(seed, "minibatches"),
         estimator=GAE(lam=LAM),
         gamma=GAMMA,
-        lr=LR,
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
         entropy_coef=ENTROPY,
+        **learning if steps > STEPS else {"lr": LR},
     )
     collector = algorithm.collector(env, HORIZON, seed)
     running, finished = torch.zeros(ENVS), deque[float](maxlen=100)
     began = process_time()
-    for _ in range(STEPS // (ENVS * HORIZON)):
+    iterations = steps // (ENVS * HORIZON)
+    for i in range(iterations):
+        algorithm.update_schedules(i / iterations)
         algorithm.iterate(collector)
         rollout = collector.buffer.read()
         for reward, done in zip(rollout.reward, rollout.done, strict=True):
@@ -162,7 +169,7 @@ def pgsuite(work: Work, kind: str, seed: int) -> Trained:
     return process_time() - began, statistics.fmean(finished)
 
 
-def sb3(work: Work, seed: int) -> Trained:
+def sb3(work: Work, seed: int, steps: int) -> Trained:
     from sb3_contrib import RecurrentPPO
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -184,29 +191,43 @@ def sb3(work: Work, seed: int) -> Trained:
         device="cpu",
     )
     began = process_time()
-    model.learn(STEPS, log_interval=None)
+    model.learn(steps, log_interval=None)
     seconds = process_time() - began
     return seconds, statistics.fmean(episode["r"] for episode in model.ep_info_buffer)
 
 
-def contend(table: str, name: str, seed: int) -> Trained:
+def contend(table: str, name: str, seed: int, steps: int) -> Trained:
     """Train one contender, in this process."""
     torch.set_num_threads(1)
     library, kind = name.split(", ")
-    return pgsuite(WORKS[table], kind.lower(), seed) if library == "pgsuite" else sb3(WORKS[table], seed)
+    if library == "pgsuite":
+        return pgsuite(WORKS[table], kind.lower(), seed, steps)
+    return sb3(WORKS[table], seed, steps)
+
+
+def trained(table: str, name: str, seed: int, steps: int) -> Trained:
+    """Train one contender in a process of its own."""
+    command = [sys.executable, __file__, "--contend", table, name, str(seed), str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    seconds, mean = json.loads(done.stdout.splitlines()[-1])
+    print(f"{table}: seed {seed}: {name}: {seconds:.1f} s, {mean:.2f}", flush=True)
+    return seconds, mean
 
 
 def measure(table: str, rounds: int) -> dict[str, list[Trained]]:
     found: dict[str, list[Trained]] = {name: [] for name in CONTENDERS}
     for i in range(rounds):
         for name in CONTENDERS if i % 2 == 0 else reversed(CONTENDERS):
-            command = [sys.executable, __file__, "--contend", table, name, str(i)]
-            done = subprocess.run(
-                command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
-            )
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{table}: round {i + 1}: {name}: {found[name][-1][0]:.1f} s, {found[name][-1][1]:.2f}", flush=True)
+            found[name].append(trained(table, name, i, STEPS))
     return found
+
+
+def learn(table: str, rounds: int, steps: int, jobs: int) -> dict[str, list[Trained]]:
+    """What our kinds of memory learn, with as many seeds."""
+    with ThreadPoolExecutor(jobs) as pool:
+        found = {name: [pool.submit(trained, table, name, seed, steps) for seed in range(rounds)] for name in LEARNERS}
+        return {name: [each.result() for each in runs] for name, runs in found.items()}
 
 
 def text(table: str, result: dict[str, Any]) -> str:
@@ -227,18 +248,34 @@ def text(table: str, result: dict[str, Any]) -> str:
     return "\n".join([f"{caption}{result['machine']}; commit {result['commit']}; {versions}.", "", *lines, ""])
 
 
+def learned(table: str, result: dict[str, Any]) -> str:
+    """The mean return of the last hundred episodes of every seed."""
+    lines = ["| | return of the last 100 episodes, by seed | steps per CPU second |", "|---|---|---|"]
+    for name, runs in result["rows"].items():
+        rate = statistics.median(result["steps"] / seconds for seconds, _ in runs)
+        lines.append(f"| {name} | {', '.join(f'{mean:,.1f}' for _, mean in runs)} | {rate:,.0f} |")
+    caption = f"{WORKS[table].title}, {result['steps']:,} steps; {result['machine']}, shared with other work"
+    return "\n".join([f"{caption}; commit {result['commit']}; torch {result['versions']['torch']}.", "", *lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--learn", type=int, metavar="STEPS")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of --learn at a time")
     parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--contend", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--contend", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
-        table, name, seed = options.contend
-        print(json.dumps(contend(table, name, int(seed))))
+        table, name, seed, steps = options.contend
+        print(json.dumps(contend(table, name, int(seed), int(steps))))
         return
-    if not options.docs:
+    if options.learn:
+        for table in options.only:
+            rows = learn(table, options.rounds, options.learn, options.jobs)
+            keep(source() | {"steps": options.learn, "rows": rows}, KEPT / f"{table}-learning.json")
+    elif not options.docs:
         from importlib.metadata import version
 
         for table in options.only:
@@ -248,6 +285,8 @@ def main() -> None:
             keep(result, KEPT / f"{table}.json")
     kept = {table: KEPT / f"{table}.json" for table in WORKS}
     tables = [text(table, json.loads(path.read_text())) for table, path in kept.items() if path.exists()]
+    kept = {table: KEPT / f"{table}-learning.json" for table in WORKS}
+    tables += [learned(table, json.loads(path.read_text())) for table, path in kept.items() if path.exists()]
     if options.docs:
         write_table("docs/explanation/algorithms.md", "memory.py", "\n".join(tables))
     print("\n".join(tables))

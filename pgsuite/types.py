@@ -97,7 +97,7 @@ class Rollout(Experience):
     """[T, N] experience, as the behavior policy and the environments produced it."""
 
     obs: Obs  # [T, N, *O]
-    hidden_state: HiddenState  # [T, N, H] each, before obs is processed
+    hidden_state: HiddenState  # [1, N, H] each, before the first row of obs is processed
     start: Tensor  # [T, N] bool, obs is the first of an episode
     action: Tensor  # [T, N, *A]
     logp: Tensor  # [T, N] log-probability under the behavior policy; if that is stale, see OverlappedCollector
@@ -126,7 +126,7 @@ class Batch(Experience):
     """A rollout with advantages and value targets, from which policy and critic learn."""
 
     obs: Obs  # [..., *O]
-    hidden_state: HiddenState  # [..., H] each
+    hidden_state: HiddenState  # [1, N, H] each, of sequences [T, N] only
     start: Tensor  # [...] bool
     action: Tensor  # [..., *A]
     logp: Tensor  # [...] as in the rollout

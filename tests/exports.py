@@ -44,6 +44,7 @@ TUPLE = spaces.Tuple([BOX, spaces.MultiDiscrete([2, 3], start=[1, 0])])
 MASKED = spaces.Dict({"state": BOX, "action_mask": spaces.MultiBinary(4)})
 HIDDEN = spaces.Dict({"state": BOX, "critic_obs": BOX})
 GRU, LSTM = ({"recurrent": kind, "recurrent_size": 8} for kind in ("gru", "lstm"))
+WINDOW = {"recurrent": {"_target_": "transformer", "window": 4, "layers": 2}, "recurrent_size": 8}
 SHARED = {"critic": CriticConfig(shared=True)}
 Spaces = tuple[spaces.Space[Any], spaces.Space[Any]]
 KINDS: dict[str, tuple[Spaces, dict[str, Any], dict[str, Any]]] = {  # spaces, the policy's settings, the run's
@@ -59,6 +60,8 @@ KINDS: dict[str, tuple[Spaces, dict[str, Any], dict[str, Any]]] = {  # spaces, t
     "joined": ((BOX, spaces.Tuple([spaces.Discrete(3, start=1), TORQUE])), {}, {}),
     "discrete": ((spaces.Discrete(6), spaces.Discrete(2)), {"activation": "silu"}, {}),
     "images": ((IMAGE, spaces.Discrete(3)), {"activation": "relu"}, {}),
+    "normalized": ((BOX, TORQUE), {"norm": "layer"}, {}),
+    "residual-gru": ((BOX, TORQUE), {"block": "residual", "norm": "layer"} | GRU, {}),
     "images-lstm": ((IMAGE, spaces.Discrete(3)), LSTM, {"standardize_obs": False}),
     "masks": ((MASKED, spaces.Discrete(4)), {}, {}),
     "masks-multicategorical": ((MASKED, spaces.MultiDiscrete([2, 2])), {}, {}),
@@ -67,6 +70,7 @@ KINDS: dict[str, tuple[Spaces, dict[str, Any], dict[str, Any]]] = {  # spaces, t
     "tuple": ((TUPLE, TORQUE), {}, {}),
     "dictionary-gru": ((MIXED, TORQUE), GRU, {}),
     "gru": ((BOX, TORQUE), GRU, {}),
+    "transformer": ((BOX, TORQUE), WINDOW, {}),
     "lstm": ((BOX, spaces.Discrete(4)), LSTM, {}),
     "shared": ((BOX, TORQUE), {}, SHARED),
     "shared-lstm": ((BOX, TORQUE), LSTM, SHARED),

@@ -469,7 +469,8 @@ def test_the_value_clip_is_off_unless_asked_for() -> None:
         algorithm = build(PPO, env, value_clip=clip)
         batch = first_batch(algorithm, env)
         value = batch.value + 1.0
-        slope = torch.autograd.grad(algorithm.value_error(value.requires_grad_(), batch).sum(), value)[0]
+        loss = algorithm.value_error(value.requires_grad_().unsqueeze(-1), batch).sum()
+        slope = torch.autograd.grad(loss, value)[0]
         plain = torch.equal(slope, 2 * (value - batch.target).detach())
         assert plain == (clip is None)
 
@@ -594,8 +595,8 @@ class QuadraticCritic(Critic):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__(Standardize(LQR(1).observation_space, enabled=False), hidden=(), generator=generator)
 
-    def read(self, features: Tensor) -> Tensor:
-        return super().read(features.square())
+    def prediction(self, features: Tensor) -> Tensor:
+        return super().prediction(features.square())
 
 
 @pytest.mark.parametrize("cls", mostly_long([A2C, PPO, NPG, TRPO], PPO, TRPO))

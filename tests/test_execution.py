@@ -35,7 +35,11 @@ CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     (NPG, {"critic_epochs": 2, "max_kl": {"linear": [0.02, 0]}, "damping": {"linear": [0.1, 1.0]}}, "aot_eager"),
     (A2C, {"lr": {"cosine": [1e-2, 1e-3]}, "entropy_coef": {"linear": [0.1, 0]}}, "aot_eager"),
 ]
+WINDOW = {"recurrent": {"_target_": "transformer", "window": 5}, "recurrent_size": 8}
+RESIDUAL = {"block": "residual", "norm": "layer"}
 LONG: list[tuple[type[Algorithm], dict[str, Any], str]] = [
+    (PPO, {"epochs": 2, "look": RESIDUAL, "critic_look": {"head": "categorical"}}, "inductor"),
+    (TRPO, {"critic_epochs": 2, "look": RESIDUAL, "critic_look": {"normalize_values": True}}, "aot_eager"),
     (TRPO, {"critic_epochs": 2, "backtracking": "batched", "max_backtracks": 3, "fisher": "gauss-newton"}, "aot_eager"),
     (NPG, {"critic_epochs": 2, "fisher": "gauss-newton", "name": "CartPole", "shared": True}, "aot_eager"),
     (
@@ -82,8 +86,13 @@ def test_compiled_learning_is_eager_learning(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     ("name", "look"),
-    [("CartPole", {}), ("Pendulum", {"distribution": "beta"}), ("Pendulum", {"recurrent": "gru"})],
-    ids=["categorical", "beta", "gru"],
+    [
+        ("CartPole", {}),
+        ("Pendulum", {"distribution": "beta"}),
+        ("Pendulum", {"recurrent": "gru"}),
+        pytest.param("CartPole", WINDOW, marks=pytest.mark.long),
+    ],
+    ids=["categorical", "beta", "gru", "transformer"],
 )
 def test_compiled_acting_does_what_eager_acting_does(
     name: str, look: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -118,6 +118,21 @@ def check_alike(alone: list[Trainer], many: ManyTrainer, iterations: int, bound:
             assert difference(one["tracker"], two["tracker"]) < bound
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("critic", [{"head": "categorical"}, {"normalize_values": True}, {"norm": "layer"}], ids=str)
+@pytest.mark.parametrize("cls", [PPO, TRPO])
+def test_a_run_with_other_networks_is_the_run_alone_too(cls: type[Algorithm], critic: dict[str, Any]) -> None:
+    look = {"block": "residual", "norm": "layer"}
+    check_alike(*both(cls, "toy", look=look, critic_look=critic), 5, 1e-10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cls", [PPO, TRPO, Reinforce])
+def test_a_run_that_attends_is_the_run_alone_too(cls: type[Algorithm]) -> None:
+    window: Any = {"_target_": "transformer", "window": 6, "layers": 2}
+    check_alike(*both(cls, "toy", window, look={"recurrent_size": 8}), 5, 1e-10)
+
+
 @pytest.mark.parametrize(("cls", "recurrent", "name", "iterations"), toys.mostly_long([*SHORT, *CASES], *SHORT))
 def test_a_run_among_others_is_the_run_alone(cls: type[Algorithm], recurrent: str, name: str, iterations: int) -> None:
     check_alike(*both(cls, name, recurrent), iterations, 1e-10)

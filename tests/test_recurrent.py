@@ -22,6 +22,8 @@ from pgsuite.training.trainer import Trainer
 from pgsuite.transfer import as_on_accelerator
 
 KINDS: list[Any] = ["gru", "lstm"]
+WINDOW: Any = {"_target_": "transformer", "window": 5, "layers": 2}
+MEMORIES: list[Any] = [*KINDS, pytest.param(WINDOW, id="transformer", marks=pytest.mark.long)]
 
 
 class Recall(Toy):
@@ -194,7 +196,7 @@ def test_units_keep_what_they_hold_for_up_to_a_span(kind: Any) -> None:
     assert 2 <= steps.min() < 3 and 48 < steps.max() <= 50 and float(steps.mean()) == pytest.approx(26, abs=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("cls", ALL)
 def test_a_policy_that_remembers_learns_as_it_acted(cls: type[Algorithm], kind: Any) -> None:
     """The ratio is one before the first step of every iteration, though episodes end and rollouts cut them."""
@@ -211,7 +213,7 @@ def test_a_policy_that_remembers_learns_as_it_acted(cls: type[Algorithm], kind: 
         algorithm.iterate(rollouts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MEMORIES)
 def test_what_a_critic_says_is_what_it_would_have_said_step_by_step(kind: Any) -> None:
     """Values, and those of true successors before any restart, with a memory that outlasts rollouts."""
     env = PointMass(6, max_episode_steps=7)
@@ -237,7 +239,7 @@ def test_what_a_critic_says_is_what_it_would_have_said_step_by_step(kind: Any) -
         critic.update_statistics(rollout)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("cls", [A2C, PPO, NPG])
 def test_minibatches_of_sequences_are_whole_columns(cls: type[Algorithm], kind: Any) -> None:
     """Each part's log-probabilities and values are those that the same columns have in the whole."""
@@ -294,12 +296,39 @@ def test_a_long_memory_learns_it_too() -> None:
     assert remembered(PPO, "lstm") > 0.9
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("cls", ALL)
+def test_every_method_learns_to_attend(cls: type[Algorithm]) -> None:
+    assert remembered(cls, WINDOW) > 0.9
+
+
+@pytest.mark.long
+def test_a_window_that_is_too_short_is_no_memory_of_it() -> None:
+    assert abs(remembered(PPO, {"_target_": "transformer", "window": 3}, 30)) < 0.2
+
+
+def test_rollouts_keep_the_state_at_their_start_only() -> None:
+    """Of which a policy that attends learns as it acted."""
+    env = PointMass(8, max_episode_steps=13)
+    algorithm = remembering(PPO, env, WINDOW)
+    rollouts = collector(algorithm, env)
+    rollouts.collect(algorithm.policy)
+    for _ in range(2):
+        before = rollouts.hidden_state["policy"].clone()
+        rollout = rollouts.collect(algorithm.policy)
+        with torch.no_grad():
+            ratio = (algorithm.policy.dist(rollout).log_prob(rollout.action) - rollout.logp).exp()
+        assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-5)
+        assert rollout.hidden_state["policy"].shape == (1, 8, algorithm.policy.initial_state(1)["policy"].shape[-1])
+        assert before.any() and torch.equal(rollout.hidden_state["policy"][0], before)
+
+
 @pytest.mark.parametrize("cls", [PPO, TRPO])
 def test_without_a_memory_it_cannot_be_learned(cls: type[Algorithm]) -> None:
     assert abs(remembered(cls, "none", 60)) < 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MEMORIES)
 def test_a_trust_region_holds_for_a_policy_that_remembers(kind: Any) -> None:
     env = PointMass(64, max_episode_steps=15)
     algorithm = remembering(TRPO, env, kind)
@@ -316,7 +345,7 @@ def sharing(cls: type[Algorithm], env: Any, kind: Any = "none", **fields: Any) -
     return build(cls, env, look={"recurrent": kind, "recurrent_size": 16}, shared=True, **BRIEF[cls] | fields)
 
 
-@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize("kind", ["none", *MEMORIES])
 @pytest.mark.parametrize("cls", ALL)
 def test_a_shared_body_learns_and_only_a_joint_loss_moves_it_for_the_critic(cls: type[Algorithm], kind: Any) -> None:
     env = PointMass(16, max_episode_steps=15)
@@ -354,7 +383,7 @@ def test_a_loss_computes_a_shared_body_once(cls: type[Algorithm], kind: Any) -> 
     torch.testing.assert_close((loss, *both[0]), (other, *both[1]), rtol=1e-4, atol=1e-6)
 
     algorithm.value_coef = 0.0
-    algorithm.critic.forward = None
+    algorithm.critic.predict = None
     assert "value_loss" in metrics and "value_loss" not in algorithm.loss(batch)[1]
 
 
@@ -404,7 +433,7 @@ def test_critics_without_a_memory_of_their_own_carry_nothing() -> None:
         assert isinstance(critic, Critic) and critic.hidden_state.numel() == 0 and not critic.remembers
 
 
-@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize("kind", ["none", *MEMORIES])
 def test_an_exported_policy_takes_its_statistics_and_its_memory_along(kind: Any) -> None:
     """torch.export holds the normalizer, frozen; memory goes in and comes out."""
     env = PointMass(4)

@@ -54,7 +54,12 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "multicategorical, masked": lambda: choosy(spaces.MultiDiscrete([2, 3]), 5),
     "bernoulli": lambda: plain(spaces.MultiBinary(2)),
     "bernoulli, masked": lambda: choosy(spaces.MultiBinary(2), 2),
+    "gaussian, normalized": lambda: plain(BOX, norm="layer"),
+    "gaussian, of residual blocks": lambda: plain(BOX, block="residual", norm="layer", activation="silu"),
     "gaussian, remembering": lambda: plain(BOX, recurrent="gru", recurrent_size=3),
+    "gaussian, attending": lambda: plain(
+        BOX, recurrent={"_target_": "transformer", "window": 2, "heads": 1}, recurrent_size=4
+    ),
     "beta, remembering": lambda: plain(BOX, distribution="beta", recurrent="lstm", recurrent_size=2),
     "categorical, remembering": lambda: plain(spaces.Discrete(3), recurrent="lstm", recurrent_size=2),
 }

@@ -180,6 +180,7 @@ def build(
     scale: bool = True,
     convolutions: Any = None,
     look: Any = None,
+    critic_look: Any = None,
     recurrent: Any = "none",
     shared: bool = False,
     **fields: Any,
@@ -195,7 +196,8 @@ def build(
         "num_envs": env.num_envs,
         "shared": policy if shared else None,
     }
-    critic = Critic(norm, hidden=(16,), activation="elu", **both)  # tanh begins as an odd function
+    both = {"hidden": (16,), "activation": "elu"} | both | (critic_look or {})  # tanh begins as an odd function
+    critic = Critic(norm, **both)
     if scale:
         fields["reward_scale"] = RewardScale(env.num_envs)
     return cls(policy=policy, critic=critic, generator=generator, **fields)  # pyright: ignore[reportCallIssue]

@@ -10,7 +10,8 @@ from pgsuite.components import Component
 from pgsuite.functional import objectives
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.optim import make_optimizer
-from pgsuite.nn.policy import dist_and_value, log_prob
+from pgsuite.nn.policy import dist_and_prediction, log_prob
+from pgsuite.rollout import Collector
 from pgsuite.settings import NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_means
 
@@ -31,6 +32,13 @@ class A2C(ActorCritic):
         super().__post_init__()
         self.optimizer = make_optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
 
+    def validate(self, collector: Collector) -> None:
+        super().validate(collector)
+        given = [name for name in ("value_clip", "huber_delta") if getattr(self, name) is not None]
+        if given and not self.critic.head.linear:
+            head = type(self.critic.head).__name__.lower()
+            raise ValueError(f"algo.{given[0]} is for a squared error, and critic.head={head} has none: leave it out")
+
     def update(self, batch: Batch) -> Metrics:
         metrics = self.gradient_step(self.optimizer, self.loss, batch)
         # At a ratio of one this loss is minus the mean advantage, and so uninformative.
@@ -49,34 +57,32 @@ class A2C(ActorCritic):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss [], policy loss + value_coef * value loss - entropy_coef * entropy, each a mean over real cells; and
         metrics."""
-        dist, value = self.evaluate(batch)
+        dist, prediction = self.evaluate(batch)
         logp = dist.log_prob(batch.action)
         log_ratio = objectives.log_ratio(logp, batch.logp)
         ratio = self.ratio_of(log_ratio, batch.mask)
         cells = {"policy_loss": -self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch)}
-        if value is not None:
-            cells["value_loss"] = self.value_error(value, batch)
+        if prediction is not None:
+            cells["value_loss"] = self.value_error(prediction, batch)
         cells["entropy"] = dist.entropy()
         with torch.no_grad():
             cells |= self.ratio_metrics(log_ratio, ratio, batch)
         means = masked_means(cells, batch.mask)
         loss = means["policy_loss"]
-        if value is not None:
+        if prediction is not None:
             loss = loss + self.value_coef * means["value_loss"]
         loss = loss - self.entropy_coef * means["entropy"]
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
 
     def evaluate(self, batch: Batch) -> tuple[Distribution, Tensor | None]:
-        """The action distributions of a batch, and the critic's values [...]: None if their loss has no weight."""
+        """The action distributions of a batch, and the critic's predictions: None if their loss has no weight."""
         if isinstance(self.value_coef, Tensor) or self.value_coef > 0:  # a schedule, or a constant
-            return dist_and_value(self.policy, self.critic, batch)
+            return dist_and_prediction(self.policy, self.critic, batch)
         return self.policy.dist(batch), None
 
-    def value_error(self, value: Tensor, batch: Batch) -> Tensor:
-        """Value loss per cell [...]."""
-        if self.value_clip is None:
-            return objectives.squared_error(value, batch.target, self.huber_delta)
-        return objectives.clipped_squared_error(value, batch.value, batch.target, self.value_clip, self.huber_delta)
+    def value_error(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Value loss per cell [...] of the critic's predictions."""
+        return self.critic.loss(prediction, batch.target, batch.value, clip=self.value_clip, huber=self.huber_delta)
 
     def ratio_metrics(self, log_ratio: Tensor, ratio: Tensor, batch: Batch) -> Metrics:
         """Metrics per cell [...] of the policy's change since the rollout.  A2C has none: it evaluates the loss only

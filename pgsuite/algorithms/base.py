@@ -364,6 +364,7 @@ class ActorCritic(Algorithm):
             since = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
             ratio = since if weight is None else weight * since
         advantage, target = self.estimator(rollout, value, next_value, ratio, gamma=self.gamma)
+        self.critic.observe_targets(target, rollout.mask)
         if weight is not None:
             clipped = weight.clamp(max=self.estimator.rho_clip)
             rollout = replace(rollout, extra=rollout.extra | {"weight": clipped})

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.components import Component
-from pgsuite.functional import objectives
 from pgsuite.nn.normalize import RewardScale
 from pgsuite.nn.optim import Objective, Optimizer, make_optimizer
 from pgsuite.nn.policy import Critic
@@ -24,8 +23,8 @@ Fit = Callable[[Optimizer, Objective, tuple[object, ...], Batch, int, int], Metr
 
 
 def critic_loss(critic: Critic, batch: Batch) -> tuple[Tensor, Metrics]:
-    """A critic's mean squared error over real cells, as the loss [] and as a metric."""
-    error = masked_mean(objectives.squared_error(critic(batch), batch.target), batch.mask)
+    """A critic's mean loss over real cells [], also as a metric."""
+    error = masked_mean(critic.loss(critic.predict(batch), batch.target), batch.mask)
     return error, {"value_loss": error.detach()}
 
 
@@ -82,6 +81,7 @@ class Channel(Scheduled):
             next_value = torch.cat([value[1:], next_value[-1:]]).where(~cut, next_value)
         ratio = rollout.extra.get("weight")
         advantage, target = self.estimator(seen, value, next_value, ratio, gamma=self.gamma)
+        self.critic.observe_targets(target, seen.mask)
         return {"value": value, "advantage": advantage, "target": target}
 
     def learn(self, rollout: Rollout, fit: Fit) -> Metrics:

@@ -63,6 +63,8 @@ class Reinforce(CriticRegressionMixin):
         advantage = returns - value
         if self.estimator is not None:
             advantage, returns = self.estimator(rollout, value, value, None, gamma=self.gamma)
+        if self.critic is not None:
+            self.critic.observe_targets(returns, rollout.mask)
         advantage = standardize(advantage, rollout.mask) if self.normalize_advantage == "batch" else advantage
         return Batch.of(rollout, value=value, advantage=advantage, target=returns)
 

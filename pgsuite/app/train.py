@@ -228,7 +228,8 @@ def refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
     """Raise UserError for settings of the command line that have no effect because of another setting."""
     critic = [f"critic.{f.name}" for f in fields(CriticConfig)]
     own = [f"algo.{f.name}" for f in fields(algorithm) if f.name.startswith("critic_")]
-    layers = [f.name for f in fields(CriticConfig) if f.name not in ("body", "shared", "zero_init")]
+    heads = ("head", "normalize_values", "zero_init")  # of any network
+    layers = [f.name for f in fields(CriticConfig) if f.name not in ("body", "shared", *heads)]
     adaptive = ("target", "horizon")
     without_critic = "a method that has no critic"
     if hasattr(algorithm, "baseline"):

@@ -140,6 +140,10 @@ def write(portable: Portable, metadata: dict[str, Any], path: Path, form: str) -
     except RuntimeError as error:
         raise UserError(f"{form} cannot express this policy: {str(error).splitlines()[0]}") from error
     assert made is not None
+    for node in made.model.graph:  # an operation may have the name of an output, such as mean
+        for x in node.outputs:
+            if x.name in outputs and not x.is_graph_output():
+                x.name = f"inner.{x.name}"
     made.model.metadata_props[METADATA] = json.dumps(metadata)
     made.save(path, external_data=False)
 

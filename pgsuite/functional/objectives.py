@@ -65,3 +65,11 @@ def clipped_squared_error(
     of OpenAI's baselines)."""
     held = old_value + (value - old_value).clamp(-clip, clip)
     return torch.max(squared_error(value, target, huber), squared_error(held, target, huber))
+
+
+def gaussian_histogram(mean: Tensor, edges: Tensor, deviation: float) -> Tensor:
+    """The chances [..., K] of the bins between edges [K + 1] under normal distributions with these means [...], clamped
+    to the edges, and this standard deviation, truncated to the edges (Farebrother et al., 2024)."""
+    mean = mean.clamp(edges[0], edges[-1]).unsqueeze(-1)
+    below = torch.special.ndtr((edges - mean) / deviation)
+    return below.diff(dim=-1) / (below[..., -1:] - below[..., :1])

@@ -11,6 +11,7 @@ from torch import Generator
 
 from pgsuite.components import Component
 from pgsuite.nn.heads import Sigma
+from pgsuite.nn.layers import Block, Norm
 from pgsuite.nn.network import Shape, make_body
 from pgsuite.nn.normalize import Standardize
 from pgsuite.nn.policy import Critic, Policy
@@ -23,6 +24,8 @@ class NetworkConfig(Checked):
 
     hidden: list[Count] = field(default_factory=lambda: [64, 64])  # units of each hidden layer
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # of hidden layers
+    norm: Norm = "none"  # layer normalization: before each activation, or before each residual block and after the last
+    block: Block = "plain"  # residual: each hidden layer is a block that adds to its input, through 4 times its units
     convolutions: list[tuple[Count, Count, Count]] | None = None  # channels, kernel, stride; null goes by image size
     recurrent_size: Count = 64  # units of the recurrent layer
     body: Component | None = None  # in place of all these layers, by its dotted path: my_package.MyBody
@@ -32,6 +35,8 @@ class NetworkConfig(Checked):
         return Shape(
             hidden=self.hidden,
             activation=self.activation,
+            norm=self.norm,
+            block=self.block,
             convolutions=self.convolutions,
             recurrent=recurrent or "none",
             recurrent_size=self.recurrent_size,
@@ -53,7 +58,7 @@ class PolicyConfig(Checked, ABC):
 class MLPPolicyConfig(NetworkConfig, PolicyConfig):
     """A multilayer perceptron, and the action distribution that it parameterizes."""
 
-    recurrent: Component = "none"  # a layer before the hidden ones: none, gru, lstm, or by dotted path
+    recurrent: Component = "none"  # before the hidden layers: none, gru, lstm, transformer, or by dotted path
     distribution: Component = "auto"  # by the action space; gaussian, squashed, beta, ..., or my_package.MyHead
     log_sigma: float | None = None  # initial log standard deviation of Gaussian policies; null is -0.5
     sigma: Sigma = "free"  # of Gaussian policies: a free parameter, or state-dependent
@@ -78,6 +83,8 @@ class CriticConfig(NetworkConfig):
     """The network of a critic."""
 
     recurrent: Component | None = None  # a layer before the hidden ones; null takes the policy's, as for body
+    head: Component = "scalar"  # a value fitted by squared error; categorical: a histogram fitted by cross-entropy
+    normalize_values: bool | None = None  # fit targets in their running deviations from their mean; null goes by head
     shared: bool = False  # share the policy's network; the other settings then have no effect
     zero_init: bool = False  # initial values are zero
 
@@ -100,5 +107,7 @@ class CriticConfig(NetworkConfig):
             body=body,
             num_envs=num_envs,
             zero_init=self.zero_init,
+            head=self.head,
+            normalize_values=self.normalize_values,
             **self.shape(self.recurrent, generator),
         )

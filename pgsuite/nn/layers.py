@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,6 +15,8 @@ from pgsuite.types import Obs
 
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride (Mnih et al., 2015)
 SMALL = ((32, 3, 1), (64, 3, 1))  # for images too small for NATURE
+Norm = Literal["none", "layer"]
+Block = Literal["plain", "residual"]
 SCREEN = 36  # pixels of the shorter side from which on NATURE fits
 
 
@@ -46,12 +49,51 @@ def linear(inputs: int, outputs: int, gain: float, generator: Generator | None) 
     return layer
 
 
-def perceptron(sizes: Sequence[int], activation: str, generator: Generator | None = None) -> nn.Sequential:
-    """A multilayer perceptron with an activation after every layer; weights have gain sqrt 2."""
+def perceptron(
+    sizes: Sequence[int], activation: str, generator: Generator | None = None, *, norm: Norm = "none"
+) -> nn.Sequential:
+    """A multilayer perceptron with an activation after every layer, and if so chosen a normalization before it (Ba et
+    al., 2016); weights have gain sqrt 2."""
     net = nn.Sequential()
     for inputs, outputs in itertools.pairwise(sizes):
-        net.extend([linear(inputs, outputs, math.sqrt(2), generator), ACTIVATIONS[activation]()])
+        layer = linear(inputs, outputs, math.sqrt(2), generator)
+        net.extend([layer, *normalization(norm, outputs), ACTIVATIONS[activation]()])
     return net
+
+
+def normalization(norm: Norm, size: int) -> list[nn.Module]:
+    """The layers that normalize features [..., size]: one or none."""
+    return [nn.LayerNorm(size)] if norm == "layer" else []
+
+
+class ResidualBlock(nn.Module):
+    """Adds to its input a perceptron of it, whose hidden layer is four times as wide, with normalization of what goes
+    in (SimBa; Lee et al., 2025)."""
+
+    def __init__(self, size: int, activation: str, generator: Generator | None, norm: Norm) -> None:
+        super().__init__()
+        expand, contract = (linear(*sizes, math.sqrt(2), generator) for sizes in ((size, 4 * size), (4 * size, size)))
+        self.net = nn.Sequential(*normalization(norm, size), expand, ACTIVATIONS[activation](), contract)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+def residual(
+    sizes: Sequence[int], activation: str, generator: Generator | None = None, *, norm: Norm = "none"
+) -> nn.Sequential:
+    """A linear layer to the width of the blocks, a residual block for each size after the first, which are equal, and a
+    normalization at the end (SimBa; Lee et al., 2025)."""
+    inputs, *widths = sizes
+    net = nn.Sequential()
+    if widths:
+        net.append(linear(inputs, widths[0], 1.0, generator))
+        net.extend([ResidualBlock(width, activation, generator, norm) for width in widths])
+        net.extend(normalization(norm, widths[0]))
+    return net
+
+
+BLOCKS = {"plain": perceptron, "residual": residual}
 
 
 class Convolutions(nn.Module):

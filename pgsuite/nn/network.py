@@ -11,9 +11,10 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from pgsuite.components import Component, make_component
-from pgsuite.nn.layers import Convolutions, Joined, linear, perceptron
+from pgsuite.nn.layers import BLOCKS, Block, Convolutions, Joined, Norm, linear
+from pgsuite.nn.memory_transformer import WindowTransformer
 from pgsuite.nn.normalize import Standardize, is_image
-from pgsuite.nn.recurrent import RECURRENCES, Recurrence
+from pgsuite.nn.recurrent import RECURRENCES, Memory
 from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves, map_obs
 
 
@@ -33,14 +34,17 @@ class Shape(TypedDict, total=False):
 
     hidden: Sequence[int]
     activation: str
+    norm: Norm
+    block: Block
     convolutions: Iterable[Sequence[int]] | None
     recurrent: Component
     recurrent_size: int
     generator: Generator | None
 
 
+MEMORIES: dict[str, type[Memory]] = {**RECURRENCES, "transformer": WindowTransformer}
 Sequencer = Callable[[Rollout], tuple[Tensor, HiddenState]]
-LARGEST_PASS = 2**24  # numbers of the observations in one pass over a rollout without gradient
+LARGEST_PASS = 2**24  # numbers of the observations, or hidden states, in one pass over a rollout without gradient
 
 
 class Body(nn.Module):
@@ -92,7 +96,14 @@ class Body(nn.Module):
     def successors(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Features [T, N, size] of each observation and of its true successor, processed in the same episode."""
         features, after = self.sequence(rollout)
-        return features, self.step(rollout.next_obs, after, torch.zeros_like(rollout.start))[0]
+        numbers = rollout.start.shape[1] * sum(x.shape[-1] for x in self.initial_state(1).values())
+        rows, following = max(1, LARGEST_PASS // max(1, numbers)), []
+        for t in range(0, len(rollout.start), rows):
+            part = slice(t, t + rows)
+            states = {name: x[part] for name, x in after.items()}
+            obs = map_obs(lambda x, part=part: x[part], rollout.next_obs)
+            following.append(self.step(obs, states, torch.zeros_like(rollout.start[part]))[0])
+        return features, torch.cat(following)
 
     def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
         """The same, where a successor that is the next observation is not computed again, nor a terminal one, whose
@@ -143,7 +154,7 @@ class Features(Body):
     the output layer of a ``Network`` stay float32.
 
     With ``privileged`` the input is ``critic_obs`` if observations have it; otherwise it is everything else.
-    ``obs_norm`` may be shared with other bodies.
+    ``obs_norm`` may be shared with other bodies.  Raises ValueError for residual blocks of different widths.
     """
 
     def __init__(
@@ -154,6 +165,8 @@ class Features(Body):
         privileged: bool,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
+        norm: Norm = "none",
+        block: Block = "plain",
         convolutions: Iterable[Sequence[int]] | None = None,
         recurrent: Component = "none",
         recurrent_size: int = 64,
@@ -182,20 +195,22 @@ class Features(Body):
         self.recurrence = None
         if recurrent != "none":
             where = f"{name}.recurrent"
-            self.recurrence = make_component(
-                recurrent, RECURRENCES, Recurrence, where, features, recurrent_size, generator
-            )
+            self.recurrence = make_component(recurrent, MEMORIES, Memory, where, features, recurrent_size, generator)
             features = recurrent_size
-            self.shape += f" > {type(self.recurrence).__name__.lower()} {features} > {features}"
+            self.shape += f" > {self.recurrence.label} {features} > {features}"
         self.sequential = self.carries = self.recurrence is not None
-        self.hidden = perceptron((features, *hidden), activation, generator)
+        if block == "residual" and len(set(hidden)) > 1:
+            raise ValueError(f"{name}.hidden must be of one width for {name}.block=residual, got {list(hidden)}")
+        self.hidden = BLOCKS[block]((features, *hidden), activation, generator, norm=norm)
         self.size = (features, *hidden)[-1]
-        self.shape += "".join(f"-{size}" for size in hidden)
+        kind = ["normalized"] * (norm == "layer") + ["residual"] * (block == "residual")
+        self.shape += " > " + " ".join([*kind, ""]) if kind and hidden else "-" * bool(hidden)
+        self.shape += "-".join(map(str, hidden))
 
     def initial_state(self, num_envs: int) -> HiddenState:
         if self.recurrence is None:
             return {}
-        return {self.name: self.recurrence.read.weight.new_zeros(num_envs, self.recurrence.width)}
+        return {self.name: next(self.recurrence.parameters()).new_zeros(num_envs, self.recurrence.width)}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         x = self.encode(seen.obs)
@@ -209,7 +224,7 @@ class Features(Body):
         if self.recurrence is None:
             return self.low(self.hidden, x), {}
         x, after = self.recurrence(x.unsqueeze(0), hidden_state[self.name], start.unsqueeze(0))
-        return self.low(self.hidden, x.squeeze(0)), {self.name: after.squeeze(0)}
+        return self.low(self.hidden, x.squeeze(0)), {self.name: after[0]}
 
     def encode(self, obs: Obs) -> Tensor:
         if self.keys is not None:

@@ -55,6 +55,10 @@ class RunningMoments(nn.Module):
         """x [..., *shape] minus the mean, divided by the standard deviation."""
         return torch.addcmul(self.shift, x - self.center, self.scale)
 
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of ``standardize``."""
+        return (x - self.shift) / self.scale + self.center
+
 
 def is_image(space: spaces.Space[Any]) -> bool:
     """Whether observations are byte images [C, H, W]."""

@@ -15,12 +15,13 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
-from pgsuite.components import Component
+from pgsuite.components import Component, make_component
 from pgsuite.kernel import Kernel
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
 from pgsuite.nn.network import Body, Features, Network, PolicyInput, Sequencer, Shape
-from pgsuite.nn.normalize import Standardize
+from pgsuite.nn.normalize import RunningMoments, Standardize
+from pgsuite.nn.value_heads import VALUE_HEADS, ValueHead
 from pgsuite.transfer import reads_freely
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Batch, HiddenState, Metrics, Obs, Rollout
 
@@ -115,12 +116,13 @@ def log_prob(policy: Policy, seen: Rollout | Batch, pieces: int = 1) -> Tensor:
     return found[0] if pieces == 1 else torch.cat(found, -1)
 
 
-def dist_and_value(policy: Policy, critic: Critic, seen: PolicyInput) -> tuple[Distribution, Tensor]:
-    """The action distributions and the values [...] of cells; a body that both networks use is computed once."""
+def dist_and_prediction(policy: Policy, critic: Critic, seen: PolicyInput) -> tuple[Distribution, Tensor]:
+    """The action distributions and the critic's predictions of cells; a body that both networks use is computed
+    once."""
     if critic.body is not policy.body:
-        return policy.dist(seen), critic(seen)
+        return policy.dist(seen), critic.predict(seen)
     features = policy.body.sequence(seen)[0]
-    return policy.distribution(features, seen.obs), critic.read(features)
+    return policy.distribution(features, seen.obs), critic.prediction(features)
 
 
 class Critic(Network):
@@ -128,8 +130,13 @@ class Critic(Network):
 
     A ``shared`` critic uses the body of a policy; otherwise it has its own ``body``, made for the observation space if
     None.  A recurrent critic keeps its hidden state from rollout to rollout, in each of ``num_envs`` environments.
-    With ``zero_init`` all initial values are zero.  Raises ValueError for a shared body if observations have
-    ``critic_obs``.
+    With ``zero_init`` all initial values are zero.
+
+    Its outputs are a prediction [..., K], whose meaning and loss are those of the ``head``.  With ``normalize_values``
+    they predict targets minus their running mean, divided by their running standard deviation, and a value is what they
+    say in the units of the targets; None goes by the head.
+
+    Raises ValueError for a shared body if observations have ``critic_obs``.
     """
 
     hidden_state: Tensor
@@ -142,6 +149,8 @@ class Critic(Network):
         body: Body | None = None,
         num_envs: int = 0,
         zero_init: bool = False,
+        head: Component = "scalar",
+        normalize_values: bool | None = None,
         **shape: Unpack[Shape],
     ) -> None:
         if shared is not None and isinstance(obs_norm.space, spaces.Dict) and PRIVILEGED in obs_norm.space.spaces:
@@ -149,7 +158,11 @@ class Critic(Network):
         if shared is not None:
             body = shared.body
         body = body or Features(obs_norm, "critic", privileged=True, **shape)
-        super().__init__(body, 1, 0.0 if zero_init else 1.0, shape.get("generator"))
+        made = make_component(head, VALUE_HEADS, ValueHead, "critic.head")
+        super().__init__(body, made.outputs, 0.0 if zero_init else 1.0, shape.get("generator"))
+        self.head = made
+        normalized = made.normalizes if normalize_values is None else normalize_values
+        self.moments = RunningMoments() if normalized else None  # of targets
         self.shared, self.num_envs = shared is not None, num_envs
         self.values_and_next_values = Kernel("values", self._values_and_next_values)
         self.register_buffer(
@@ -176,10 +189,52 @@ class Critic(Network):
         return self.out if self.shared else self
 
     def forward(self, seen: PolicyInput) -> Tensor:
-        return self.read(self.body.sequence(seen)[0])
+        return self.value(self.predict(seen))
+
+    def predict(self, seen: PolicyInput) -> Tensor:
+        """Predictions [..., K] of cells, from which ``value`` and ``loss`` are computed."""
+        return self.prediction(self.body.sequence(seen)[0])
+
+    def prediction(self, features: Tensor) -> Tensor:
+        """Predictions [..., K] from features [..., size] of the body."""
+        return self.out(features)
 
     def read(self, features: Tensor) -> Tensor:
-        return self.out(features).squeeze(-1)
+        """Values [...] from features [..., size] of the body."""
+        return self.value(self.prediction(features))
+
+    def value(self, prediction: Tensor) -> Tensor:
+        """The values [...] of predictions [..., K]."""
+        value = self.head.value(prediction)
+        return value if self.moments is None else self.moments.restore(value)
+
+    def loss(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        old_value: Tensor | None = None,
+        *,
+        clip: float | None = None,
+        huber: float | None = None,
+    ) -> Tensor:
+        """The loss per cell [...] of predictions [..., K] for targets [...]; see ``ValueHead.loss``.  With normalized
+        values, ``clip`` and ``huber`` are in their units."""
+        if self.moments is not None:
+            target = self.moments.standardize(target)
+            old_value = None if old_value is None else self.moments.standardize(old_value)
+        return self.head.loss(prediction, target, old_value, clip=clip, huber=huber)
+
+    @torch.no_grad()
+    def observe_targets(self, target: Tensor, mask: Tensor) -> None:
+        """Include targets [...] where mask [...] is true in the statistics of normalized values, if there are any.  A
+        linear head's values stay what they are (PopArt; van Hasselt et al., 2016, proposition 1)."""
+        if self.moments is None:
+            return
+        bias, scale = self.moments.restore(self.out.bias), self.moments.scale.clone()
+        self.moments.update(target, mask)
+        if self.head.linear:
+            self.out.weight.mul_(self.moments.scale / scale)
+            self.out.bias.copy_(self.moments.standardize(bias))
 
     def _values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The values [T, N] of each observation and of its true successor.  Where reading is free, those of terminal
@@ -198,8 +253,7 @@ class Critic(Network):
         """The rollout with the critic's hidden state at its start."""
         if not self.remembers:
             return rollout
-        hidden_state = self.hidden_state.expand(len(rollout.start), *self.hidden_state.shape)
-        return replace(rollout, hidden_state=rollout.hidden_state | {self.body.name: hidden_state})
+        return replace(rollout, hidden_state=rollout.hidden_state | {self.body.name: self.hidden_state.unsqueeze(0)})
 
     @torch.no_grad()
     def update_statistics(self, rollout: Rollout) -> None:

@@ -25,15 +25,35 @@ from pgsuite.settings import Count
 from pgsuite.transfer import reads_freely
 
 
-class Recurrence(nn.Module):
-    """A recurrent layer with ``size`` outputs at every step and a hidden state of ``width`` numbers.
+class Memory(nn.Module):
+    """A layer with ``size`` outputs at every step and a hidden state of ``width`` numbers, zero where episodes start.
 
-    A subclass defines ``gates``, the number of projections of the input to ``size`` numbers, ``width``, and ``step``.
     A custom layer is chosen by ``policy.recurrent`` and constructed as ``cls(inputs, size, generator, **settings)``.
     """
 
-    gates: int
+    size: int
     width: int
+
+    @property
+    def label(self) -> str:
+        """Its name for display."""
+        return type(self).__name__.lower()
+
+    def forward(self, x: Tensor, hidden_state: Tensor, start: Tensor) -> tuple[Tensor, Any]:
+        """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each step,
+        from an initial hidden state [..., width].  It is reset to zero before steps where start [T, ...] is true.
+
+        The hidden states need be no tensor, but indexing gives one."""
+        raise NotImplementedError
+
+
+class Recurrence(Memory):
+    """A recurrent layer.
+
+    A subclass defines ``gates``, the number of projections of the input to ``size`` numbers, ``width``, and ``step``.
+    """
+
+    gates: int
 
     def __init__(self, inputs: int, size: int, generator: Generator | None = None) -> None:
         super().__init__()
@@ -53,8 +73,6 @@ class Recurrence(nn.Module):
         return loop(self.step, drive, hidden_state, counts)
 
     def forward(self, x: Tensor, hidden_state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [T, ..., size] for inputs x [T, ..., inputs], and the hidden states [T, ..., width] after each step,
-        from an initial hidden state [..., width].  It is reset to zero before steps where start [T, ...] is true."""
         drive = self.read(x)
         if len(start) > 1 and reads_freely(start):
             stretches = Stretches(start.flatten(1))

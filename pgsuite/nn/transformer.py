@@ -44,6 +44,13 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Attention [..., T, D] of queries [..., T, D] to keys and values [..., S, D], where ``visible`` [..., T, S]
+    (Vaswani et al., 2017, equation 1)."""
+    score = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return score.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+
+
 class Block(nn.Module):
     """A transformer block: attention and a perceptron, both with pre-normalization and a residual connection (Xiong et
     al., 2020)."""
@@ -69,10 +76,13 @@ class Block(nn.Module):
         query, key = rotate(query, position), rotate(key, position)
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        score = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        weight = score.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1)
-        x = x + self.merge((weight @ value).transpose(1, 2).reshape(n, t, width))
-        return x + self.contract(gelu(self.expand(self.norm(x)))), (key, value)
+        found = attend(query, key, value, visible.unsqueeze(1))
+        return self.finish(x, found.transpose(1, 2).reshape(n, t, width)), (key, value)
+
+    def finish(self, x: Tensor, found: Tensor) -> Tensor:
+        """The output [..., W] for x [..., W], of which attention ``found`` [..., W]."""
+        x = x + self.merge(found)
+        return x + self.contract(gelu(self.expand(self.norm(x))))
 
 
 class Transformer(nn.Module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
-from pgsuite.types import Rollout, write_obs
+from pgsuite.types import Rollout, map_obs, write_obs
 
 
 class RolloutBuffer:
-    """[T, N, ...] storage, allocated at the first write and reused by every rollout."""
+    """[T, N, ...] storage, allocated at the first write and reused by every rollout.  Of the hidden states only the
+    first [1, N, H] are kept, from which the others follow."""
 
     def __init__(self, horizon: int) -> None:
         self.horizon = horizon
@@ -17,8 +18,12 @@ class RolloutBuffer:
     def write(self, t: int, row: Rollout) -> None:
         """Copy a row [N, ...] to time t."""
         if self.storage is None:
-            self.storage = row.map(lambda x: x.new_zeros((self.horizon, *x.shape)))
+            first = map_obs(lambda x: x.new_zeros((1, *x.shape)), row.hidden_state)
+            empty = replace(row, hidden_state={}).map(lambda x: x.new_zeros((self.horizon, *x.shape)))
+            self.storage = replace(empty, hidden_state=first)
         for f in fields(row):
+            if f.name == "hidden_state" and t > 0:
+                continue
             write_obs(getattr(self.storage, f.name), t, getattr(row, f.name))
 
     def set(self, rollout: Rollout) -> None:
