@@ -106,6 +106,8 @@ class Run:
     resume: str | None = None  # a run directory to resume, or auto for the newest run of this configuration
     trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any
     init: str | None = None  # a run directory or checkpoint, whose policy, critic and statistics the run begins with
+    teacher: str | None = None  # a run directory or checkpoint, whose policy algo=distill imitates
+    demonstrations: str | None = None  # recorded episodes that algo=bc imitates: .npz, or .hdf5 of a Minari dataset
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)
