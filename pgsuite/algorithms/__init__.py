@@ -5,24 +5,32 @@ from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.channels import Channel
 from pgsuite.algorithms.constrained import Constrained, Lagrangian, PPOLagrangian, TRPOLagrangian
 from pgsuite.algorithms.cpo import CPO
+from pgsuite.algorithms.imitation import BC, Distill, Imitation
 from pgsuite.algorithms.npg import NPG
 from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.ppo_penalty import PPOPenalty
 from pgsuite.algorithms.reinforce import Reinforce
 from pgsuite.algorithms.rnd import RND
+from pgsuite.algorithms.spo import SPO
 from pgsuite.algorithms.trpo import TRPO
+from pgsuite.algorithms.vmpo import VMPO
 
 __all__ = [
     "A2C",
+    "BC",
     "CPO",
     "NPG",
     "PPO",
     "RND",
+    "SPO",
     "TRPO",
+    "VMPO",
     "ActorCritic",
     "Algorithm",
     "Channel",
     "Constrained",
+    "Distill",
+    "Imitation",
     "Lagrangian",
     "PPOLagrangian",
     "PPOPenalty",

@@ -23,8 +23,9 @@ from pgsuite import distributed, seeding
 from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.channels import Channel, Channels
 from pgsuite.algorithms.reference import Reference
+from pgsuite.algorithms.symmetry import MIRRORS, Mirror, Symmetry
 from pgsuite.app.schema import Run, locate
-from pgsuite.components import is_component
+from pgsuite.components import is_component, make_component
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.spaces import to_data
@@ -199,6 +200,51 @@ def build_channels(run: Run) -> Channels:
     return found
 
 
+def build_symmetry(env: VectorEnv, run: Run) -> Symmetry | None:
+    """What a run makes of a mirror symmetry; None if nothing.  Raises UserError for one that does not exist or fit."""
+    wanted = run.symmetry
+    if not wanted.augment and not wanted.coef:
+        return None
+    mirror = wanted.mirror
+    if mirror == "task":
+        tables = getattr(instantiate(run.env, "env", Task | VectorEnvConfig), "mirror", None)
+        if tables is None:
+            raise UserError(
+                f"{env.name} has no known mirror symmetry: give symmetry.mirror={{_target_: table, observation: [...], "
+                "action: [...]}, or a class by its dotted path"
+            )
+        mirror = {"_target_": "table", "observation": list(tables.observation), "action": list(tables.action)}
+    spaces = (env.observation_space, env.action_space)
+    try:
+        found = make_component(mirror, MIRRORS, Mirror, "symmetry.mirror", *spaces)
+        return Symmetry(found, env.action_space, augment=wanted.augment, coef=wanted.coef).to(env.device)
+    except ValueError as error:
+        raise UserError(f"{env.name}: {error}") from error
+
+
+def imitated(env: VectorEnv, run: Run) -> dict[str, Any]:
+    """The teacher and the demonstrations that a run names, as parts of its method.  Raises UserError if they cannot be
+    read, or if the method has no use for them."""
+    from pgsuite.app import demonstrations, policy_io  # which import this module
+
+    taken = {f.name for f in fields(locate(run.algo["_target_"], "algo"))}
+    for name, algo in (("teacher", "distill"), ("demonstrations", "bc")):
+        if getattr(run, name) is not None and name not in taken:
+            raise UserError(f"{name}= is for algo={algo}: leave it out")
+    found: dict[str, Any] = {}
+    if run.teacher is not None:
+        teacher = policy_io.restore(run.teacher, trust=run.trust)
+        if to_data(teacher.interface.action_space) != to_data(env.action_space):
+            raise UserError(
+                f"{env.name} has actions {env.action_space}, and {run.teacher} was trained with "
+                f"{teacher.interface.action_space}"
+            )
+        found["teacher"] = teacher.policy.to(env.device)
+    if run.demonstrations is not None:
+        found["demonstrations"] = demonstrations.load(run.demonstrations, env)
+    return found
+
+
 def check_memory(env: VectorEnv, horizon: int) -> None:
     """Raise UserError if the observations of a rollout would take more than all memory of the device."""
     space = env.observation_space
@@ -248,6 +294,8 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         reward_scale=reward_scale,
         reference=None if reference["coef"] is None else Reference(policy, **reference),
         channels=channels,
+        symmetry=build_symmetry(env, run),
+        **imitated(env, run),
     )
     if channels and not isinstance(algorithm, ActorCritic):
         raise UserError(
@@ -255,7 +303,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         )
     try:
         lower(algorithm, env.device, run.precision)
-        collector = getattr(env, "collector", algorithm.collector)(env, horizon, seed)
+        collector = getattr(env, "collector", algorithm.make_collector)(env, horizon, seed)
         collector = OverlappedCollector(collector, policy) if run.overlap else collector
         execution = execute(algorithm, collector, run.execution)
         trainer = Trainer(algorithm, collector, run.total_steps, execution=execution)
@@ -316,6 +364,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += [f"rewards clipped to +-{run.clip_reward:g}"] if isinstance(run.clip_reward, float | int) else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
     words += ["collecting beside learning"] if run.overlap else []
+    words += ["rollouts mirrored"] if run.symmetry.augment else []
     words += [MODES[trainer.execution]]
     words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {distributed.size()} processes" if distributed.size() > 1 else ""

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.algorithms.reference import Penalty
-from pgsuite.components import is_component
+from pgsuite.components import Component, is_component
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import Execution, Precision
 from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig, PolicyConfig
@@ -53,6 +53,15 @@ class Reference(Checked):
     penalty: Penalty = "reward"  # subtracted from the reward of each action, or from the policy objective
     target: Positive | None = None  # target KL per episode of an adaptive coefficient, in nats; null keeps coef
     horizon: Count = 10_000  # episodes in which an adaptive coefficient changes by a fifth at most
+
+
+@dataclass(kw_only=True)
+class Symmetry(Checked):
+    """A mirror symmetry of the task, for every method."""
+
+    augment: bool = False  # train on each rollout and on its mirror image
+    coef: NonNegative = 0.0  # coefficient of the mirror loss of the policy
+    mirror: Component = "task"  # the symmetry: that of the task, {_target_: table, ...}, or a class by its dotted path
 
 
 @dataclass(kw_only=True)
@@ -98,6 +107,8 @@ class Run:
     trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any
     sweep: dict[str, Any] | None = None  # a search or a population over runs; null trains this one
     init: str | None = None  # a run directory or checkpoint, whose policy, critic and statistics the run begins with
+    teacher: str | None = None  # a run directory or checkpoint, whose policy algo=distill imitates
+    demonstrations: str | None = None  # recorded episodes that algo=bc imitates: .npz, or .hdf5 of a Minari dataset
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)
@@ -109,6 +120,7 @@ class Run:
     policy: PolicyConfig = field(default_factory=MLPPolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: Reference = field(default_factory=Reference)
+    symmetry: Symmetry = field(default_factory=Symmetry)
     algo: Any = None
     env: Any = None
 
