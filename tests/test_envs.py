@@ -12,6 +12,7 @@ import torch
 
 from pgsuite.envs import make, tasks
 from pgsuite.envs.tasks.mujoco import load_model
+from pgsuite.types import leaves
 
 MUJOCO = [
     "HalfCheetah",
@@ -268,7 +269,7 @@ def test_environments_speak_cuda(name: str) -> None:
     obs = env.reset()
     action = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(8)]).cuda()
     step = env.step(action)
-    assert all(x.is_cuda for x in (obs, *step) if x is not None)
+    assert all(x.is_cuda for part in (obs, *step) if part is not None for x in leaves(part))
 
 
 @pytest.mark.parametrize("name", [*CLASSIC, *MUJOCO])

@@ -76,7 +76,7 @@ def test_what_isaac_lab_shows_its_critic_is_kept_apart() -> None:
     env = make(world("IsaacPoints"), ENVS)
     assert isinstance(env.observation_space, spaces.Dict)
     assert {key: part.shape for key, part in env.observation_space.items()} == {"vector": (4,), "critic_obs": (5,)}
-    given: list[Step] = [Step(env.reset(), *[torch.zeros(0)] * 4)]
+    given: list[Step] = [Step(env.reset(), none := torch.zeros(0), none, none, none)]
     given += [env.step(action) for action in random_actions(env, 3 * LIMIT)]
     kept = [map_obs(torch.clone, step.obs) for step in given]
     env.step(random_actions(env, 1)[0])
