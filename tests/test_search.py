@@ -228,6 +228,28 @@ def test_a_run_is_pruned_where_others_were_better_by_then(tmp_path: Path, prunin
     assert points == {k: 0.5 * k * 1000 / POINTS for k in (1, 2, 3, 4)}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
+def test_the_same_settings_are_proposed_by_a_process_that_goes_on(tmp_path: Path, sampler: Any) -> None:
+    pytest.importorskip("optuna", "4.0")
+    from pgsuite.sweep.search import Search, open_study
+
+    dimensions = {"a": Dimension("log", [1e-4, 1.0]), "b": Dimension("int", [1, 9]), "c": Dimension("choice", ["x", 1])}
+    plan: Any = SimpleNamespace(config={"seed": 0}, space=dimensions)
+    proposed = []
+    for name, goes_on_at in (("left alone", 99), ("cut off", 17)):
+        (tmp_path / name).mkdir()
+        study, _ = open_study(tmp_path / name)
+        proposed.append([])
+        for i in range(25):
+            study = open_study(tmp_path / name)[0] if i == goes_on_at else study
+            number = Search(sampler=sampler)._ask(study, plan)
+            trial = study.trials[number]
+            proposed[-1].append(trial.params)
+            study.tell(trial.number, -((math.log10(trial.params["a"]) + 2) ** 2) - trial.params["b"])
+    assert proposed[0] == proposed[1] and len({str(x) for x in proposed[0]}) == 25
+
+
 def plan_of(tmp_path: Path, config: dict[str, Any]) -> Plan:
     ranges = {"algo.lr": Dimension("log", [1e-4, 1e-2]), "algo.epochs": Dimension("int", [3, 15])}
     return Plan(tmp_path, config, [], ranges, {"algo": "ppo", "env": "CartPole"}, [])
