@@ -10,7 +10,9 @@ from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.ppo_penalty import PPOPenalty
 from pgsuite.algorithms.reinforce import Reinforce
 from pgsuite.algorithms.rnd import RND
+from pgsuite.algorithms.spo import SPO
 from pgsuite.algorithms.trpo import TRPO
+from pgsuite.algorithms.vmpo import VMPO
 
 __all__ = [
     "A2C",
@@ -18,7 +20,9 @@ __all__ = [
     "NPG",
     "PPO",
     "RND",
+    "SPO",
     "TRPO",
+    "VMPO",
     "ActorCritic",
     "Algorithm",
     "Channel",

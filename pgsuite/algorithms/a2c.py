@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgsuite.algorithms.base import ActorCritic
 from pgsuite.components import Component
@@ -30,7 +30,12 @@ class A2C(ActorCritic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.optimizer = make_optimizer([self.policy, self.critic], self.lr, self.optim, self.max_grad_norm)
+        self.optimizer = make_optimizer(self.trained, self.lr, self.optim, self.max_grad_norm)
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """The modules that the gradient of the loss updates."""
+        return [self.policy, self.critic]
 
     def validate(self, collector: Collector) -> None:
         super().validate(collector)

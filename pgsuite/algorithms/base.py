@@ -243,7 +243,7 @@ class Algorithm(Scheduled, ABC):
         if collector.is_off_policy and not self.supports_off_policy:
             raise ValueError(
                 f"overlap=true has an earlier policy act, and {type(self).__name__} is right only about what its own "
-                "policy did: leave it out, or take algo=a2c, npg, trpo, ppo or ppo_penalty"
+                "policy did: leave it out, or take algo=a2c, npg, trpo, ppo, ppo_penalty, spo or vmpo"
             )
 
     def update_schedules(self, fraction: float) -> None:

@@ -80,9 +80,13 @@ class PPO(A2C):
         return average([self.gradient_step(self.optimizer, self.loss, part) for part in parts])
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        return super().loss(self.standardized(batch))
+
+    def standardized(self, batch: Batch) -> Batch:
+        """A minibatch with standardized advantages, where these are standardized by minibatch."""
         if self.normalize_advantage == "minibatch" and self.micro_batches == 1:
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
-        return super().loss(batch)
+        return batch
 
     def ratio_metrics(self, log_ratio: Tensor, ratio: Tensor, batch: Batch) -> Metrics:
         low, high = self.clips

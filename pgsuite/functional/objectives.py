@@ -37,6 +37,12 @@ def dual_clipped(objective: Tensor, advantage: Tensor, limit: float) -> Tensor:
     return torch.where(advantage < 0, torch.max(objective, limit * advantage), objective)
 
 
+def quadratic_surrogate(ratio: Tensor, advantage: Tensor, eps: float) -> Tensor:
+    """Surrogate objective minus |advantage| (ratio - 1)^2 / (2 eps).  It is greatest at the ratio 1 + sign(advantage)
+    eps, and its gradient leads back from ratios beyond that (Xie et al., 2025)."""
+    return ratio * advantage - advantage.abs() * (ratio - 1) ** 2 / (2 * eps)
+
+
 def sampled_kl(log_ratio: Tensor) -> Tensor:
     """Estimate of KL(old || new) from actions of the old policy, with l = log new - log old: exp(l) - 1 - l, which is
     unbiased and never negative (Schulman's k3, 2020)."""
