@@ -14,6 +14,7 @@ from pgsuite import distributed
 from pgsuite.algorithms.channels import Channel, Channels, critic_loss
 from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.algorithms.reference import Reference
+from pgsuite.algorithms.symmetry import Symmetry
 from pgsuite.components import Component
 from pgsuite.envs.base import channels_of
 from pgsuite.functional import objectives
@@ -43,8 +44,8 @@ class Algorithm(Scheduled, ABC):
     """A policy gradient method: it collects rollouts with a policy and updates the policy on them.
 
     Hyperparameters are dataclass fields.  A subclass adds its own, and the configuration schema is derived from them.
-    Each number among them may be given as a schedule.  The fields ``policy``, ``reference``, ``reward_scale`` and
-    ``generator`` are objects that the runtime supplies.
+    Each number among them may be given as a schedule.  The fields ``policy``, ``reference``, ``symmetry``,
+    ``reward_scale`` and ``generator`` are objects that the runtime supplies.
     """
 
     collector: ClassVar[type[Collector]] = StepCollector
@@ -53,6 +54,7 @@ class Algorithm(Scheduled, ABC):
 
     policy: Policy
     reference: Reference | None = None
+    symmetry: Symmetry | None = None
     reward_scale: RewardScale | None = None
     generator: Generator | None = None  # random stream of minibatches
 
@@ -92,6 +94,9 @@ class Algorithm(Scheduled, ABC):
             self.reward_scale.update(rollout.reward, rollout.start, rollout.mask, self.gamma)
         if self.reference is not None:
             rollout = self.reference.compare(rollout, self.micro_batches)
+        if self.symmetry is not None:
+            reference = None if self.reference is None else self.reference.policy
+            rollout = self.symmetry.compare(rollout, self.policy, reference, self.micro_batches)
         if self.reward_scale is not None:
             rollout = replace(rollout, reward=self.reward_scale(rollout.reward, rollout.mask))
         for critic in self.critics:
@@ -112,7 +117,9 @@ class Algorithm(Scheduled, ABC):
     @is_phase("compute_advantages")
     @torch.no_grad()
     def compute_advantages(self, rollout: Rollout) -> Batch:
-        return self._compute_advantages(rollout)
+        """Advantages and value targets [T, N] of a rollout, and beside it of its mirror image if that is trained on."""
+        batch = self._compute_advantages(rollout)
+        return batch if self.symmetry is None else self.symmetry.augment(batch)
 
     @abstractmethod
     def _compute_advantages(self, rollout: Rollout) -> Batch:
@@ -120,10 +127,12 @@ class Algorithm(Scheduled, ABC):
 
     def policy_objective(self, gain: Tensor, logp: Tensor, batch: Batch) -> Tensor:
         """Policy objective per cell [...], to maximize: the surrogate objective ``gain``, minus the KL penalty of the
-        reference if that belongs to the loss, importance-weighted for rollouts of an earlier policy."""
-        return self.importance_weighted(
-            gain if self.reference is None else gain - self.reference.kl_penalty(logp, batch), batch
-        )
+        reference if that belongs to the loss, importance-weighted for rollouts of an earlier policy, and minus the
+        mirror loss."""
+        if self.reference is not None:
+            gain = gain - self.reference.kl_penalty(logp, batch)
+        gain = self.importance_weighted(gain, batch)
+        return gain if self.symmetry is None else gain - self.symmetry.penalty(self.policy, batch)
 
     @staticmethod
     def importance_weighted(x: Tensor, seen: Rollout | Batch) -> Tensor:
@@ -152,7 +161,7 @@ class Algorithm(Scheduled, ABC):
     def update_statistics(self, rollout: Rollout) -> None:
         """Update the running statistics of observations and the critics' hidden states; called after the update,
         before the next rollout."""
-        self.policy.update_statistics(rollout)
+        self.policy.update_statistics(rollout if self.symmetry is None else self.symmetry.both(rollout))
         for critic in self.critics:
             critic.update_statistics(rollout)
 
@@ -240,6 +249,11 @@ class Algorithm(Scheduled, ABC):
                     f"{type(self).__name__}.{name} is a {path}, and must be a pgsuite.nn.optim.Optimizer: write "
                     f"self.{name} = pgsuite.nn.optim.make_optimizer([self.policy], self.lr, '{path}')"
                 )
+        if self.symmetry is not None and self.sequential:
+            raise ValueError(
+                "symmetry.augment and symmetry.coef are for networks without memory: nobody keeps the hidden states of "
+                "mirrored episodes"
+            )
         if collector.is_off_policy and not self.supports_off_policy:
             raise ValueError(
                 f"overlap=true has an earlier policy act, and {type(self).__name__} is right only about what its own "

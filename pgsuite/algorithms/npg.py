@@ -11,6 +11,7 @@ from pgsuite import distributed
 from pgsuite.algorithms.base import ActorCritic, CriticRegressionMixin
 from pgsuite.functional import autodiff, trust_region
 from pgsuite.kernel import Kernel, is_phase, phase
+from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.settings import Count, NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_mean
@@ -108,16 +109,25 @@ class NPG(ActorCritic, CriticRegressionMixin):
     def _linearize(self, start: Tensor, batch: Batch) -> LocalModel:
         """The local model of the objective at the policy's parameters ``start`` [P]."""
         dist_at = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))
+
+        def with_objective(objective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Distribution, Tensor]]:
+            """The distributions, and an objective of the log-probabilities, which may call the policy itself."""
+
+            def evaluate() -> tuple[Distribution, Tensor]:
+                dist = self.policy.dist(batch)
+                return dist, objective(dist.log_prob(batch.action))
+
+            return functional_in_parameters(self.policy, evaluate)
+
+        evaluate_at = with_objective(lambda logp: self.surrogate_objective(logp, batch))
         with torch.no_grad():
-            old = dist_at(start)
-            before = self.policy_objective(batch.advantage, old.log_prob(batch.action), batch)
+            old, before = with_objective(lambda logp: self.policy_objective(batch.advantage, logp, batch))(start)
 
         def evaluate_step(vector: Tensor) -> tuple[Tensor, Tensor]:
             if vector.ndim > 1:
                 return torch.vmap(evaluate_step)(vector)
-            new = dist_at(vector)
-            logp = new.log_prob(batch.action)
-            improvement = self.surrogate_objective(logp, batch) - before
+            new, objective = evaluate_at(vector)
+            improvement = objective - before
             return masked_mean(improvement, batch.mask), masked_mean(old.kl(new), batch.mask)
 
         theta = autodiff.leaf(start)

@@ -23,8 +23,9 @@ from pgsuite import distributed, seeding
 from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.channels import Channel, Channels
 from pgsuite.algorithms.reference import Reference
+from pgsuite.algorithms.symmetry import MIRRORS, Mirror, Symmetry
 from pgsuite.app.schema import Run, locate
-from pgsuite.components import is_component
+from pgsuite.components import is_component, make_component
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.spaces import to_data
@@ -199,6 +200,28 @@ def build_channels(run: Run) -> Channels:
     return found
 
 
+def build_symmetry(env: VectorEnv, run: Run) -> Symmetry | None:
+    """What a run makes of a mirror symmetry; None if nothing.  Raises UserError for one that does not exist or fit."""
+    wanted = run.symmetry
+    if not wanted.augment and not wanted.coef:
+        return None
+    mirror = wanted.mirror
+    if mirror == "task":
+        tables = getattr(getattr(env, "task", None), "mirror", None)
+        if tables is None:
+            raise UserError(
+                f"{env.name} has no known mirror symmetry: give symmetry.mirror={{_target_: table, observation: [...], "
+                "action: [...]}, or a class by its dotted path"
+            )
+        mirror = {"_target_": "table", "observation": list(tables.observation), "action": list(tables.action)}
+    spaces = (env.observation_space, env.action_space)
+    try:
+        found = make_component(mirror, MIRRORS, Mirror, "symmetry.mirror", *spaces)
+        return Symmetry(found, env.action_space, augment=wanted.augment, coef=wanted.coef).to(env.device)
+    except ValueError as error:
+        raise UserError(f"{env.name}: {error}") from error
+
+
 def check_memory(env: VectorEnv, horizon: int) -> None:
     """Raise UserError if the observations of a rollout would take more than all memory of the device."""
     space = env.observation_space
@@ -248,6 +271,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         reward_scale=reward_scale,
         reference=None if reference["coef"] is None else Reference(policy, **reference),
         channels=channels,
+        symmetry=build_symmetry(env, run),
     )
     if channels and not isinstance(algorithm, ActorCritic):
         raise UserError(

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pgsuite import settings
 from pgsuite.algorithms.reference import Penalty
-from pgsuite.components import is_component
+from pgsuite.components import Component, is_component
 from pgsuite.errors import UserError
 from pgsuite.execution.modes import Execution, Precision
 from pgsuite.nn.configs import CriticConfig, MLPPolicyConfig, PolicyConfig
@@ -53,6 +53,15 @@ class Reference(Checked):
     penalty: Penalty = "reward"  # subtracted from the reward of each action, or from the policy objective
     target: Positive | None = None  # target KL per episode of an adaptive coefficient, in nats; null keeps coef
     horizon: Count = 10_000  # episodes in which an adaptive coefficient changes by a fifth at most
+
+
+@dataclass(kw_only=True)
+class Symmetry(Checked):
+    """A mirror symmetry of the task, for every method."""
+
+    augment: bool = False  # train on each rollout and on its mirror image
+    coef: NonNegative = 0.0  # coefficient of the mirror loss of the policy
+    mirror: Component = "task"  # the symmetry: that of the task, {_target_: table, ...}, or a class by its dotted path
 
 
 @dataclass(kw_only=True)
@@ -109,6 +118,7 @@ class Run:
     policy: PolicyConfig = field(default_factory=MLPPolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: Reference = field(default_factory=Reference)
+    symmetry: Symmetry = field(default_factory=Symmetry)
     algo: Any = None
     env: Any = None
 

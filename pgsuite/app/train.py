@@ -238,6 +238,7 @@ def refuse_unused(run: Run, algorithm: Any, given: Sequence[str]) -> None:
         (without_critic, getattr(algorithm, "critic", None) is None, [*critic, *own]),
         ("critic.shared=true", run.critic.shared, [f"critic.{x}" for x in ("body", *layers)]),
         ("reference.coef=null", run.reference.coef is None, [f"reference.{x}" for x in ("penalty", *adaptive)]),
+        ("symmetry.augment=false symmetry.coef=0", algorithm.symmetry is None, ["symmetry.mirror"]),
         ("reference.target=null", run.reference.target is None, ["reference.horizon"]),
         ("standardize_obs=false", not run.standardize_obs, ["clip_obs"]),
     ]

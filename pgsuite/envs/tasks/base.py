@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from gymnasium import spaces
@@ -12,6 +12,16 @@ from torch import Generator, Tensor
 
 from pgsuite import settings
 from pgsuite.settings import Count
+
+Signed = tuple[int, ...]  # a signed permutation, counted from 1: entry i is j or -j if mirrored x[i] is x[j] or -x[j]
+
+
+class MirrorTables(NamedTuple):
+    """The signed permutations of a mirror symmetry: of the components of an observation, and of those of an action or
+    of the discrete actions."""
+
+    observation: Signed
+    action: Signed
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,6 +51,11 @@ class Task(ABC):
         settings.check(self)
         # Also if a subclass redeclares it with another type.
         settings.require(Count, self.max_episode_steps, f"{type(self).__name__}.max_episode_steps")
+
+    @property
+    def mirror(self) -> MirrorTables | None:
+        """A mirror symmetry of observations, dynamics, reward, termination and initial states; None without one."""
+        return None
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor
 
-from pgsuite.envs.tasks.base import Task
+from pgsuite.envs.tasks.base import MirrorTables, Task
 from pgsuite.settings import Count
 
 
@@ -63,6 +63,10 @@ class CartPole(ClassicTask):
     X_LIMIT: ClassVar = 2.4
     ANGLE_LIMIT: ClassVar = 12 * 2 * math.pi / 360
 
+    @property
+    def mirror(self) -> MirrorTables | None:
+        return MirrorTables((-1, -2, -3, -4), (2, 1))
+
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
         super().place(num_envs, device, backend, threads)
         high = np.array([2 * self.X_LIMIT, np.inf, 2 * self.ANGLE_LIMIT, np.inf], np.float32)
@@ -103,6 +107,10 @@ class Pendulum(ClassicTask):
     MAX_SPEED: ClassVar = 8.0
     MAX_TORQUE: ClassVar = 2.0
     DT: ClassVar = 0.05
+
+    @property
+    def mirror(self) -> MirrorTables | None:
+        return MirrorTables((1, -2, -3), (-1,))
 
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
         super().place(num_envs, device, backend, threads)
@@ -145,6 +153,10 @@ class Acrobot(ClassicTask):
     DT: ClassVar = 0.2
     MAX_SPEEDS: ClassVar = (4 * math.pi, 9 * math.pi)
     CENTRE: ClassVar = 0.5  # of mass along a link of 1 m, 1 kg and moment of inertia 1
+
+    @property
+    def mirror(self) -> MirrorTables | None:
+        return MirrorTables((1, -2, 3, -4, -5, -6), (3, 2, 1))
 
     def place(self, num_envs: int, device: torch.device, backend: str, threads: int) -> None:
         super().place(num_envs, device, backend, threads)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from pgsuite.envs.physics.base import Physics
 from pgsuite.envs.physics.mujoco_batch import BatchPhysics
 from pgsuite.envs.physics.mujoco_warp import REMEDY, WarpPhysics
-from pgsuite.envs.tasks.base import Task
+from pgsuite.envs.tasks.base import MirrorTables, Signed, Task
 from pgsuite.settings import Count, NonNegative, Positive
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
@@ -58,6 +58,20 @@ def load_model(xml: str) -> mujoco.MjModel:
         raise ValueError(f"{path} is not a MuJoCo model: {error}") from error
 
 
+def rest(table: Signed, first: int) -> Signed:
+    """A signed permutation without its ``first`` entries, which it maps to themselves."""
+    return tuple(j - first if j > 0 else j + first for j in table[first:])
+
+
+def joined(*tables: Signed) -> Signed:
+    """The signed permutation of vectors that follow one another."""
+    found: list[int] = []
+    for table in tables:
+        size = len(found)
+        found += [j + size if j > 0 else j - size for j in table]
+    return tuple(found)
+
+
 @dataclass(kw_only=True, eq=False)
 class MujocoTask(Task):
     """Simulation of a task by MuJoCo; a subclass defines initial states, observation and reward."""
@@ -85,6 +99,14 @@ class MujocoTask(Task):
             self.bind(WarpPhysics(model, num_envs, device, self.outputs, room))
         else:
             self.bind(BatchPhysics(model, num_envs, threads, self.outputs))
+
+    @property
+    def mirror(self) -> MirrorTables | None:
+        """That of gymnasium's model; whether another one is symmetric is not known."""
+        return self.mirror_tables() if self.xml_file == type(self).xml_file else None
+
+    def mirror_tables(self) -> MirrorTables | None:
+        return None
 
     def bind(self, physics: Physics) -> None:
         """Attach the worlds of a simulator, and set the attributes that depend on them."""
@@ -159,6 +181,7 @@ class Robot(NoisyStart):
     """Observes joint positions, except the position along the track, and velocities."""
 
     skipped: ClassVar[int] = 1  # leading positions that an observation leaves out
+    mirrors: ClassVar[tuple[Signed, Signed, Signed] | None] = None  # of positions, velocities and actions, if exact
     qvel_limit: ClassVar[float] = math.inf  # of what is observed
 
     exclude_current_positions_from_observation: bool = True  # leave out the position along the track
@@ -170,6 +193,17 @@ class Robot(NoisyStart):
 
     def more(self) -> list[Tensor]:
         """Further observations [N, ...]."""
+        return []
+
+    def mirror_tables(self) -> MirrorTables | None:
+        if self.mirrors is None:
+            return None
+        qpos, qvel, action = self.mirrors
+        first = self.skipped if self.exclude_current_positions_from_observation else 0
+        return MirrorTables(joined(rest(qpos, first), qvel, *self.more_mirrors()), action)
+
+    def more_mirrors(self) -> list[Signed]:
+        """The signed permutations of the further observations."""
         return []
 
 
@@ -227,6 +261,7 @@ class HalfCheetah(Locomotion):
 class Swimmer(Locomotion):
     gymnasium_id = "Swimmer-v5"
     skipped = 2
+    mirrors = (1, -2, -3, -4, -5), (1, -2, -3, -4, -5), (-1, -2)  # left and right
 
     xml_file: str = "swimmer.xml"
     frame_skip: Count = 4
@@ -259,6 +294,7 @@ def between(x: Tensor, bounds: tuple[float, float]) -> Tensor:
 class Walker2d(Legged):
     gymnasium_id = "Walker2d-v5"
     qvel_limit = 10.0
+    mirrors = (1, 2, 3, 7, 8, 9, 4, 5, 6), (1, 2, 3, 7, 8, 9, 4, 5, 6), (4, 5, 6, 1, 2, 3)  # the two legs
 
     xml_file: str = "walker2d_v5.xml"
     frame_skip: Count = 4
@@ -275,6 +311,7 @@ class Walker2d(Legged):
 @dataclass(kw_only=True, eq=False)
 class Hopper(Walker2d):
     gymnasium_id = "Hopper-v5"
+    mirrors = None
 
     xml_file: str = "hopper.xml"
     healthy_state_range: tuple[float, float] = (-100.0, 100.0)  # values of all other state variables that are no fall
@@ -311,6 +348,11 @@ class Ant(Roaming):
     gymnasium_id = "Ant-v5"
     outputs = ("xpos", "cfrc_ext")
     skipped = 2
+    mirrors = (  # left and right: hips turn the other way, ankles the same way
+        (1, -2, 3, 4, -5, 6, -7, -14, 15, -12, 13, -10, 11, -8, 9),
+        (1, -2, 3, -4, 5, -6, -13, 14, -11, 12, -9, 10, -7, 8),
+        (-3, 4, -1, 2, -7, 8, -5, 6),
+    )
     normal_qvel = True
 
     xml_file: str = "ant.xml"
@@ -334,6 +376,12 @@ class Ant(Roaming):
 
     def more(self) -> list[Tensor]:
         return [self.contact_forces()[:, 1:]] if self.include_cfrc_ext_in_observation else []
+
+    def more_mirrors(self) -> list[Signed]:
+        bodies = (1, 11, 12, 13, 8, 9, 10, 5, 6, 7, 2, 3, 4)  # the torso, and three bodies of each leg
+        turned = (-1, 2, -3, 4, -5, 6)  # torque and force
+        forces = tuple(j + 6 * (i - 1) if j > 0 else j - 6 * (i - 1) for i in bodies for j in turned)
+        return [forces] if self.include_cfrc_ext_in_observation else []
 
     def x(self) -> Tensor:
         return self.physics.outputs["xpos"][:, self.main, 0]
@@ -502,6 +550,9 @@ class Reacher(MujocoTask):
     def gap(self) -> Tensor:
         """The vector from target to fingertip [N, 3], in m."""
         return self.body("fingertip") - self.body("target")
+
+    def mirror_tables(self) -> MirrorTables:
+        return MirrorTables((1, 2, -3, -4, 5, -6, -7, -8, 9, -10), (-1, -2))
 
     def observe(self) -> Tensor:
         angles, goal = self.physics.qpos[:, :2], self.physics.qpos[:, 2:]

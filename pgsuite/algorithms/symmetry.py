@@ -1,0 +1,175 @@
+"""Mirror symmetries of tasks, for all methods: training on mirrored rollouts, and the mirror loss."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from pgsuite.functional import objectives
+from pgsuite.nn.policy import Policy, log_prob
+from pgsuite.types import Batch, Obs, Rollout
+
+E = TypeVar("E", Rollout, Batch)
+Signed = Sequence[int]  # a signed permutation: entry i is j or -j, where the mirrored x[i] is x[j - 1] or -x[j - 1]
+LOGP, REFERENCE = "mirrored_logp", "mirrored_reference"  # of a rollout's ``extra``
+
+
+class Mirror(nn.Module, ABC):
+    """A mirror symmetry of a task: an observation and an action are mirrored each by a map that is its own inverse and
+    keeps volumes, and the task does the same in the mirror.
+
+    A custom symmetry is a subclass, chosen by its dotted path: ``symmetry.mirror=my_package.MyMirror``.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def observation(self, obs: Obs) -> Obs:
+        """The mirror images of observations [..., *O]."""
+
+    @abstractmethod
+    def action(self, action: Tensor) -> Tensor:
+        """The mirror images of actions [..., *A]."""
+
+
+class SignedPermutation(nn.Module):
+    """The map x [..., n] -> y with y[i] = sign_i x[j_i].  Raises ValueError unless it is its own inverse."""
+
+    index: Tensor
+    sign: Tensor
+
+    def __init__(self, entries: Signed, size: int, where: str) -> None:
+        super().__init__()
+        index = torch.tensor([abs(int(j)) - 1 for j in entries])
+        sign = torch.tensor([-1.0 if j < 0 else 1.0 for j in entries])
+        if sorted(index.tolist()) != list(range(size)):
+            raise ValueError(f"{where} must have each of 1 to {size} once, with a sign, got {list(entries)}")
+        if not torch.equal(index[index], torch.arange(size)) or not torch.equal(sign * sign[index], torch.ones(size)):
+            raise ValueError(f"{where} must be its own inverse: mirrored twice, everything is as it was")
+        self.signs = bool((sign < 0).any())
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("sign", sign.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.index_select(-1, self.index)
+        return x * self.sign if self.signs else x
+
+
+class Table(Mirror):
+    """A mirror symmetry by signed permutations, whose entries are counted from 1: ``[1, -3, -2]`` maps x, y, z to x,
+    -z, -y.  That of a dictionary of observations has one for each entry.  That of discrete actions is a permutation of
+    the actions.  Raises ValueError for tables that do not fit the spaces or are not their own inverses."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        *,
+        observation: list[int] | dict[str, Any],  # table of the components of an observation, or one for each entry
+        action: list[int],  # table of the components of an action, or of the discrete actions
+    ) -> None:
+        super().__init__(observation_space, action_space)
+        parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        tables = observation if isinstance(observation, Mapping) else {"": observation}
+        if tables.keys() != parts.keys():
+            wanted = ", ".join(parts) if isinstance(observation_space, spaces.Dict) else "a list of numbers"
+            raise ValueError(f"symmetry.mirror.observation must be for {wanted}, got {observation}")
+        self.names = list(parts)
+        self.tables = nn.ModuleList(
+            SignedPermutation(tables[key], math.prod(part.shape or ()), f"symmetry.mirror.observation {key}".strip())
+            for key, part in parts.items()
+        )
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        size = int(action_space.n) if isinstance(action_space, spaces.Discrete) else spaces.flatdim(action_space)
+        self.actions = SignedPermutation(action, size, "symmetry.mirror.action")
+        if self.actions.signs and not isinstance(action_space, spaces.Box):
+            raise ValueError(f"symmetry.mirror.action may have signs for a Box only, and actions are {action_space}")
+
+    def observation(self, obs: Obs) -> Obs:
+        if not isinstance(obs, dict):
+            return self.tables[0](obs)
+        return {key: table(obs[key]) for key, table in zip(self.names, self.tables, strict=True)}
+
+    def action(self, action: Tensor) -> Tensor:
+        return self.actions.index[action] if self.discrete else self.actions(action)
+
+
+MIRRORS: dict[str, type[Mirror]] = {"table": Table}
+
+
+class Symmetry(nn.Module):
+    """What a method makes of a mirror symmetry: with ``augment`` it trains on each rollout and on its mirror image, and
+    with ``coef`` the policy objective is reduced by coef times the mirror loss.
+
+    The mirror loss is |mode(s) - mirrored mode(mirrored s)|^2, summed over the components of an action (Yu et al.,
+    2018).  Raises ValueError for it with actions other than a Box.
+    """
+
+    def __init__(self, mirror: Mirror, action_space: spaces.Space[Any], *, augment: bool, coef: float) -> None:
+        super().__init__()
+        self.mirror, self.augments, self.coef = mirror, augment, coef
+        if coef > 0 and not isinstance(action_space, spaces.Box):
+            raise ValueError(f"symmetry.coef is for a Box of actions, not {action_space}: take symmetry.augment=true")
+
+    def image(self, seen: E) -> E:
+        """The mirror image of the observations and actions of a rollout or a batch."""
+        return replace(seen, obs=self.mirror.observation(seen.obs), action=self.mirror.action(seen.action))
+
+    @torch.no_grad()
+    def compare(self, rollout: Rollout, policy: Policy, reference: Policy | None, pieces: int = 1) -> Rollout:
+        """The rollout with the log-probabilities [T, N] of the mirrored actions, under the policy at the start of the
+        update and under a reference."""
+        if not self.augments:
+            return rollout
+        image = self.image(rollout)
+        found = {LOGP: log_prob(policy, image, pieces)}
+        if reference is not None:
+            found[REFERENCE] = log_prob(reference, image, pieces)
+        found = {name: x.where(rollout.mask, 0.0) for name, x in found.items()}
+        return replace(rollout, extra=rollout.extra | found)
+
+    def augment(self, batch: Batch) -> Batch:
+        """A batch [T, N] and its mirror image, as [T, 2 N].
+
+        ``logp`` of a mirrored action is that of the policy at the start of the update, so that all importance ratios
+        begin at 1.  The action was not drawn from that policy but from its mirror image, under which its probability is
+        that of the original action: its importance weight is the ratio of the two, truncated at 1, and is 1 if the
+        policy is symmetric.
+        """
+        if not self.augments:
+            return batch
+        extra = dict(batch.extra)
+        logp, reference = extra.pop(LOGP), extra.pop(REFERENCE, None)
+        weight = extra.get("weight", torch.ones_like(batch.logp))
+        drawn = objectives.log_ratio(logp, batch.logp).clamp(max=0.0).exp()
+        own = replace(batch, extra=extra | {"weight": weight})
+        extra |= {"weight": weight * drawn} | ({} if reference is None else {"reference": reference})
+        image = replace(self.image(batch), logp=logp, extra=extra)
+        return join(own, image)
+
+    def both(self, rollout: Rollout) -> Rollout:
+        """A rollout and its mirror image, of which running statistics are symmetric."""
+        return join(rollout, self.image(rollout)) if self.augments else rollout
+
+    def penalty(self, policy: Policy, batch: Batch) -> Tensor | float:
+        """The mirror loss per cell [...], times its coefficient."""
+        if self.coef == 0:
+            return 0.0
+        mode, image = (policy.dist(x).mode() for x in (batch, self.image(batch)))
+        return self.coef * (mode - self.mirror.action(image)).square().sum(-1)
+
+
+def join(one: E, other: E) -> E:
+    """Two rollouts or batches side by side, as [T, 2 N]."""
+    rest: list[Tensor] = []
+    other.map(lambda x: rest.append(x) or x)
+    each = iter(rest)
+    return one.map(lambda x: torch.cat([x, next(each)], 1))

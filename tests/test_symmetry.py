@@ -1,0 +1,217 @@
+"""Mirror symmetries: exact tables of tasks, training on mirrored rollouts, and the mirror loss."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_cli import Cli, command  # noqa: F401
+from toys import PointMass, build, collector, mostly_long
+
+from pgsuite.algorithms import A2C, NPG, PPO, SPO, TRPO, VMPO, Algorithm, PPOPenalty, Reinforce
+from pgsuite.algorithms.symmetry import SignedPermutation, Symmetry, Table
+from pgsuite.envs import make
+from pgsuite.envs.tasks import classic, mujoco
+from pgsuite.envs.tasks.base import Signed
+
+# The signed permutations of positions and velocities; of Robots, their own.
+STATES: dict[Any, tuple[Signed, Signed] | None] = {
+    mujoco.Ant: None,
+    mujoco.Walker2d: None,
+    mujoco.Swimmer: None,
+    mujoco.Reacher: ((-1, -2, 3, -4), (-1, -2, 3, -4)),
+}
+
+
+def permuted(table: Signed, x: torch.Tensor) -> torch.Tensor:
+    return SignedPermutation(table, len(table), "table")(x)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("cls", mostly_long(STATES, mujoco.Ant))
+def test_a_mirrored_state_and_action_give_the_mirrored_next_state(double: None, cls: Any) -> None:
+    """To 1e-9 after each of forty steps, over which the states are those of random actions, contacts included."""
+    one, two = (make(cls(), 8, dtype=torch.float64, seed=0) for _ in range(2))
+    qpos, qvel = STATES[cls] or cls.mirrors[:2]
+    table = Table(one.observation_space, one.action_space, **{k: list(x) for k, x in one.task.mirror._asdict().items()})
+    one.reset(), two.reset()
+    stream = torch.Generator().manual_seed(1)
+    everywhere = torch.ones(8, dtype=torch.bool)
+    for _ in range(40):
+        p = one.task.physics
+        p.set_state(everywhere, p.qpos.clone(), p.qvel.clone())  # with nothing left of the steps before
+        two.task.physics.set_state(everywhere, permuted(qpos, p.qpos), permuted(qvel, p.qvel))
+        low, high = (torch.as_tensor(x).double() for x in (one.action_space.low, one.action_space.high))
+        action = low + (high - low) * torch.rand(8, len(low), generator=stream)
+        step, image = one.step(action), two.step(table.action(action))
+        assert torch.equal(step.terminated, image.terminated)
+        assert (table.observation(step.next_obs) - image.next_obs).abs().max() < 1e-9
+        assert (step.reward - image.reward).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("cls", mostly_long([classic.CartPole, classic.Pendulum, classic.Acrobot], classic.CartPole))
+def test_classic_tasks_are_symmetric(double: None, cls: Any) -> None:
+    one, two = (make(cls(), 64, dtype=torch.float64, seed=0) for _ in range(2))
+    table = Table(one.observation_space, one.action_space, **{k: list(x) for k, x in one.task.mirror._asdict().items()})
+    one.reset(), two.reset()
+    stream = torch.Generator().manual_seed(1)
+    for _ in range(40):
+        two.task.state.copy_(-one.task.state)
+        action = torch.rand(64, 1, generator=stream) * 4 - 2
+        if cls is not classic.Pendulum:
+            action = (action.squeeze(-1) > 0).long() * (1 if cls is classic.CartPole else 2)
+        step, image = one.step(action), two.step(table.action(action))
+        assert torch.equal(step.terminated, image.terminated) and torch.allclose(step.reward, image.reward, atol=1e-12)
+        assert torch.allclose(table.observation(step.next_obs), image.next_obs, atol=1e-12)
+
+
+# Its mirror image is a half turn, so symmetric policies are odd, as networks with tanh and without biases are.
+ODD = {"observation": [-1, -2, -3, -4], "action": [-1, -2]}
+
+
+def symmetry(env: Any, *, augment: bool = True, coef: float = 0.0) -> Symmetry:
+    mirror = Table(env.observation_space, env.action_space, **ODD)
+    return Symmetry(mirror, env.action_space, augment=augment, coef=coef)
+
+
+# Adam as usual would make steps of the rounding errors of gradients that are zero.
+LARGE_EPS = {"optim": {"_target_": "adam", "eps": 1.0}, "lr": 0.01}
+METHODS: dict[type[Algorithm], dict[str, Any]] = {
+    Reinforce: LARGE_EPS,
+    A2C: LARGE_EPS,
+    **{cls: LARGE_EPS | {"epochs": 2, "minibatches": 1} for cls in (PPO, PPOPenalty, SPO, VMPO)},
+    **{cls: {"critic_epochs": 2, "critic_minibatches": 2} for cls in (NPG, TRPO)},
+}
+
+
+def asymmetry(algorithm: Any) -> float:
+    """The largest |mode(x) + mode(-x)| over random observations."""
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    start = torch.ones(50, dtype=torch.bool)
+    modes = [algorithm.policy.choose(y, {}, start, lambda d: d.mode()).action for y in (x, -x)]
+    return float((modes[0] + modes[1]).detach().abs().max())
+
+
+@pytest.mark.parametrize("cls", mostly_long(METHODS, PPO, TRPO))
+def test_a_symmetric_policy_stays_symmetric_on_mirrored_rollouts_and_on_no_others(
+    double: None, cls: type[Algorithm]
+) -> None:
+    for augment in (True, False):
+        env = PointMass(8)
+        algorithm = build(cls, env, **METHODS[cls], symmetry=symmetry(env) if augment else None)
+        assert asymmetry(algorithm) < 1e-15
+        rollouts = collector(algorithm, env, 10)
+        for _ in range(3):
+            algorithm.iterate(rollouts)
+        assert algorithm.finite() and (asymmetry(algorithm) < 1e-12) == augment
+
+
+def test_importance_ratios_begin_at_one_and_weights_are_those_of_where_the_actions_were_drawn(double: None) -> None:
+    """Also in later epochs, when the policy has moved: for a policy that is not symmetric."""
+    env = PointMass(8)
+    algorithm = build(PPO, env, symmetry=symmetry(env), recompute_advantage=True, reward_scale=None, epochs=2)
+    with torch.no_grad():
+        algorithm.policy.out.bias.add_(torch.tensor([0.5, -0.3]))
+    rollout = collector(algorithm, env, 10).collect(algorithm.policy)
+    logp = algorithm.policy.dist(rollout).log_prob(rollout.action).detach()
+    prepared = algorithm.preprocess(rollout)
+    one = algorithm.compute_advantages(prepared)
+    assert torch.equal(one.obs, torch.cat([rollout.obs, -rollout.obs], 1))
+    assert torch.equal(one.action, torch.cat([rollout.action, -rollout.action], 1))
+    ratio = (algorithm.policy.dist(one).log_prob(one.action) - one.logp).exp()
+    assert torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-12)
+    weight = one.extra["weight"]
+    assert torch.equal(weight[:, :8], torch.ones(10, 8)) and set(one.extra) == {"weight"}
+    assert torch.allclose(weight[:, 8:], (one.logp[:, 8:] - logp).exp().clamp(max=1.0)) and weight.min() < 0.9
+    for name in ("advantage", "target", "value"):
+        assert torch.equal(getattr(one, name)[:, :8], getattr(one, name)[:, 8:])
+    with torch.no_grad():
+        algorithm.policy.out.bias.add_(0.2)
+    later = algorithm.compute_advantages(prepared)
+    assert torch.equal(later.logp, one.logp) and torch.equal(later.extra["weight"], weight)
+
+
+def test_weights_make_the_mirrored_actions_an_estimate_of_the_policys_own(double: None) -> None:
+    """Of two actions: the sum over what the mirrored policy draws, weighted, is that over what the policy draws."""
+    env = make(classic.CartPole(), 4, seed=0, dtype=torch.float64)
+    tables = {key: list(x) for key, x in env.task.mirror._asdict().items()}
+    both = Symmetry(Table(env.observation_space, env.action_space, **tables), env.action_space, augment=True, coef=0.0)
+    algorithm = build(A2C, env, symmetry=both, normalize_advantage="none", scale=False)
+    with torch.no_grad():
+        algorithm.policy.out.bias.copy_(torch.tensor([0.7, -0.7]))
+    rollout = collector(algorithm, env, 6).collect(algorithm.policy)
+    seen = []
+    for action in (0, 1):  # every action once, with the probability of drawing it
+        own = torch.full_like(rollout.action, action)
+        logp = algorithm.policy.dist(rollout).log_prob(own).detach()
+        one = algorithm.compute_advantages(algorithm.preprocess(replace(rollout, action=own, logp=logp)))
+        image = one[:, 4:]
+        assert torch.equal(image.action, 1 - own)
+        untruncated = (image.logp - logp).exp()
+        assert torch.allclose(image.extra["weight"], untruncated.clamp(max=1.0))
+        seen.append((logp.exp() * untruncated, image.logp.exp()))
+    for drawn, own in seen:
+        assert torch.allclose(drawn, own)
+
+
+@pytest.mark.parametrize("cls", mostly_long([PPO, TRPO, Reinforce], TRPO))
+def test_the_mirror_loss_is_the_squared_distance_and_makes_a_policy_symmetric(
+    double: None, cls: type[Algorithm]
+) -> None:
+    env = PointMass(8)
+    algorithms = [
+        build(cls, env, **METHODS[cls], symmetry=symmetry(env, augment=False, coef=coef)) for coef in (1e-12, 30.0)
+    ]
+    found = []
+    for algorithm in algorithms:
+        with torch.no_grad():
+            algorithm.policy.out.bias.add_(torch.tensor([0.5, -0.3]))
+        rollouts = collector(algorithm, env, 20)
+        rollout = rollouts.collect(algorithm.policy)
+        penalty = algorithm.symmetry.penalty(algorithm.policy, rollout)
+        modes = [algorithm.policy.dist(replace(rollout, obs=sign * rollout.obs)).mode() for sign in (1, -1)]
+        assert torch.allclose(penalty, algorithm.symmetry.coef * (modes[0] + modes[1]).square().sum(-1))
+        before = asymmetry(algorithm)
+        for _ in range(5):
+            algorithm.iterate(rollouts)
+        found.append(asymmetry(algorithm) / before)
+    assert found[1] < 0.95 and found[1] < found[0]
+
+
+WRONG = [
+    (["env=HalfCheetah", "symmetry.augment=true"], "HalfCheetah-v5 has no known mirror symmetry"),
+    (["env=Walker2d", "symmetry.augment=true", "policy.recurrent=gru"], "without memory"),
+    (["env=CartPole", "symmetry.coef=1"], "symmetry.coef is for a Box of actions"),
+    (["env=CartPole", "symmetry.mirror=task"], "would have no effect with symmetry.augment=false"),
+    (["env=Ant", "env.xml_file=hopper.xml", "symmetry.augment=true"], "has no known"),
+    (
+        ["env=Pendulum", "symmetry.coef=1", "symmetry.mirror={_target_: table, observation: [1, 2], action: [-1]}"],
+        "symmetry.mirror.observation must have each of 1 to 3 once",
+    ),
+    (
+        ["env=Pendulum", "symmetry.coef=1", "symmetry.mirror={_target_: table, observation: [2, 3, 1], action: [1]}"],
+        "must be its own inverse",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), mostly_long(WRONG, WRONG[-1]))
+def test_what_does_not_fit_is_refused_by_name(command: Cli, given: list[str], message: str) -> None:  # noqa: F811
+    code, _, err = command("train", *given)
+    assert code == 1 and message in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("more", [[], ["execution=compile"], ["seeds=2"]])
+@pytest.mark.long
+def test_runs_train_on_the_symmetry_of_their_task(command: Cli, more: list[str]) -> None:  # noqa: F811
+    small = ["num_envs=4", "total_steps=512", "horizon=32", "symmetry.augment=true", *more]
+    for algo, env, coef in (("trpo", "Pendulum", 1.0), ("ppo", "CartPole", 0.0)):
+        code, _, err = command("train", f"algo={algo}", f"env={env}", "~tuned", f"symmetry.coef={coef}", *small)
+        assert code == 0, err
