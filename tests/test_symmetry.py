@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -38,10 +38,11 @@ def double() -> Iterator[None]:
 @pytest.mark.parametrize("cls", mostly_long(STATES, mujoco.Ant))
 def test_a_mirrored_state_and_action_give_the_mirrored_next_state(double: None, cls: Any) -> None:
     """To 1e-9 after each of forty steps, over which the states are those of random actions, contacts included."""
-    one, two = (make(cls(), 8, dtype=torch.float64, seed=0) for _ in range(2))
+    one, two = cast(Any, [make(cls(), 8, dtype=torch.float64, seed=0) for _ in range(2)])
     qpos, qvel = STATES[cls] or cls.mirrors[:2]
     table = Table(one.observation_space, one.action_space, **{k: list(x) for k, x in one.task.mirror._asdict().items()})
-    one.reset(), two.reset()
+    one.reset()
+    two.reset()
     stream = torch.Generator().manual_seed(1)
     everywhere = torch.ones(8, dtype=torch.bool)
     for _ in range(40):
@@ -58,9 +59,10 @@ def test_a_mirrored_state_and_action_give_the_mirrored_next_state(double: None, 
 
 @pytest.mark.parametrize("cls", mostly_long([classic.CartPole, classic.Pendulum, classic.Acrobot], classic.CartPole))
 def test_classic_tasks_are_symmetric(double: None, cls: Any) -> None:
-    one, two = (make(cls(), 64, dtype=torch.float64, seed=0) for _ in range(2))
+    one, two = cast(Any, [make(cls(), 64, dtype=torch.float64, seed=0) for _ in range(2)])
     table = Table(one.observation_space, one.action_space, **{k: list(x) for k, x in one.task.mirror._asdict().items()})
-    one.reset(), two.reset()
+    one.reset()
+    two.reset()
     stream = torch.Generator().manual_seed(1)
     for _ in range(40):
         two.task.state.copy_(-one.task.state)
@@ -140,7 +142,7 @@ def test_importance_ratios_begin_at_one_and_weights_are_those_of_where_the_actio
 
 def test_weights_make_the_mirrored_actions_an_estimate_of_the_policys_own(double: None) -> None:
     """Of two actions: the sum over what the mirrored policy draws, weighted, is that over what the policy draws."""
-    env = make(classic.CartPole(), 4, seed=0, dtype=torch.float64)
+    env: Any = make(classic.CartPole(), 4, seed=0, dtype=torch.float64)
     tables = {key: list(x) for key, x in env.task.mirror._asdict().items()}
     both = Symmetry(Table(env.observation_space, env.action_space, **tables), env.action_space, augment=True, coef=0.0)
     algorithm = build(A2C, env, symmetry=both, normalize_advantage="none", scale=False)

@@ -5,6 +5,7 @@ from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.channels import Channel
 from pgsuite.algorithms.constrained import Constrained, Lagrangian, PPOLagrangian, TRPOLagrangian
 from pgsuite.algorithms.cpo import CPO
+from pgsuite.algorithms.imitation import BC, Distill, Imitation
 from pgsuite.algorithms.npg import NPG
 from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.ppo_penalty import PPOPenalty
@@ -16,6 +17,7 @@ from pgsuite.algorithms.vmpo import VMPO
 
 __all__ = [
     "A2C",
+    "BC",
     "CPO",
     "NPG",
     "PPO",
@@ -27,6 +29,8 @@ __all__ = [
     "Algorithm",
     "Channel",
     "Constrained",
+    "Distill",
+    "Imitation",
     "Lagrangian",
     "PPOLagrangian",
     "PPOPenalty",

@@ -16,7 +16,7 @@ from pgsuite.algorithms.estimators import GAE, Estimator
 from pgsuite.algorithms.reference import Reference
 from pgsuite.algorithms.symmetry import Symmetry
 from pgsuite.components import Component
-from pgsuite.envs.base import channels_of
+from pgsuite.envs.base import VectorEnv, channels_of
 from pgsuite.functional import objectives
 from pgsuite.kernel import Kernel, is_phase, phase
 from pgsuite.nn.normalize import RewardScale
@@ -66,6 +66,10 @@ class Algorithm(Scheduled, ABC):
         for part in self.scheduled.values():
             part.to(next(self.policy.parameters()).device)
         self.training_step = Kernel("learn", self.train_on)
+
+    def make_collector(self, env: VectorEnv, horizon: int, seed: int) -> Collector:
+        """The collector of rollouts of up to ``horizon`` steps in the environments."""
+        return self.collector(env, horizon, seed)
 
     def iterate(self, collector: Collector) -> Metrics:
         """One iteration: collect a rollout and train on it."""

@@ -185,6 +185,7 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     video: str | None = None,
+    record: str | None = None,
     max_steps: int | None = None,
     env: dict[str, Any] | None = None,
     trust: Trust = False,
@@ -192,10 +193,10 @@ def evaluate(
     """Evaluate the newest checkpoint of a run, or a given checkpoint, on whole episodes on the CPU.
 
     Returns the contents of evaluation.json: ``return_mean``, ``return_std``, ``returns`` [episodes], ``lengths``
-    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  max_steps:
-    steps after which an episode is cut; None takes its time limit, or without one 30,000.  env: settings of the
-    environment other than the run's, nested, as in ``{"options": {"size": 5}}``.  trust: as for ``pgsuite.load``.
-    Raises UserError.
+    [episodes], ``steps`` of the checkpoint, ...  video: file of a video of the first episode, mp4 or gif.  record: .npz
+    file of the episodes, as for ``algo=bc``.  max_steps: steps after which an episode is cut; None takes its time
+    limit, or without one 30,000.  env: settings of the environment other than the run's, nested, as in ``{"options":
+    {"size": 5}}``.  trust: as for ``pgsuite.load``.  Raises UserError.
     """
     path = run.folder if isinstance(run, Run) else run
     trust = trust or (isinstance(run, Run) and run.trust)
@@ -210,6 +211,7 @@ def evaluate(
                 deterministic=deterministic,
                 seed=seed,
                 video=video,
+                record=record,
                 trust=trust,
                 env=env or {},
             )

@@ -222,6 +222,29 @@ def build_symmetry(env: VectorEnv, run: Run) -> Symmetry | None:
         raise UserError(f"{env.name}: {error}") from error
 
 
+def imitated(env: VectorEnv, run: Run) -> dict[str, Any]:
+    """The teacher and the demonstrations that a run names, as parts of its method.  Raises UserError if they cannot be
+    read, or if the method has no use for them."""
+    from pgsuite.app import demonstrations, policy_io  # which import this module
+
+    taken = {f.name for f in fields(locate(run.algo["_target_"], "algo"))}
+    for name, algo in (("teacher", "distill"), ("demonstrations", "bc")):
+        if getattr(run, name) is not None and name not in taken:
+            raise UserError(f"{name}= is for algo={algo}: leave it out")
+    found: dict[str, Any] = {}
+    if run.teacher is not None:
+        teacher = policy_io.restore(run.teacher, trust=run.trust)
+        if to_data(teacher.interface.action_space) != to_data(env.action_space):
+            raise UserError(
+                f"{env.name} has actions {env.action_space}, and {run.teacher} was trained with "
+                f"{teacher.interface.action_space}"
+            )
+        found["teacher"] = teacher.policy.to(env.device)
+    if run.demonstrations is not None:
+        found["demonstrations"] = demonstrations.load(run.demonstrations, env)
+    return found
+
+
 def check_memory(env: VectorEnv, horizon: int) -> None:
     """Raise UserError if the observations of a rollout would take more than all memory of the device."""
     space = env.observation_space
@@ -272,6 +295,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         reference=None if reference["coef"] is None else Reference(policy, **reference),
         channels=channels,
         symmetry=build_symmetry(env, run),
+        **imitated(env, run),
     )
     if channels and not isinstance(algorithm, ActorCritic):
         raise UserError(
@@ -279,7 +303,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         )
     try:
         lower(algorithm, env.device, run.precision)
-        collector = getattr(env, "collector", algorithm.collector)(env, horizon, seed)
+        collector = getattr(env, "collector", algorithm.make_collector)(env, horizon, seed)
         collector = OverlappedCollector(collector, policy) if run.overlap else collector
         execution = execute(algorithm, collector, run.execution)
         trainer = Trainer(algorithm, collector, run.total_steps, execution=execution)

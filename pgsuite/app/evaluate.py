@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from pgsuite import seeding, settings
 from pgsuite.app.build import build_env, instantiate, parse_run_config, to_dict, versions
+from pgsuite.app.demonstrations import Recording
 from pgsuite.app.policy_io import Restored, restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
@@ -29,6 +30,7 @@ from pgsuite.training import checkpoint
 from pgsuite.training.callbacks import EvaluationStoppedError, Evaluator, console
 from pgsuite.training.video import Gif, log_gif, open_camera, record_video
 from pgsuite.trust import Trust, within
+from pgsuite.types import Obs, Step
 
 UNLIMITED = 30_000  # steps of an episode that no time limit ends, after which it is cut
 
@@ -43,6 +45,7 @@ class EvaluateConfig:
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
+    record: str | None = None  # file of the episodes, .npz: observations, actions and rewards, as for algo=bc
     trust: Trust = False  # classes from outside pgsuite that a run of another user may name; true for any
     env: dict[str, Any] = field(
         default_factory=dict
@@ -50,6 +53,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         settings.check(self, label="")
+        if self.record is not None and not self.record.endswith(".npz"):
+            raise ValueError(f"record must be the name of a .npz file, got {self.record!r}")
         if not self.run:
             raise ValueError("run must be a run directory, such as run=runs/ppo-HalfCheetah/...")
 
@@ -91,6 +96,7 @@ def play(
     deterministic: bool,
     max_steps: int | None = None,
     watch: Callable[[], None] = lambda: None,
+    record: Callable[[Obs, torch.Tensor, Step, torch.Tensor], object] = lambda obs, action, step, live: None,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, torch.Tensor], None] = lambda steps, live: None,
 ) -> Played:
@@ -98,8 +104,9 @@ def play(
     ``UNLIMITED`` without one.
 
     The first N episodes to finish would be a sample biased towards short ones.  ``watch`` is called before each step
-    of the first environment's episode, and ``progress`` before each step, with the number of steps so far and which
-    episodes are under way.  Raises EvaluationStoppedError once ``stop()`` is true.
+    of the first environment's episode, ``record`` after each step with the observation, the action, the step and which
+    episodes were under way, and ``progress`` before each step, with the number of steps so far and which episodes are
+    under way.  Raises EvaluationStoppedError once ``stop()`` is true.
     """
     obs, hidden_state = env.reset(), policy.initial_state(env.num_envs)
     start = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
@@ -116,6 +123,7 @@ def play(
             watch()
         choice = policy.act(obs, hidden_state, start, generator, deterministic=deterministic)
         step = env.step(choice.action)
+        record(obs, choice.action, step, live)
         returns += step.reward.double().where(live, 0.0)
         lengths += live
         for name, sums in channels.items():
@@ -243,7 +251,11 @@ def _evaluate(
     with record_video(env, wanted.video, show, say) if wanted.video is not None else unseen() as watch:
         modes = {"deterministic": wanted.deterministic, "max_steps": wanted.max_steps}
         progress = Progress("evaluation" if wanted.video is None else f"filming to {wanted.video}", tell)
-        played = play(restored.policy, env, generator, **modes, watch=watch, progress=progress)
+        recording = None if wanted.record is None else Recording(wanted.record)
+        record = recording or (lambda obs, action, step, live: None)
+        played = play(restored.policy, env, generator, **modes, watch=watch, record=record, progress=progress)
+    if recording is not None:
+        recording.write()
     returns, lengths = played.returns, played.lengths
     mean, std = float(returns.mean()), float(returns.std(correction=0))
     result: dict[str, Any] = {
@@ -272,6 +284,7 @@ def _evaluate(
         env.description,
         f"checkpoint at {restored.steps:,} steps",
         f"film in {wanted.video}" if wanted.video is not None else "",
+        f"episodes in {wanted.record}" if wanted.record is not None else "",
     ]
     return result, " | ".join(filter(None, words))
 

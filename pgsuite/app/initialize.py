@@ -25,10 +25,10 @@ def initialize(trainer: Trainer, path: str, say: Callable[[str], object]) -> Non
     """
     found, state = checkpoint.newest(Path(path), say)
     algorithm, taken = trainer.algorithm, 0
-    reference = getattr(algorithm, "reference", None)
+    reference, teacher = (getattr(algorithm, name, None) for name in ("reference", "teacher"))
     say(f"begins from {found} at {state['steps']:,} steps")
     for part, module in algorithm.parts.items():
-        if module is reference:
+        if module is reference or module is teacher:
             continue
         own, theirs = (layers(x) for x in (module.state_dict(), state["algorithm"].get(part) or {}))
         fitting = [name for name in own if not (why_not(own[name], theirs.get(name)))]

@@ -181,6 +181,7 @@ def _refuse(run: Run) -> None:
     because = {
         "overlap=true has a thread for one run": run.overlap,
         "resume= goes on with one run: give it by itself": run.resume is not None,
+        "demonstrations= are read by one run": run.demonstrations is not None,
         "profile=true times one run": run.profile,
         "logging.wandb logs one run in a process": run.logging.wandb.project is not None,
         "torch_threads=measure measures one run: give a number": run.torch_threads == "measure",

@@ -107,6 +107,8 @@ class Run:
     trust: Trust = False  # classes from outside pgsuite that a run to resume may name; true for any
     sweep: dict[str, Any] | None = None  # a search or a population over runs; null trains this one
     init: str | None = None  # a run directory or checkpoint, whose policy, critic and statistics the run begins with
+    teacher: str | None = None  # a run directory or checkpoint, whose policy algo=distill imitates
+    demonstrations: str | None = None  # recorded episodes that algo=bc imitates: .npz, or .hdf5 of a Minari dataset
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     profile: bool = False  # print the time of each phase of an iteration, and write a Chrome trace
     recover: Recover = field(default_factory=Recover)

@@ -71,8 +71,8 @@ class Run:
         known = {f.name for f in fields(cls)}
         try:
             self.algorithm: Any = cls(**{k: x for k, x in parts.items() if k in known} | _copied(settings))
-            kind = cls.collector
-            self.collector: Collector = kind(env, LIMIT if kind.whole_episodes else HORIZON, seed)
+            horizon = LIMIT if cls.collector.whole_episodes else HORIZON
+            self.collector: Collector = self.algorithm.make_collector(env, horizon, seed)
             self.algorithm.validate(self.collector)
         except (TypeError, ValueError) as error:
             raise AssertionError(f"{cls.__name__} cannot be made for {world}: {error}") from error
@@ -147,6 +147,7 @@ def _statistics(algorithm: Algorithm, *, rewards: bool = False) -> dict[str, Ten
         for part, owner in algorithm.parts.items()
         for name, module in owner.named_modules()
         if isinstance(module, RunningMoments) and (rewards or not isinstance(owner, RewardScale))
+        if all(p.requires_grad for p in owner.parameters())  # those of a frozen policy do not move
         for key, x in module.named_buffers()
     }
 
