@@ -207,7 +207,7 @@ def build_symmetry(env: VectorEnv, run: Run) -> Symmetry | None:
         return None
     mirror = wanted.mirror
     if mirror == "task":
-        tables = getattr(getattr(env, "task", None), "mirror", None)
+        tables = getattr(instantiate(run.env, "env", Task | VectorEnvConfig), "mirror", None)
         if tables is None:
             raise UserError(
                 f"{env.name} has no known mirror symmetry: give symmetry.mirror={{_target_: table, observation: [...], "
