@@ -364,6 +364,7 @@ def describe(trainer: Trainer, run: Run) -> tuple[str, str]:
     words += [f"rewards clipped to +-{run.clip_reward:g}"] if isinstance(run.clip_reward, float | int) else []
     words += [f"layers in {run.precision}"] if run.precision != "float32" else []
     words += ["collecting beside learning"] if run.overlap else []
+    words += ["rollouts mirrored"] if run.symmetry.augment else []
     words += [MODES[trainer.execution]]
     words += [f"{run.torch_threads} torch thread{'s' * (run.torch_threads != 1)}"] if env.device.type == "cpu" else []
     each = f" | so in each of {distributed.size()} processes" if distributed.size() > 1 else ""
