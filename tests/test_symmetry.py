@@ -191,6 +191,7 @@ WRONG = [
     (["env=HalfCheetah", "symmetry.augment=true"], "HalfCheetah-v5 has no known mirror symmetry"),
     (["env=Walker2d", "symmetry.augment=true", "policy.recurrent=gru"], "without memory"),
     (["env=CartPole", "symmetry.coef=1"], "symmetry.coef is for a Box of actions"),
+    (["env=SafetyAntVelocity", "algo=cpo", "algo.cost_limit=1", "symmetry.coef=1"], "takes no mirror loss"),
     (["env=CartPole", "symmetry.mirror=task"], "would have no effect with symmetry.augment=false"),
     (["env=Ant", "env.xml_file=hopper.xml", "symmetry.augment=true"], "has no known"),
     (

@@ -31,6 +31,8 @@ class CPO(Constrained, TRPO):
         super().validate(collector)
         if self.reference is not None and self.reference.penalty == "loss":
             raise ValueError("CPO's constraint takes no KL penalty: give reference.penalty=reward")
+        if self.symmetry is not None and self.symmetry.coef > 0:
+            raise ValueError("CPO's constraint takes no mirror loss: give symmetry.coef=0 and symmetry.augment=true")
 
     def full_step(self, start: Tensor, batch: Batch, model: LocalModel) -> tuple[Tensor, StepEvaluator, Metrics]:
         cost = self.linearize(start, replace(batch, advantage=batch.channels[self.cost_channel]))
