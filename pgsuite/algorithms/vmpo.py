@@ -55,17 +55,17 @@ class VMPO(PPO):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         batch = self.standardized(batch)
-        dist, value = self.evaluate(batch)
+        dist, prediction = self.evaluate(batch)
         logp, (temperature, kl_coef) = dist.log_prob(batch.action), self.multipliers()
         weight, log_mean = self.weights(batch, temperature)
         with torch.no_grad():
             old = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))(self.start)
         cells = {"policy_loss": -self.policy_objective(weight * logp, logp, batch), "kl": old.kl(dist)}
-        if value is not None:
-            cells["value_loss"] = self.value_error(value, batch)
+        if prediction is not None:
+            cells["value_loss"] = self.value_error(prediction, batch)
         means = masked_means(cells | {"entropy": dist.entropy()}, batch.mask)
         loss = means["policy_loss"] - self.entropy_coef * means["entropy"]
-        loss = loss + self.value_coef * means["value_loss"] if value is not None else loss
+        loss = loss + self.value_coef * means["value_loss"] if prediction is not None else loss
         loss = loss + kl_coef.detach() * means["kl"] + kl_coef * (self.max_kl - means["kl"].detach())
         loss = loss + temperature * (self.temperature_bound + log_mean)
         means |= {"loss": loss, "temperature": temperature, "kl_coef": kl_coef}

@@ -56,7 +56,7 @@ class DemonstrationCollector(Collector):
         initial = policy.initial_state(self.env.num_envs)
         rollout = Rollout(
             obs=obs,
-            hidden_state={name: x.expand(self.horizon, *x.shape) for name, x in initial.items()},
+            hidden_state={name: x.unsqueeze(0) for name, x in initial.items()},
             start=start,
             action=self.data.action[index],
             logp=nothing,
