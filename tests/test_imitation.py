@@ -274,3 +274,37 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
             load(str(path), env)
     np.savez(tmp_path / "demos.npz", **good)
     assert load(str(tmp_path / "demos.npz"), env).action.shape == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("space", "actions", "message"),
+    [
+        (spaces.Discrete(3), [0, 2, 3, 0], "actions must be from 0 to 2"),
+        (spaces.Discrete(3), [0, -1, 1, 0], "actions must be from 0 to 2"),
+        (spaces.MultiDiscrete([2, 3]), [[0, 0], [1, 2], [0, 3], [0, 0]], r"actions must be from 0 to \[1, 2\]"),
+        (spaces.MultiBinary(2), [[0, 0], [1, 1], [0, 2], [0, 0]], r"actions must be from 0 to \[1, 1\]"),
+    ],
+)
+def test_actions_that_a_space_does_not_have_are_refused(
+    tmp_path: Path, space: spaces.Space[Any], actions: list[Any], message: str
+) -> None:
+    env: Any = Interface(spaces.Box(-1.0, 1.0, (2,)), space)
+    good: dict[str, Any] = {name: np.zeros(4, bool) for name in ("terminations", "truncations")}
+    np.savez(tmp_path / "demos.npz", observations=np.zeros((4, 2), np.float32), actions=np.array(actions), **good)
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / "demos.npz"), env)
+    np.savez(
+        tmp_path / "demos.npz", observations=np.zeros((4, 2), np.float32), actions=np.array([actions[0]] * 4), **good
+    )
+    assert load(str(tmp_path / "demos.npz"), env).action.shape[0] == 4
+
+
+def test_a_file_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    env: Any = Interface(spaces.Box(-1.0, 1.0, (2,)), spaces.Discrete(2))
+    for name, size in (("foo", 2), ("episode_0", 3)):
+        with h5py.File(path := tmp_path / f"{name}.hdf5", "w") as file:
+            group = file.create_group(name)
+            group["actions"], group["observations"] = np.zeros((5, size)), np.zeros((6, 2))
+        with pytest.raises(UserError, match=r"cannot be read: \S+"):
+            load(str(path), env)

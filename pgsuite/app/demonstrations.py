@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -70,7 +69,9 @@ def load(path: str, env: VectorEnv) -> Demonstrations:
     try:
         read = _read_minari if Path(path).suffix in (".hdf5", ".h5") else _read
         obs, action, done = read(path, env)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a crafted file can cause any exception
         raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
     size = () if isinstance(env.action_space, spaces.Discrete) else (_numbers(env.action_space),)
     found = [(name, tuple(part.shape or ())) for name, part in named(env.observation_space)] + [("actions", size)]
@@ -84,8 +85,18 @@ def load(path: str, env: VectorEnv) -> Demonstrations:
             raise UserError(f"{where}: not all {name} are finite")
     real = isinstance(env.action_space, spaces.Box) or is_joined(env.action_space)
     action = action.float() if real else action.long()
+    if not real and not bool(((action >= 0) & (action < (counts := _counts(env.action_space)))).all()):
+        raise UserError(f"{where}: actions must be from 0 to {(counts - 1).tolist()}")
     start = torch.cat([torch.ones(1, dtype=torch.bool), done[:-1]])
     return Demonstrations(to_device(obs, torch.device("cpu"), torch.float32), action, start)
+
+
+def _counts(space: spaces.Space[Any]) -> Tensor:
+    """The number of values of a discrete action, or of each of its components [A]."""
+    if isinstance(space, spaces.Discrete):
+        return torch.tensor(int(space.n))
+    counts = space.nvec if isinstance(space, spaces.MultiDiscrete) else np.full(space.shape or (), 2)
+    return torch.from_numpy(np.asarray(counts, np.int64).reshape(-1))
 
 
 def _numbers(space: spaces.Space[Any]) -> int:
@@ -124,7 +135,7 @@ def _read_minari(path: str, env: VectorEnv) -> tuple[Obs, Tensor, Tensor]:
 
     found: list[tuple[Obs, Tensor, Tensor]] = []
     with h5py.File(path) as file:
-        for name in sorted(file, key=lambda name: int(name.removeprefix("episode_"))):
+        for name in sorted(map(str, file), key=lambda name: int(name.removeprefix("episode_"))):
             episode: Any = file[name]
             actions = episode["actions"][:]
             obs = tensors(space, nested(space, episode[OBSERVATIONS], len(actions)))

@@ -45,7 +45,7 @@ class EvaluateConfig:
     deterministic: bool = True  # take the mode of the policy's distributions; false samples actions
     seed: Natural = 0  # of the environments, and of sampled actions
     video: str | None = None  # video of the first episode: a file, .mp4 or .gif, or tensorboard
-    record: str | None = None  # file of the episodes, .npz: observations, actions and rewards, as for algo=bc
+    record: str | None = None  # file of the episodes, .npz: observations, actions and rewards, for behavior cloning
     trust: Trust = False  # classes from outside pgsuite that a run of another user may name; true for any
     env: dict[str, Any] = field(
         default_factory=dict
