@@ -126,7 +126,7 @@ def test_trpo_reads_one_bit_per_try() -> None:
     assert reads == 1 + int(metrics["backtracks"])
 
 
-@pytest.mark.parametrize("cls", [A2C, PPO])
+@pytest.mark.parametrize("cls", mostly_long([A2C, PPO], PPO))
 def test_the_hot_path_is_one_graph(cls: type[A2C]) -> None:
     env = PointMass(8)
     algorithm = build(cls, env)
@@ -209,7 +209,7 @@ def test_with_a_discount_only_the_total_return_gives_the_exact_gradient() -> Non
         assert (abs(float(found.mean()) - exact) < error) == (returns == "total"), returns
 
 
-@pytest.mark.parametrize("terminates", [False, True])
+@pytest.mark.parametrize("terminates", mostly_long([False, True], False))
 def test_a_time_limit_is_not_the_end_of_the_task(terminates: bool) -> None:
     """Reward one forever: V = 1 / (1 - gamma) if the clock ends the episode; a geometric sum if the task does."""
     env = Endless(8, max_episode_steps=5)

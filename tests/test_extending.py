@@ -87,7 +87,9 @@ def test_the_methods_to_override_are_there() -> None:
     named = [match for row in rows for match in re.findall(r"`(\w+)\(([\w, ]*)\)`", row)]
     assert len(named) > 8
     for name, parameters in named:
-        found = [getattr(algorithms, cls) for cls in ("RND", "A2C", "PPO", "TRPO") if hasattr(getattr(algorithms, cls), name)]
+        found = [
+            getattr(algorithms, cls) for cls in ("RND", "A2C", "PPO", "TRPO") if hasattr(getattr(algorithms, cls), name)
+        ]
         assert found, name
         code = getattr(found[-1], name)
         code = getattr(code, "__wrapped__", code)

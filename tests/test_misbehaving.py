@@ -83,6 +83,7 @@ env.step(torch.zeros(1, dtype=torch.long))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at the state of a process")
 def test_a_worker_that_hangs_ends_with_its_parent() -> None:
     path = os.pathsep.join([str(Path(misbehaving.__file__).parent), os.environ.get("PYTHONPATH", "")])

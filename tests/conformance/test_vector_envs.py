@@ -35,7 +35,7 @@ def test_gymnasium_in_every_autoreset_mode(mode: AutoresetMode) -> None:
 @pytest.mark.parametrize(
     "world",
     [
-        Gym(id="Pendulum-v1", max_episode_steps=30, workers=1),
+        pytest.param(Gym(id="Pendulum-v1", max_episode_steps=30, workers=1), marks=pytest.mark.long),
         Gym(id="CartPole-v1", max_episode_steps=30, native=True),
         Gym(id="FrozenLake-v1"),
         Gym(id="Blackjack-v1", max_episode_steps=5),
@@ -82,7 +82,7 @@ def test_torch_native(kind: str, options: dict[str, Any]) -> None:
     check_vector_env(lambda seed: make(world, 4, seed=seed))
 
 
-@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+@pytest.mark.parametrize("mode", ["SameStep", pytest.param("NextStep", marks=pytest.mark.long)])
 def test_atari(mode: str) -> None:
     pytest.importorskip("ale_py")
     options = {"autoreset_mode": mode, "img_height": 42, "img_width": 42, "noop_max": 5}
