@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pgsuite.app.train import main
 from pgsuite.envs.base import NotFiniteError
 from pgsuite.functional.trust_region import tensors
 from pgsuite.many.compile import compile_many
-from pgsuite.many.env import JointTaskEnv, SharedTask, SideBySide
+from pgsuite.many.env import JointTaskEnv, RowDraws, SharedTask, SideBySide
 from pgsuite.many.stack import Generators
 from pgsuite.many.trainer import ManyTrainer
 from pgsuite.training.recovery import Recovery
@@ -342,3 +343,33 @@ def test_what_runs_at_once_cannot_have_is_refused_by_name(
     with pytest.raises(SystemExit, match=reason):
         run("total_steps=64", *arguments)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+DRAWS: dict[str, Callable[[int, Any], torch.Tensor]] = {
+    "sizes": lambda n, g: torch.rand(n, 2, generator=g),
+    "size": lambda n, g: torch.randn((n, 2), generator=g),
+    "one size": lambda n, g: torch.rand(n, generator=g),
+    "high": lambda n, g: torch.randint(5, (n,), generator=g),
+    "low and high": lambda n, g: torch.randint(3, 9, (n, 2), generator=g),
+    "named": lambda n, g: torch.randint(low=3, high=9, size=(n,), generator=g),
+    "tensor": lambda n, g: torch.bernoulli(torch.full((n, 2), 0.5), generator=g),
+    "tensors": lambda n, g: torch.normal(torch.zeros(n), torch.full((n,), 2.0), generator=g),
+    "mean": lambda n, g: torch.normal(0.0, torch.full((n,), 2.0), generator=g),
+    "mean and size": lambda n, g: torch.normal(1.0, 2.0, (n, 3), generator=g),
+    "in place": lambda n, g: torch.empty(n, 2).uniform_(3.0, 4.0, generator=g),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_each_run_draws_its_rows_as_it_would_alone(name: str) -> None:
+    draw, streams = DRAWS[name], [seeding.generator(seed, "environment") for seed in (3, 4)]
+    with RowDraws(2, 5):
+        found = draw(10, Generators.of([seeding.generator(seed, "environment") for seed in (3, 4)]))
+    assert torch.equal(found, torch.cat([draw(5, stream) for stream in streams]))
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_numbers_that_are_not_of_single_worlds_are_refused(name: str) -> None:
+    generators = Generators.of([seeding.generator(seed, "environment") for seed in (3, 4)])
+    with RowDraws(2, 5), pytest.raises(ValueError, match="draws numbers that are not of single worlds"):
+        DRAWS[name](5, generators)

@@ -120,21 +120,29 @@ class RowDraws(DrawingMode):
     def draw(self, func: Any, generators: Generators, args: Any, kwargs: dict[str, Any]) -> Any:
         if any(len(x) != self.count * self.each for x in tensors([args, kwargs])):
             raise ValueError(f"{func.__name__} draws numbers that are not of single worlds")
-        if isinstance(args[0], Tensor) and in_place(func):
+        if args and isinstance(args[0], Tensor) and in_place(func):
             generators.fill(args[0].unflatten(0, (self.count, self.each)), func, *args[1:], **kwargs)
             return args[0]
         streams = list(zip(generators.each, generators.drawing, strict=True))
 
-        def share(x: Any, s: int) -> Any:
+        given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+        sized = next((key for key, x in given.items() if isinstance(x, tuple | list)), None)  # as in rand((8, 2))
+        if sized is None and not tensors([args, kwargs]):
+            sized = 0  # as in rand(8, 2)
+        size = given.get(sized)
+        if size is not None and (size[0] if isinstance(size, tuple | list) else size) != self.count * self.each:
+            raise ValueError(f"{func.__name__} draws numbers that are not of single worlds")
+
+        def share(key: Any, x: Any, s: int) -> Any:
             if isinstance(x, Tensor):
                 return x[s * self.each : (s + 1) * self.each]
-            sizes = x if isinstance(x, tuple | list) else [x]
-            return type(x)((self.each, *x[1:])) if sizes is x else self.each
+            if key != sized:
+                return x
+            return (self.each, *x[1:]) if isinstance(x, tuple | list) else self.each
 
         def own(s: int, generator: torch.Generator) -> Any:
-            mine = [share(args[0], s), *args[1:]] if args else []
-            rest = {key: share(x, s) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
-            return func(*mine, **rest | {"generator": generator})
+            mine = [share(i, x, s) for i, x in enumerate(args)]
+            return func(*mine, **{key: share(key, x, s) for key, x in kwargs.items()} | {"generator": generator})
 
         drawn = [own(s, generator) if draws else None for s, (generator, draws) in enumerate(streams)]
         like = next(x for x in drawn if x is not None)
