@@ -68,7 +68,7 @@ class Imitation(Algorithm):
 
 @dataclass(kw_only=True, eq=False)
 class BC(Imitation):
-    """Behaviour cloning: maximum likelihood of recorded actions (Pomerleau, 1989).
+    """Behavior cloning: maximum likelihood of recorded actions (Pomerleau, 1989).
 
     ``total_steps`` counts the recorded steps that are learned from; only evaluations act in the environments.
     """
