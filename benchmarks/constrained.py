@@ -6,7 +6,7 @@
 
 Each run trains one method on one task with one seed, in a process of its own, and is kept in
 benchmarks/results/constrained/<task>-<method>-s<seed>.json: how return and cost of the training episodes went, and an
-evaluation of the last policy with sampled actions, since the limit is for these.  A run that is kept is not repeated.
+evaluation of the last policy with sampled actions, since the limit is for these.  A run that is kept with equal settings is not repeated.
 ``--docs`` measures nothing and puts the kept results into docs/explanation/constrained.md.
 """
 
@@ -86,9 +86,9 @@ def settings(task: str, method: str, seed: int, steps: int) -> list[str]:
 def measure(task: str, method: str, seed: int, steps: int) -> None:
     """Train, and keep what came of it."""
     path = KEPT / f"{task}-{method}-s{seed}.json"
-    if path.exists():
-        return
     given = settings(task, method, seed, steps)
+    if path.exists() and json.loads(path.read_text())["settings"] == given:
+        return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pgsuite", "train", *given, f"hydra.run.dir={folder}/run"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
