@@ -6,7 +6,8 @@
 
 Each run trains one method on one task with one seed, in a process of its own, and is kept in
 benchmarks/results/constrained/<task>-<method>-s<seed>.json: how return and cost of the training episodes went, and an
-evaluation of the last policy with sampled actions, since the limit is for these.  A run that is kept with equal settings is not repeated.
+evaluation of the last policy with sampled actions, since the limit is for these. A run that is kept with equal settings
+is not repeated.
 ``--docs`` measures nothing and puts the kept results into docs/explanation/constrained.md.
 """
 
