@@ -32,12 +32,12 @@ CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     ),
     (Reinforce, {"baseline": "critic", "critic_minibatches": 2}, "inductor"),
     (TRPO, {"critic_epochs": 2, "critic_lr": {"linear": [1e-2, 0]}}, "aot_eager"),
-    (NPG, {"critic_epochs": 2, "max_kl": {"linear": [0.02, 0]}, "damping": {"linear": [0.1, 1.0]}}, "aot_eager"),
     (A2C, {"lr": {"cosine": [1e-2, 1e-3]}, "entropy_coef": {"linear": [0.1, 0]}}, "aot_eager"),
 ]
 WINDOW = {"recurrent": {"_target_": "transformer", "window": 5}, "recurrent_size": 8}
 RESIDUAL = {"block": "residual", "norm": "layer"}
 LONG: list[tuple[type[Algorithm], dict[str, Any], str]] = [
+    (NPG, {"critic_epochs": 2, "max_kl": {"linear": [0.02, 0]}, "damping": {"linear": [0.1, 1.0]}}, "aot_eager"),
     (PPO, {"epochs": 2, "look": RESIDUAL, "critic_look": {"head": "categorical"}}, "inductor"),
     (TRPO, {"critic_epochs": 2, "look": RESIDUAL, "critic_look": {"normalize_values": True}}, "aot_eager"),
     (TRPO, {"critic_epochs": 2, "backtracking": "batched", "max_backtracks": 3, "fisher": "gauss-newton"}, "aot_eager"),

@@ -35,6 +35,7 @@ def ran(gpu: Any, parts: list[Any], budget: float) -> list[dict[str, Any]]:
     return lines
 
 
+@pytest.mark.long
 def test_a_job_that_hangs_dies_or_raises_costs_no_other(gpu: Any) -> None:
     """A time limit ends it with all that it started, and its lines until then are kept."""
     parts = [gpu.Part("first", 1, (HANGS, DIES, GOOD), at_once=3), gpu.Part("second", 5, (RAISES, NOISY, GOOD))]

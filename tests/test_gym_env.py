@@ -233,7 +233,7 @@ def test_an_environment_without_a_time_limit_is_no_place_for_whole_episodes() ->
         EpisodeCollector(env, 100)
 
 
-@pytest.mark.parametrize("way", mostly_long([{}, {"native": True}, {"workers": 2}], {"workers": 2}), ids=str)
+@pytest.mark.parametrize("way", mostly_long([{}, {"native": True}, {"workers": 2}], {}), ids=str)
 def test_ppo_learns_through_the_adapter(way: dict[str, Any]) -> None:
     """To balance: a random policy lasts 22 steps on average, this one 100 after 8,000."""
     env = make(Gym(id="CartPole-v1", **way), 8, seed=1)

@@ -101,6 +101,7 @@ def test_a_worker_that_hangs_ends_with_its_parent() -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_run_exits_though_its_workers_were_not_closed() -> None:
     code = HANG.replace("a step that hangs", "reward true")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}

@@ -33,6 +33,7 @@ def text(found: list[dict[str, Any]]) -> str:
     return "".join(str(output.get("data", {}).get("text/plain", output.get("text", ""))) for output in found)
 
 
+@pytest.mark.long
 def test_the_notebook_runs_and_shows_its_progress_and_its_figure_inline(tmp_path: Path) -> None:
     found = outputs(executed("quickstart", tmp_path))
     kinds = [kind for output in found for kind in output.get("data", {})]

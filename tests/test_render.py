@@ -39,7 +39,7 @@ def gl() -> None:
 
 
 @pytest.mark.usefixtures("gl")
-@pytest.mark.parametrize("backend", ["mujoco", "warp"])
+@pytest.mark.parametrize("backend", ["mujoco", pytest.param("warp", marks=pytest.mark.long)])
 def test_a_robot_is_drawn_as_gymnasium_draws_it_where_it_stands(backend: str) -> None:
     env: Any = make("HalfCheetah", 2, dtype=torch.float64, backend=backend)
     with unwarned():
@@ -179,6 +179,7 @@ def test_evaluation_films_its_first_episode_and_plays_as_without(command: Cli) -
     assert sorted(path.name for path in command.folder.iterdir()) == ["film.gif", "film.mp4", "run"]
 
 
+@pytest.mark.long
 def test_a_film_in_tensorboard_moves(command: Cli) -> None:  # noqa: F811
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -22,7 +22,7 @@ from pgsuite.training.trainer import Trainer
 RUN = ["env=CartPole", "hydra.run.dir=run", *TINY, "checkpoint.every=250"]
 
 
-@pytest.mark.parametrize("case", mostly_long(kills.METHODS, "ppo", "npg"))
+@pytest.mark.parametrize("case", mostly_long(kills.METHODS, "ppo"))
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path, case: str) -> None:
     """A handful of the trials of kills.py."""
     assert not kills.survive(case, kills.METHODS.index(case), tmp_path)

@@ -70,6 +70,7 @@ def test_runs_that_start_in_one_second_have_a_directory_each(tmp_path: Path) -> 
         assert not (run / NAME).exists()
 
 
+@pytest.mark.long
 def test_jobs_of_sweeps_that_start_in_one_second_have_a_directory_each(command: Cli) -> None:  # noqa: F811
     for _ in range(2):
         sweep = ["hydra.sweep.subdir='${now:%Y}-s${seed}'", "seed=1,2", "total_steps=64"]

@@ -41,6 +41,7 @@ def runs() -> list[str]:
     return sorted(str(path.parent.relative_to("runs")) for path in Path("runs").glob("*/*/summary.json"))
 
 
+@pytest.mark.long
 def test_jobs_train_side_by_side_and_the_same_command_makes_no_run_again(sweep: Any) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ("sweep=local", "algo=ppo,a2c")
