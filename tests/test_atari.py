@@ -32,6 +32,7 @@ def test_rewards_are_the_score_and_games_end_at_their_limit() -> None:
     assert not any(bool(x.done.any()) for x in steps[:-1]) and bool(steps[-1].truncated.all())
 
 
+@pytest.mark.long
 def test_actions_stick_or_do_not() -> None:
     """Without sticky actions and random starts, games with equal actions are equal."""
 

@@ -601,6 +601,7 @@ def test_an_environment_that_breaks_once_does_not_change_the_learning_rate(tmp_p
     assert float(algorithm.optimizer.lr * algorithm.optimizer.lr_scale) == pytest.approx(1e-3)
 
 
+@pytest.mark.long
 def test_attempts_are_counted_anew_after_enough_finite_iterations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,7 @@ def test_a_masked_early_stop_learns_what_an_early_stop_does(settings: dict[str, 
     assert stops[0] == 1 and 1 < stops[1] < 6 and stops[2] == 6
 
 
+@pytest.mark.long
 def test_physics_on_warp_is_launched_between_graphs() -> None:
     envs = [make("InvertedPendulum", 4, backend="warp", max_episode_steps=6) for _ in range(2)]
     with replays(PARTS * (ITERATIONS - 4)):

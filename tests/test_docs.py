@@ -41,6 +41,7 @@ def execute(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return names
 
 
+@pytest.mark.long
 def test_composing_by_hand_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = block("docs/reference/api.md", "trainer.fit()")
     assert sum(" = " in line for line in code.splitlines()) <= 10

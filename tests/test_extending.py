@@ -162,6 +162,7 @@ def test_components_are_shown_by_help_and_among_hyperparameters(
     assert flat == {"algo": "PPO", "algo.optim": "torch.optim.AdamW", "algo.optim.eps": 1}
 
 
+@pytest.mark.long
 def test_a_run_with_an_optimizer_of_torch_is_resumed_bit_for_bit(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,7 +229,7 @@ class Price(PointMass):
         return self.state, -(action.clamp(5, 35) - 21).abs().squeeze(-1), torch.zeros(self.num_envs, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("cls", [PPO, TRPO])
+@pytest.mark.parametrize("cls", [pytest.param(PPO, marks=pytest.mark.long), TRPO])
 def test_a_box_away_from_zero_is_explored(cls: Any) -> None:
     """A policy that begins at zero stays at the lower bound, at -160."""
     env = Price(16, max_episode_steps=10)

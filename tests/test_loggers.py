@@ -106,6 +106,7 @@ def test_a_run_does_not_go_on_with_a_damaged_table(tmp_path: Path, text: str) ->
     assert path.read_text(encoding="latin-1") == text
 
 
+@pytest.mark.long
 def test_wandb_goes_on_with_its_run_where_one_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

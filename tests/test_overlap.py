@@ -222,6 +222,7 @@ def test_where_the_ratio_is_one_the_correction_is_none(estimator: Any) -> None:
         assert torch.allclose(plain, corrected, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_acting_in_the_thread_is_eager_acting(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_by("aot_eager", monkeypatch)
@@ -249,6 +250,7 @@ def test_what_cannot_run_beside_learning_is_refused_by_name(command: Cli) -> Non
         assert code == 1 and said in err and err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_run_says_that_it_collects_beside_learning_and_can_be_looked_into(command: Cli) -> None:  # noqa: F811
     long = ["total_steps=1600", "evaluation.every=800", "evaluation.episodes=2"]
     code, out, _ = command("train", "env=CartPole", *TINY, "overlap=true", "profile=true", *long)

@@ -20,6 +20,7 @@ def own(command: Cli) -> Cli:  # noqa: F811
     return command
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["a_head.Own", "beta"])
 def test_a_head_that_a_recipe_does_not_fit_is_told_of_the_recipe(own: Cli, head: str) -> None:
     code, _, err = own("train", *TINY, f"policy.distribution={head}")

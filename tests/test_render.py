@@ -106,6 +106,7 @@ def test_a_camera_that_goes_leaves_the_others_alone() -> None:
     assert before.std() > 1 and np.array_equal(second.render(), before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("gl")
 def test_gymnasiums_robots_draw_themselves_without_a_screen() -> None:
     """In a process where nothing has chosen how."""
@@ -280,6 +281,7 @@ def test_a_film_of_one_colour_is_warned_of(empty: bool, tmp_path: Path, monkeypa
     assert len(said) == empty and (not empty or "shows nothing but the colour (0, 0, 0): CartPole" in said[0])
 
 
+@pytest.mark.long
 def test_films_are_drawn_offscreen() -> None:
     """In a process without a screen, where nothing has chosen how."""
     code = """

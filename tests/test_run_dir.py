@@ -49,6 +49,7 @@ def holding(folder: str, seconds: float) -> None:
     time.sleep(seconds)
 
 
+@pytest.mark.long
 def test_runs_that_start_in_one_second_have_a_directory_each(tmp_path: Path) -> None:
     same = [*POLE, "hydra.run.dir='runs/${now:%Y}-s${seed}'"]
     started = []
@@ -79,6 +80,7 @@ def test_jobs_of_sweeps_that_start_in_one_second_have_a_directory_each(command: 
     assert names == ["s1", "s1_2", "s2", "s2_2"]
 
 
+@pytest.mark.long
 def test_a_held_directory_is_refused_by_the_name_of_its_holder(command: Cli) -> None:  # noqa: F811
     process = kills.fork(holding, str(command.folder), 60)
     while not (command.folder / "held").exists():
@@ -218,6 +220,7 @@ def piped(folder: Path, reader: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], pytest.param(["-m", "seed=1,2"], marks=pytest.mark.long)], ids=["run", "sweep"])
 def test_a_closed_pipe_does_not_end_the_run(tmp_path: Path, more: Sequence[str]) -> None:
     code, err = piped(tmp_path, "head -1", *more[:1], *POLE, *more[1:])

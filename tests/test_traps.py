@@ -120,6 +120,7 @@ def test_a_dictionary_can_be_given_on_the_command_line(command: Cli) -> None:  #
     assert code == 1 and "weights" in err
 
 
+@pytest.mark.long
 def test_runs_that_differ_in_what_does_not_matter_are_seeds_of_one_group(command: Cli) -> None:  # noqa: F811
     each = [
         [],

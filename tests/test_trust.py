@@ -252,6 +252,7 @@ def test_what_this_command_line_names_is_trusted_on_resume(folder: Path) -> None
     assert fuzz.answer("train", named, iterations=1).kind == "trained"
 
 
+@pytest.mark.long
 def test_a_run_of_ones_own_is_not_questioned_and_changed_by_another_is(folder: Path) -> None:
     own = ["env=CartPole", "num_envs=2", "horizon=8", "policy.distribution=mine.CategoricalHead"]
     train = [*own, "+callbacks.mine._target_=mine.Watch", "hydra.run.dir=mine_run"]
