@@ -7,12 +7,13 @@
     python benchmarks/returns.py compare compile --docs
 
 ``run`` writes one file a run to benchmarks/results/returns/: the run's summary, its learning curve, the returns of its
-last policy in 20 whole episodes with and without sampling, the command, the commit and the machine.  What is there of
-the same commit is not run again, so it goes on where it was cut off.  ``table`` sets what is there beside the figures
-of published.csv: interquartile means over seeds with 95% bootstrap intervals.  Marks compare plain means with the
-highest published mean of three seeds or more at as many steps, like with like: with the return of training, of sampled
-evaluation, or of deterministic evaluation.  What is run ``--apart`` is kept beside them under a name, and ``compare``
-sets it beside the same cells of the table.
+last policy in 20 whole episodes with and without sampling, the command, the commit and the machine.  The seeds of a
+name are trained at once in one process, or with ``--one-by-one`` each in its own, as observations that are images need.
+What is there of the same commit is not run again, so it goes on where it was cut off.  ``table`` sets what is there
+beside the figures of published.csv: interquartile means over seeds with 95% bootstrap intervals.  Marks compare plain
+means with the highest published mean of three seeds or more at as many steps, like with like: with the return of
+training, of sampled evaluation, or of deterministic evaluation.  What is run ``--apart`` is kept beside them under a
+name, and ``compare`` sets it beside the same cells of the table.
 """
 
 from __future__ import annotations
@@ -58,29 +59,42 @@ def evaluate(run: Path, how: str) -> dict[str, float]:
     return {name: found[f"return_{name}"] for name in ("mean", "std")}
 
 
-def train(name: str, seed: int, overrides: list[str], *, evaluations_too: bool = True) -> dict[str, Any]:
-    """One run in a process of its own, and evaluations of its last policy."""
+def train(name: str, seeds: list[int], overrides: list[str], *, evaluations_too: bool = True) -> list[dict[str, Any]]:
+    """The runs of consecutive seeds in one process, and evaluations of their last policies; in order of seed."""
     algo, env = name.split("-", 1)
     begun_at = commit()  # before the run: the tree may move on meanwhile
-    arguments = [f"algo={algo}", f"env={env}", f"seed={seed}", *overrides]
+    at_once = [f"seeds={len(seeds)}"] if len(seeds) > 1 else []
+    arguments = [f"algo={algo}", f"env={env}", f"seed={seeds[0]}", *at_once, *overrides]
+    about = {"command": f"python scripts/train.py {' '.join(arguments)}", "commit": begun_at, "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "scripts/train.py", *arguments, "env_threads=1", f"hydra.run.dir={folder}/run"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
-        run = Path(folder) / "run"
-        summary = json.loads((run / "summary.json").read_text())
-        with (run / "metrics.csv").open(newline="") as file:
-            rows = [(int(row["steps"]), row["episode/return"]) for row in csv.DictReader(file) if row["episode/return"]]
-        evaluations = {how: evaluate(run, how) for how in ("sampled", "deterministic") if evaluations_too}
+        runs = [Path(folder) / "run" / (f"s{seed}" if at_once else "") for seed in seeds]
+        return [about | outcome(run, evaluations_too) for run in runs]
+
+
+def outcome(run: Path, evaluations_too: bool) -> dict[str, Any]:
+    """What is kept of a run directory."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["steps"]), row["episode/return"]) for row in csv.DictReader(file) if row.get("episode/return")]
     return {
-        "command": f"python scripts/train.py {' '.join(arguments)}",
-        "commit": begun_at,
-        "machine": machine(),
-        "summary": summary,
-        "evaluation": evaluations,
+        "summary": json.loads((run / "summary.json").read_text()),
+        "evaluation": {how: evaluate(run, how) for how in ("sampled", "deterministic") if evaluations_too},
         "curve": {"steps": [s for s, _ in rows], "return": [round(float(r), 2) for _, r in rows]},
     }
+
+
+def stretches(seeds: list[int], one_by_one: bool = False) -> list[list[int]]:
+    """The seeds in stretches of consecutive ones."""
+    found: list[list[int]] = []
+    for seed in sorted(seeds):
+        if found and not one_by_one and found[-1][-1] == seed - 1:
+            found[-1].append(seed)
+        else:
+            found.append([seed])
+    return found
 
 
 def apart(name: str) -> Path:
@@ -88,21 +102,27 @@ def apart(name: str) -> Path:
     return RESULTS / f"returns-{name}"
 
 
-def run(names: list[str], seeds: list[int], jobs: int, overrides: list[str], folder: Path) -> None:
-    """Every name with every seed, ``jobs`` at a time."""
+def run(
+    names: list[str], seeds: list[int], jobs: int, overrides: list[str], folder: Path, one_by_one: bool = False
+) -> None:
+    """Every name with every seed, ``jobs`` processes at a time."""
 
-    def work(item: tuple[str, int]) -> None:
-        name, seed = item
-        path = folder / f"{name}-s{seed}.json"
-        if path.is_file() and json.loads(path.read_text())["commit"] == commit():
-            return
-        result = train(name, seed, overrides)
-        keep(result, path)
-        summary = result["summary"]
-        print(f"{name} seed {seed}: {summary['return_mean']:,.1f} in {summary['seconds']:,.0f} s", flush=True)
+    def path_of(name: str, seed: int) -> Path:
+        return folder / f"{name}-s{seed}.json"
 
+    def is_there(path: Path) -> bool:
+        return path.is_file() and json.loads(path.read_text())["commit"] == commit()
+
+    def work(item: tuple[str, list[int]]) -> None:
+        name, chosen = item
+        for seed, result in zip(chosen, train(name, chosen, overrides), strict=True):
+            keep(result, path_of(name, seed))
+            summary = result["summary"]
+            print(f"{name} seed {seed}: {summary['return_mean']:,.1f} in {summary['seconds']:,.0f} s", flush=True)
+
+    missing = {name: [seed for seed in seeds if not is_there(path_of(name, seed))] for name in names}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, [(name, seed) for name in names for seed in seeds]))
+        list(pool.map(work, [(name, part) for name in names for part in stretches(missing[name], one_by_one)]))
 
 
 def load(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
@@ -281,7 +301,8 @@ def main() -> None:
     train_parser = commands.add_parser("run", help="train and keep the results")
     train_parser.add_argument("names", nargs="+", help="<algo>-<env>, as recipes are named, or all that there are")
     train_parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
-    train_parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    train_parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    train_parser.add_argument("--one-by-one", action="store_true", help="one seed in a process")
     train_parser.add_argument("--set", nargs="*", default=[], help="further overrides")
     table_parser = commands.add_parser("table", help="print what is kept")
     table_parser.add_argument(
@@ -309,6 +330,7 @@ def main() -> None:
             args.jobs,
             args.set,
             apart(args.apart) if args.apart else RUNS,
+            args.one_by_one,
         )
 
 

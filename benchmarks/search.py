@@ -15,15 +15,17 @@ A search is a file of YAML:
       - {steps: 200_000, seeds: [100], keep: 4}
       - {steps: 1_000_000, seeds: [100, 101]}
 
-In each rung every remaining candidate is trained in every environment with every seed.  Its score is the mean over
-environments of its mean return over the last tenth, scaled so that among the candidates of the rung the worst has 0 and
-the best has 1.  Results are kept after every run in benchmarks/results/searches/, and what is kept is not run again, so
-a search that was cut off goes on where it was.  Seeds of searches begin at 100; those of reported results are below.
+In each rung every remaining candidate is trained in every environment with every seed, consecutive seeds in one
+process.  Its score is the mean over environments of its mean return over the last tenth, scaled so that among the
+candidates of the rung the worst has 0 and the best has 1.  Results are kept after every run in
+benchmarks/results/searches/, and what is kept is not run again, so a search that was cut off goes on where it was.
+Seeds of searches begin at 100; those of reported results are below.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
@@ -80,15 +82,15 @@ def key_of(env: str, overrides: list[str], steps: int, seed: int) -> str:
     return " ".join([env, *overrides, f"total_steps={steps}", f"seed={seed}"])
 
 
-def train(algo: str, env: str, overrides: list[str], steps: int, seed: int) -> dict[str, Any]:
-    """One run in a process of its own: the mean return of its last tenth; null if it failed."""
+def train(algo: str, env: str, overrides: list[str], steps: int, seeds: list[int]) -> list[dict[str, Any]]:
+    """The runs of consecutive seeds in one process: the mean return of the last tenth of each; null if it failed."""
     env, *more = env.split()
     try:
         settings = [f"total_steps={steps}", *more, *overrides]
-        summary = returns.train(f"{algo}-{env}", seed, settings, evaluations_too=False)["summary"]
+        found = returns.train(f"{algo}-{env}", seeds, settings, evaluations_too=False)
     except SystemExit as error:
-        return {"return": None, "error": str(error).strip().splitlines()[-1:]}
-    return {"return": summary["return_mean"], "seconds": round(summary["seconds"])}
+        return [{"return": None, "error": str(error).strip().splitlines()[-1:]} for _ in seeds]
+    return [{"return": x["summary"]["return_mean"], "seconds": round(x["summary"]["seconds"])} for x in found]
 
 
 def scores(search: Search, names: list[str], rung: Rung, runs: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -115,20 +117,18 @@ def climb(search: Search, store: Store, jobs: int) -> None:
     """Run what is missing, rung by rung."""
     names = list(search.candidates)
     for rung in search.rungs:
-        work = [
-            (env, [*search.base, *search.candidates[name]], seed)
-            for seed in rung.seeds
-            for env in search.env
-            for name in names
-        ]
-        missing = [x for x in work if key_of(x[0], x[1], rung.steps, x[2]) not in store.runs]
+        missing = []
+        for env, name in itertools.product(search.env, names):
+            given = [*search.base, *search.candidates[name]]
+            seeds = [seed for seed in rung.seeds if key_of(env, given, rung.steps, seed) not in store.runs]
+            missing += [(env, given, part) for part in returns.stretches(seeds)]
 
-        def run(item: tuple[str, list[str], int], steps: int = rung.steps) -> None:
-            env, overrides, seed = item
-            result = train(search.algo, env, overrides, steps, seed)
-            key = key_of(env, overrides, steps, seed)
-            store.add(key, result)
-            print(f"{key}: {result['return']} {result.get('error', '')}", flush=True)
+        def run(item: tuple[str, list[str], list[int]], steps: int = rung.steps) -> None:
+            env, overrides, seeds = item
+            for seed, result in zip(seeds, train(search.algo, env, overrides, steps, seeds), strict=True):
+                key = key_of(env, overrides, steps, seed)
+                store.add(key, result)
+                print(f"{key}: {result['return']} {result.get('error', '')}", flush=True)
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, missing))
@@ -160,7 +160,7 @@ def report(search: Search, runs: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--report", action="store_true", help="run nothing, and print tables of what is kept")
     args = parser.parse_args()
     search, store = Search.load(args.search), Store(RESULTS / "searches" / f"{args.search.stem}.json")
