@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,43 @@ def test_a_run_that_diverges_recovers_or_ends_alone(attempts: int, tells: bool, 
     assert bool(parts[1].algorithm.finite())
 
 
+@dataclass(kw_only=True)
+class Enough(Callback):
+    """Ends the run of a seed early."""
+
+    at: int
+    seed: int = 0
+    of: int = 0  # the seed of its run
+
+    def setup(self, run: Any) -> None:
+        self.of = run.seed
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self.of == self.seed and trainer.steps >= self.at:
+            trainer.end_early("enough")
+
+    def on_iteration(self, trainer: Trainer, report: Report) -> None:
+        self.on_start(trainer)
+
+
+@pytest.mark.parametrize("at", [0, 128])
+def test_a_run_that_a_callback_ends_is_ended_alone(at: int) -> None:
+    """It stays where it was, and the others make their steps."""
+    envs_of_runs = [toys.PointMass(4, 10, seed=seed) for seed in (0, 1)]
+    parts = [trainer(A2C, env, seed, scale=False) for seed, env in enumerate(envs_of_runs)]
+    alone = trainer(A2C, toys.PointMass(4, 10, seed=1), 1, scale=False)
+    logs, ends = [Log(), Log()], [[], [Enough(at=at)]]
+    for part, log, more in zip(parts, logs, ends, strict=True):
+        part.total_steps, part.callbacks = 4 * 64, [log, *more]
+    alone.total_steps, alone.callbacks = 4 * 64, ends[1]
+    many = ManyTrainer(parts, SideBySide(envs_of_runs))
+    many.fit()
+    alone.fit()
+    assert [part.steps for part in parts] == [256, at] and alone.steps == at and many.stop == 0
+    assert [log.told[-1] for log in logs] == ["end", "end"] and logs[1].told.count("end") == 1
+    assert difference(alone.algorithm.state_dict(), parts[1].algorithm.state_dict()) < 1e-12
+
+
 def test_runs_that_differ_in_numbers_are_those_alone() -> None:
     """Settings become one number for each run."""
     settings: list[dict[str, Any]] = [{"clip": 0.1, "lr": 1e-3}, {"clip": 0.4, "lr": 1e-2}]
@@ -324,6 +362,18 @@ def test_each_run_has_the_directory_of_a_single_one(
     assert pgsuite.train(resume=str(folders[1]), total_steps=128).summary["steps"] == 128
     with pytest.raises(SystemExit, match="already holds a run"):
         run("total_steps=64", "seed=3", batch)
+
+
+@pytest.mark.long
+def test_a_command_whose_run_a_callback_ends_tells_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ends = ["+callbacks.enough={_target_: test_many.Enough, at: 64, seed: 1}", "seeds=2", "total_steps=192"]
+    folders = run(*ends)
+    told = capsys.readouterr().out
+    assert "enough at 64 steps, saved; go on with: " in told and "over 1 runs" in told
+    assert [pgsuite.Run(folder).summary["steps"] for folder in folders] == [192, 64]
 
 
 REFUSED: list[tuple[list[str], str]] = [

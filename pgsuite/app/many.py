@@ -107,8 +107,9 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
             reason = " ".join(str(error).split())
             raise UserError(f"these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
     for trainer, (folder, _) in zip(trainers, folders, strict=True):
-        if many.stop and trainer.steps < trainer.total_steps:
-            say(f"{trainer.steps:,} steps, saved; go on with: {command('train')} resume={short(folder)}")
+        if (many.stop or trainer.ended_early) and trainer.steps < trainer.total_steps:
+            why = f"{trainer.ended_early} at " if trainer.ended_early else ""
+            say(f"{why}{trainer.steps:,} steps, saved; go on with: {command('train')} resume={short(folder)}")
     returns = [trainer.return_mean for trainer in trainers if trainer.steps >= trainer.total_steps]
     if returns:
         seconds = many.seconds["total"]
@@ -119,8 +120,8 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     if many.failures:
         raise UserError("; ".join(f"{configs[s][1]} ended: {error}" for s, error in many.failures.items()))
     return [
-        Outcome(folder, trainer.steps, many.stop if trainer.steps < trainer.total_steps else 0)
-        for trainer, (folder, _) in zip(trainers, folders, strict=True)
+        Outcome(folder, x.steps, 0 if x.ended_early or x.steps >= x.total_steps else many.stop, x.ended_early)
+        for x, (folder, _) in zip(trainers, folders, strict=True)
     ]
 
 

@@ -38,7 +38,7 @@ class JointCollector:
         """The rollouts [S, T, N] of all runs; ``policy`` is the first run's."""
         env, whole = self.env, self.whole
         env.begin()
-        new = [not collector.started and live for collector, live in zip(self.collectors, env.live, strict=True)]
+        new = [not collector.started for collector in self.collectors]
         if not whole.whole_episodes:
             if any(new):
                 initial = policy.initial_state(env.each)

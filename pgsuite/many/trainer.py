@@ -23,7 +23,8 @@ class ManyTrainer:
     """Trains the algorithms of S trainers together, each as it would train alone.
 
     Collecting and learning are one computation for all runs; callbacks, recovery, schedules and training state are each
-    trainer's own.  A run that has made its steps, or whose recovery gives up, is ended alone, and the others go on.
+    trainer's own.  A run that has made its steps, that a callback ends, or whose recovery gives up, is ended alone, and
+    the others go on.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ManyTrainer:
         if self.progress is not None:
             self.progress.on_start(self)  # pyright: ignore[reportArgumentType]
         try:
+            self.leave_ended()
             while any(self.env.live) and not self.stop:
                 self.step()
         finally:
@@ -83,12 +85,16 @@ class ManyTrainer:
                 self.failures[s] = error
                 self.say(f"{self.labels[s]} is ended, and the others go on: {error}")
                 self.leave(s)
-            else:
-                if trainer.steps >= trainer.total_steps:
-                    self.leave(s)
-        self.stop = max(trainer.stop for trainer in self.trainers)
+        self.leave_ended()
+        self.stop = max((trainer.stop for trainer in self.trainers if not trainer.ended_early), default=0)
         if self.progress is not None:
             self.progress.on_iteration(self, Report(before, self.steps, {}, [], [], True))  # pyright: ignore[reportArgumentType]
+
+    def leave_ended(self) -> None:
+        """End the runs that have made their steps, and those that a callback ended."""
+        for s, trainer in enumerate(self.trainers):
+            if self.env.live[s] and (trainer.steps >= trainer.total_steps or trainer.ended_early):
+                self.leave(s)
 
     def leave(self, s: int) -> None:
         """End a run."""
