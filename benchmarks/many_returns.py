@@ -14,27 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
-from record import RESULTS, ROOT, keep, source
+import returns
+from record import RESULTS, keep, source
 
 from pgsuite.reports.statistics import interquartile_mean, interval, probability_of_improvement
 
 STEPS = {"CartPole": 50_000, "HalfCheetah": 200_000}
 
 
-def train(env: str, *settings: str) -> list[float]:
+def train(env: str, seeds: list[int]) -> list[float]:
     """The returns of the runs of one process, in order of seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = ["algo=ppo", f"env={env}", f"total_steps={STEPS[env]}", "env_threads=1", *settings]
-        command = [sys.executable, "scripts/train.py", *chosen, f"hydra.run.dir={folder}/run"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        found = [json.loads(path.read_text()) for path in Path(folder).rglob("summary.json")]
-    return [summary["return_mean"] for summary in sorted(found, key=lambda x: x["seed"])]
+    found = returns.train(f"ppo-{env}", seeds, [f"total_steps={STEPS[env]}"], evaluations_too=False)
+    return [x["summary"]["return_mean"] for x in found]
 
 
 def table() -> str:
@@ -60,8 +53,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     for env in args.envs:
-        at_once = train(env, f"seeds={args.seeds}")
-        alone = [x for seed in range(args.seeds) for x in train(env, f"seed={seed}")]
+        at_once = train(env, list(range(args.seeds)))
+        alone = [x for seed in range(args.seeds) for x in train(env, [seed])]
         found = {"env": env, "steps": STEPS[env], "at once": at_once, "alone": alone}
         keep(source() | found, RESULTS / "many" / f"returns-{env}.json")
     print(table())

@@ -100,7 +100,7 @@ def test_normalized_targets_are_those_of_all_updates(look: dict[str, Any]) -> No
         expected = objectives.clipped_squared_error(
             critic.head.value(prediction), critic.moments.standardize(old), normal, 0.2, 0.5
         )
-        assert torch.allclose(critic.loss(prediction, every, old, clip=0.2, huber=0.5), expected)
+        assert torch.allclose(critic.loss(prediction, every, old_value=old, clip=0.2, huber=0.5), expected)
 
 
 def test_values_do_not_move_with_the_statistics_of_their_targets() -> None:

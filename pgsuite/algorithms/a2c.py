@@ -11,6 +11,7 @@ from pgsuite.functional import objectives
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.optim import make_optimizer
 from pgsuite.nn.policy import dist_and_prediction, log_prob
+from pgsuite.nn.value_heads import SquaredError
 from pgsuite.rollout import Collector
 from pgsuite.settings import NonNegative, Positive
 from pgsuite.types import Batch, Metrics, masked_means
@@ -87,7 +88,8 @@ class A2C(ActorCritic):
 
     def value_error(self, prediction: Tensor, batch: Batch) -> Tensor:
         """Value loss per cell [...] of the critic's predictions."""
-        return self.critic.loss(prediction, batch.target, batch.value, clip=self.value_clip, huber=self.huber_delta)
+        options: SquaredError = {"old_value": batch.value, "clip": self.value_clip, "huber": self.huber_delta}
+        return self.critic.loss(prediction, batch.target, **options)
 
     def ratio_metrics(self, log_ratio: Tensor, ratio: Tensor, batch: Batch) -> Metrics:
         """Metrics per cell [...] of the policy's change since the rollout.  A2C has none: it evaluates the loss only

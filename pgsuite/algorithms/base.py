@@ -255,8 +255,8 @@ class Algorithm(Scheduled, ABC):
                 )
         if self.symmetry is not None and self.sequential:
             raise ValueError(
-                "symmetry.augment and symmetry.coef are for networks without memory: nobody keeps the hidden states of "
-                "mirrored episodes"
+                "symmetry.augment and symmetry.coef are for networks without memory, since mirrored episodes have no "
+                "hidden states: leave them out"
             )
         if collector.is_off_policy and not self.supports_off_policy:
             raise ValueError(

@@ -21,7 +21,7 @@ from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
 from pgsuite.nn.network import Body, Features, Network, PolicyInput, Sequencer, Shape
 from pgsuite.nn.normalize import RunningMoments, Standardize
-from pgsuite.nn.value_heads import VALUE_HEADS, ValueHead
+from pgsuite.nn.value_heads import VALUE_HEADS, SquaredError, ValueHead
 from pgsuite.transfer import reads_freely
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Batch, HiddenState, Metrics, Obs, Rollout
 
@@ -208,21 +208,14 @@ class Critic(Network):
         value = self.head.value(prediction)
         return value if self.moments is None else self.moments.restore(value)
 
-    def loss(
-        self,
-        prediction: Tensor,
-        target: Tensor,
-        old_value: Tensor | None = None,
-        *,
-        clip: float | None = None,
-        huber: float | None = None,
-    ) -> Tensor:
+    def loss(self, prediction: Tensor, target: Tensor, **options: Unpack[SquaredError]) -> Tensor:
         """The loss per cell [...] of predictions [..., K] for targets [...]; see ``ValueHead.loss``.  With normalized
         values, ``clip`` and ``huber`` are in their units."""
         if self.moments is not None:
             target = self.moments.standardize(target)
-            old_value = None if old_value is None else self.moments.standardize(old_value)
-        return self.head.loss(prediction, target, old_value, clip=clip, huber=huber)
+            if "old_value" in options:
+                options["old_value"] = self.moments.standardize(options["old_value"])
+        return self.head.loss(prediction, target, **options)
 
     @torch.no_grad()
     def observe_targets(self, target: Tensor, mask: Tensor) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor, nn
 
 from pgsuite.functional import objectives
 from pgsuite.settings import Count, Positive
+
+
+class SquaredError(TypedDict, total=False):
+    """The options of A2C for a squared error."""
+
+    old_value: Tensor  # [...] around which values are clipped
+    clip: float | None  # clip range
+    huber: float | None  # error beyond which the loss is linear
 
 
 class ValueHead(nn.Module):
@@ -23,19 +33,10 @@ class ValueHead(nn.Module):
         """The values [...] of outputs [..., outputs]."""
         raise NotImplementedError
 
-    def loss(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        old_value: Tensor | None = None,
-        *,
-        clip: float | None = None,
-        huber: float | None = None,
-    ) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor, **options: Unpack[SquaredError]) -> Tensor:
         """The loss per cell [...] of outputs [..., outputs] for targets [...].
 
-        ``clip``, around the ``old_value`` [...], and ``huber`` are A2C's options of a squared error; only ``linear``
-        heads are given them.
+        Only ``linear`` heads are given a ``clip`` or ``huber``.
         """
         raise NotImplementedError
 
@@ -48,18 +49,11 @@ class Scalar(ValueHead):
     def value(self, outputs: Tensor) -> Tensor:
         return outputs.squeeze(-1)
 
-    def loss(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        old_value: Tensor | None = None,
-        *,
-        clip: float | None = None,
-        huber: float | None = None,
-    ) -> Tensor:
-        value = self.value(outputs)
+    def loss(self, outputs: Tensor, target: Tensor, **options: Unpack[SquaredError]) -> Tensor:
+        value, clip, huber = self.value(outputs), options.get("clip"), options.get("huber")
         if clip is None:
             return objectives.squared_error(value, target, huber)
+        old_value = options.get("old_value")
         assert old_value is not None
         return objectives.clipped_squared_error(value, old_value, target, clip, huber)
 
@@ -82,15 +76,7 @@ class Categorical(ValueHead):
     def value(self, outputs: Tensor) -> Tensor:
         return outputs.softmax(-1) @ ((self.edges[1:] + self.edges[:-1]) / 2)
 
-    def loss(
-        self,
-        outputs: Tensor,
-        target: Tensor,
-        old_value: Tensor | None = None,
-        *,
-        clip: float | None = None,
-        huber: float | None = None,
-    ) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor, **options: Unpack[SquaredError]) -> Tensor:
         chance = objectives.gaussian_histogram(target, self.edges, self.spread)
         return -(chance * outputs.log_softmax(-1)).sum(-1)
 

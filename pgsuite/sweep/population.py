@@ -2,8 +2,8 @@
 
 All members train for a turn, a fraction of the run.  Then those with the lowest returns continue from checkpoints of
 those with the highest, with settings that are perturbed or drawn anew.  Each member has a directory for each turn,
-which nothing changes once the turn is over; so a population that was killed at any moment goes on bit for bit, where
-its environments can be resumed exactly.
+which is not written once the turn is over, and is removed when all of the next turn have begun; so a population that
+was killed at any moment goes on bit for bit, where its environments can be resumed exactly.
 """
 
 from __future__ import annotations
