@@ -675,8 +675,8 @@ MUTATIONS = [
     fault(
         "MuJoCo's velocity is of the state after the step alone",
         MUJOCO,
-        "        self.before.copy_(self.x())\n        super().simulate(action)",
-        "        super().simulate(action)\n        self.before.copy_(self.x())",
+        "        self.before.copy_(self.position())\n        super().simulate(action)",
+        "        super().simulate(action)\n        self.before.copy_(self.position())",
         f"{MUJOCO_TEST}[HalfCheetah",
     ),
     fault(

@@ -221,19 +221,23 @@ class Locomotion(Robot):
 
     def bind(self, physics: Physics) -> None:
         super().bind(physics)
-        self.before = torch.zeros_like(self.x())
+        self.before = torch.zeros_like(self.position())
 
     def simulate(self, action: Tensor) -> None:
-        self.before.copy_(self.x())
+        self.before.copy_(self.position())
         super().simulate(action)
 
     def x(self) -> Tensor:
         """The position [N] along the track, in m."""
         return self.physics.qpos[:, 0]
 
+    def position(self) -> Tensor:
+        """The positions [N, 1] or [N, 2] whose velocities count, in m: along the track, and perhaps across it."""
+        return self.x().unsqueeze(-1)
+
     def velocity(self) -> Tensor:
         """The forward velocity [N] in the last step, in m/s."""
-        return (self.x() - self.before) / self.dt
+        return (self.x() - self.before[:, 0]) / self.dt
 
     def speed(self) -> Tensor:
         """What ``velocity_limit`` limits [N], in m/s."""
@@ -327,20 +331,15 @@ class Hopper(Walker2d):
 class Roaming(Legged):
     """Legged locomotion in the plane, where the limited velocity is that in any direction."""
 
-    def bind(self, physics: Physics) -> None:
-        super().bind(physics)
-        self.y_before = torch.zeros_like(self.y())
-
-    def simulate(self, action: Tensor) -> None:
-        self.y_before.copy_(self.y())
-        super().simulate(action)
-
     @abstractmethod
     def y(self) -> Tensor:
         """The position [N] across the track, in m."""
 
+    def position(self) -> Tensor:
+        return super().position() if self.velocity_limit is None else torch.stack([self.x(), self.y()], -1)
+
     def speed(self) -> Tensor:
-        return torch.hypot(self.velocity(), (self.y() - self.y_before) / self.dt)
+        return torch.hypot(*((self.position() - self.before) / self.dt).unbind(-1))
 
 
 @dataclass(kw_only=True, eq=False)
