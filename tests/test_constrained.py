@@ -257,6 +257,7 @@ def test_velocity_tasks_cost_one_in_each_step_above_the_limit(name: str) -> None
             costs.append(speed > limit)
         if bool(step.done.any()):
             break
+        assert float(env.task.speed()[0]) == pytest.approx(speed, abs=0.02)
     assert costs
 
 
