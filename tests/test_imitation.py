@@ -1,5 +1,6 @@
-"""Behaviour cloning against least squares, distillation against its teacher, and files of recorded episodes."""
+"""Behavior cloning against least squares, distillation against its teacher, and files of recorded episodes."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,8 @@ from toys import PointMass, resume_alike
 
 from pgsuite import seeding
 from pgsuite.algorithms import BC, Distill
-from pgsuite.app.demonstrations import load
+from pgsuite.app.demonstrations import Recording, load
+from pgsuite.envs import make
 from pgsuite.envs.spaces import tensor_space
 from pgsuite.errors import UserError
 from pgsuite.nn.normalize import Standardize
@@ -274,6 +276,27 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
             load(str(path), env)
     np.savez(tmp_path / "demos.npz", **good)
     assert load(str(tmp_path / "demos.npz"), env).action.shape == (4, 1)
+
+
+def test_a_full_disk_leaves_the_former_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make("CartPole", 2)
+    recording, path = Recording(str(tmp_path / "demos.npz")), tmp_path / "demos.npz"
+    obs = env.reset()
+    action = torch.zeros(2, dtype=torch.long)
+    recording(obs, action, env.step(action), torch.ones(2, dtype=torch.bool))
+    recording.write()
+    before = path.read_bytes()
+
+    def fills(file: Any, **arrays: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fills)
+    with pytest.raises(UserError, match=r"cannot write .*demos.npz: No space left on device"):
+        recording.write()
+    assert path.read_bytes() == before and [x.name for x in tmp_path.iterdir()] == ["demos.npz"]
+    with pytest.raises(UserError, match=r"there is no directory .*nowhere"):  # before anything is played
+        Recording(str(tmp_path / "nowhere" / "demos.npz"))
 
 
 @pytest.mark.parametrize(

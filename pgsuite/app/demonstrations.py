@@ -15,6 +15,7 @@ from torch import Tensor
 from pgsuite.envs import VectorEnv
 from pgsuite.envs.spaces import first_action, is_joined, leaves, tensors, to_device
 from pgsuite.errors import UserError, install
+from pgsuite.files import replacing
 from pgsuite.rollout import Demonstrations
 from pgsuite.types import Obs, Step
 
@@ -30,7 +31,10 @@ class Recording:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        """Raises UserError if there is no directory for the file."""
+        self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise UserError(f"record={path}: there is no directory {self.path.parent}")
         self.rows: list[dict[str, np.ndarray]] = []
 
     def __call__(self, obs: Obs, action: Tensor, step: Step, live: Tensor) -> None:
@@ -39,16 +43,17 @@ class Recording:
         self.rows.append({name: x.cpu().numpy().copy() for name, x in row.items()})
 
     def write(self) -> None:
-        """Write the file.  Raises UserError if that is not possible."""
+        """Write the file.  Raises UserError if that is not possible; a former file is then intact."""
         columns = {name: np.stack([row[name] for row in self.rows], 1) for name in self.rows[0]}  # [N, T, ...]
         live = columns.pop("live")
         last = live & ~np.roll(live, -1, 1)
         last[:, -1] |= live[:, -1]
         columns["truncations"] |= last & ~columns["terminations"]  # episodes that were cut
         try:
-            np.savez_compressed(self.path, allow_pickle=False, **{name: x[live] for name, x in columns.items()})
+            with replacing(self.path) as temporary:
+                np.savez_compressed(temporary, allow_pickle=False, **{name: x[live] for name, x in columns.items()})
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}") from error
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
 def named(obs: Obs, name: str = OBSERVATIONS) -> Iterator[tuple[str, Any]]:
