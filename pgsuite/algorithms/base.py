@@ -51,6 +51,7 @@ class Algorithm(Scheduled, ABC):
     collector: ClassVar[type[Collector]] = StepCollector
     unused_settings: ClassVar[tuple[str, ...]] = ()  # fields of base classes without effect, left out of the schema
     supports_off_policy: ClassVar[bool] = False  # whether it corrects rollouts of an earlier policy (overlap=true)
+    action_values: ClassVar[bool] = False  # whether its critic is an ActionCritic: Q(s, a) rather than V(s)
 
     policy: Policy
     reference: Reference | None = None
