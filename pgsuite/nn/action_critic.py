@@ -58,7 +58,8 @@ class ActionCritic(Critic):
         sizes = (self.body.size + len(middle), *hidden)
         self.hidden = BLOCKS[block](sizes, activation, generator, norm=norm)
         self.out = linear(sizes[-1], self.head.outputs, 0.0 if zero_init else 1.0, generator)
-        layers = "-".join(map(str, [*hidden, self.head.outputs]))
+        kind = ["normalized "] * (norm == "layer") + ["residual "] * (block == "residual")
+        layers = "".join(kind) + "-".join(map(str, [*hidden, self.head.outputs]))
         self.shape = f"{self.body.shape} and {len(middle)} of the action > {layers}"  # for display
 
     def predict(self, seen: Rollout | Batch) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
