@@ -194,6 +194,10 @@ class Algorithm(Scheduled, ABC):
             masked_mean(self.importance_weighted(objectives.sampled_kl(log_ratio), seen), seen.mask)
         )
 
+    def rank(self, evaluation: Mapping[str, float]) -> tuple[float, ...]:
+        """What tells the best of several evaluations, by the names of their means: the greatest is the best."""
+        return (evaluation["return"],)
+
     @property
     def host_sync_reason(self) -> str | None:
         """Why an update reads from the device, and the setting that avoids it; None if it does not."""
