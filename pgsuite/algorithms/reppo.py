@@ -36,7 +36,7 @@ class REPPO(Algorithm):
     optim: Component = "adam"  # adam, rmsprop, or a class by its dotted path, as torch.optim.AdamW
     lr: Positive = 3e-4  # learning rate of policy, multipliers and critic
     epochs: Count = 4  # passes over each batch
-    minibatches: Count = 16  # gradient steps of the critic and of the policy in each pass
+    minibatches: Count = 16  # gradient steps in each pass, of the critic and then of the policy
     max_grad_norm: Positive | None = 0.5  # gradients of a greater norm are scaled down to it; null does not clip
     entropy_target: float = -0.5  # in nats for each number of an action, in units of half the width of the Box
     max_kl: Positive = 0.1  # bound on KL(old || new) of an update, in nats
@@ -65,7 +65,6 @@ class REPPO(Algorithm):
         return Batch.of(rollout, value=value, advantage=target - value, target=target)
 
     def update(self, batch: Batch) -> Metrics:
-        """Epochs of minibatches, with a gradient step of the critic and one of the policy on each."""
         self.old.keep()
         steps: list[Metrics] = []
         for _ in range(self.epochs):
