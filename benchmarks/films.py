@@ -33,14 +33,14 @@ SIDE, COLOURS = 240, 48  # of the films: a page loads all of them
 class Film:
     steps: int  # of training
     frames: int  # of the environment's steps that are filmed at most
-    what: str  # is seen
+    what: str  # is seen, in words
 
 
 FILMS = {
-    "HalfCheetah": Film(1_000_000, 120, "6 s"),
-    "Ant": Film(1_000_000, 120, "6 s"),
-    "Humanoid": Film(1_000_000, 400, "6 s, or until it falls"),
-    "Breakout": Film(300_000, 240, "16 s"),
+    "HalfCheetah": Film(1_000_000, 120, "the first 6 s of an episode"),
+    "Ant": Film(1_000_000, 120, "the first 6 s of an episode"),
+    "Humanoid": Film(1_000_000, 400, "the first 6 s of an episode, or until it falls"),
+    "Breakout": Film(300_000, 240, "the first 16 s of a game"),
 }
 CUT = 3_000  # steps of an episode of a game at most, which a policy may otherwise not end
 
@@ -85,25 +85,27 @@ def make(name: str) -> None:
 
 
 def table() -> str:
-    """A row for each film."""
-    lines = ["| | | steps | return of 20 episodes | length | trained in |", "|---|---|---|---|---|---|"]
-    commits: set[str] = set()
-    for name, film in FILMS.items():
-        path = KEPT / f"{name}.json"
-        if not path.is_file():
-            continue
-        result = json.loads(path.read_text())
+    """A row for each policy, and below them the films."""
+    kept = {
+        name: json.loads((KEPT / f"{name}.json").read_text()) for name in FILMS if (KEPT / f"{name}.json").is_file()
+    }
+    lines = [
+        "| | method | steps of the policy | steps of the run | return | length | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in kept.items():
         found, summary = result["evaluation"], result["summary"]
-        commits.add(result["commit"])
+        length = sum(found["lengths"]) / len(found["lengths"])
         lines.append(
-            f"| ![{name}, {film.what}](films/{name}.gif) | {name}, PPO, {film.what} "
-            f"| {found['steps']:,} of {summary['steps']:,} "
-            f"| {found['return_mean']:,.1f} ± {found['return_std']:,.1f} "
-            f"| {sum(found['lengths']) / len(found['lengths']):,.0f} | {summary['seconds']:,.0f} s |"
+            f"| [{name}](#{name.lower()}) | PPO | {found['steps']:,} | {summary['steps']:,} "
+            f"| {found['return_mean']:,.1f} ± {found['return_std']:,.1f} | {length:,.0f} | {summary['seconds']:,.0f} |"
         )
-    first = json.loads(next(KEPT.glob("*.json")).read_text())
-    where = f"{first['machine']}; torch {first['versions']['torch']}; commit {', '.join(sorted(commits))}."
-    return "\n".join([*lines, "", where, ""])
+    commits = ", ".join(sorted({result["commit"] for result in kept.values()}))
+    first = next(iter(kept.values()))
+    lines += ["", f"{first['machine']}; torch {first['versions']['torch']}; commit {commits}.", ""]
+    for name in kept:
+        lines += [f"### {name}", "", f"![{name}: {FILMS[name].what}](films/{name}.gif)", ""]
+    return "\n".join(lines)
 
 
 def main() -> None:

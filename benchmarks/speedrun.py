@@ -98,27 +98,30 @@ def per_step(runs: list[dict[str, Any]], what: str) -> float:
 
 
 def table(kept: list[dict[str, Any]]) -> str:
-    """A row for each improvement, beside the row before as measured with it."""
+    """A row for each improvement, and the previous row as measured with it."""
     lines = [
-        "| date | commit | seconds, median | | steps, median | reached | the row before, at the same time "
-        "| CPU time of a step, beside it | what changed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| commit | what changed | seconds | steps | previous row, measured in turn "
+        "| CPU time per step, relative to it |",
+        "|---|---|---|---|---|---|",
     ]
     for row in kept:
         runs, before = row["runs"], row["before"]
-        reached = sorted(x["seconds"] for x in runs if x["seconds"])
-        spread = f"from {reached[0]:.1f}" + (f" to {reached[-1]:.1f}" if len(reached) == len(runs) else "")
         steps = statistics.median(x["steps"] or float("inf") for x in runs)
-        beside, ratio = "", ""
-        if before:
-            beside = f"{median(before):.1f}, {sum(x['steps'] is not None for x in before)} of {len(before)} reached"
-            ratio = f"{per_step(runs, 'cpu_seconds') / per_step(before, 'cpu_seconds'):.2f}"
+        ratio = f"{per_step(runs, 'cpu_seconds') / per_step(before, 'cpu_seconds'):.2f}" if before else "-"
         lines.append(
-            f"| {row['date'][:10]} | {row['commit']} | {median(runs):.1f} | {spread} | {steps:,.0f} "
-            f"| {len(reached)} of {len(runs)} | {beside} | {ratio} | {row['what']} |"
+            f"| {row['date'][:10]}<br>{row['commit']} | {row['what']} | {seconds(runs)} | {steps:,.0f} "
+            f"| {seconds(before) if before else '-'} | {ratio} |"
         )
-    machines = sorted({f"{row['machine']}, torch {row['versions']['torch']}" for row in kept})
-    return "\n".join([*lines, "", f"{'; '.join(machines)}.", ""])
+    machines = sorted({f"{row['machine']}; torch {row['versions']['torch']}" for row in kept})
+    return "\n".join([*lines, "", *(f"{machine}." for machine in machines), ""])
+
+
+def seconds(runs: list[dict[str, Any]]) -> str:
+    """The median and the spread, in words."""
+    reached = sorted(x["seconds"] for x in runs if x["seconds"])
+    spread = f"from {reached[0]:.1f} to {reached[-1]:.1f}"
+    spread += "" if len(reached) == len(runs) else f"; {len(reached)} of {len(runs)} reached"
+    return f"{median(runs):.1f} ({spread})"
 
 
 def main() -> None:

@@ -36,16 +36,16 @@ def cells(line: str) -> list[str]:
 def test_the_table_has_medians_in_which_a_run_that_did_not_get_there_is_the_longest(speedrun: Any) -> None:
     first = made("2026-01-01", [(30.0, 300_000, 60.0), (None, None, 900.0), (20.0, 200_000, 40.0)])
     lines = speedrun.table([first]).splitlines()
-    assert cells(lines[2])[2:6] == ["30.0", "from 20.0", "300,000", "2 of 3"]
-    assert cells(lines[2])[6:8] == ["", ""]  # no row before
+    assert cells(lines[2])[2:4] == ["30.0 (from 20.0 to 30.0; 2 of 3 reached)", "300,000"]
+    assert cells(lines[2])[4:] == ["-", "-"]  # there is no previous row
 
 
-def test_a_row_stands_beside_the_row_before_as_measured_with_it(speedrun: Any) -> None:
+def test_a_row_is_compared_with_the_previous_row_as_measured_with_it(speedrun: Any) -> None:
     before = [(40.0, 200_000, 80.0), (50.0, 100_000, 40.0), (None, None, 1.0)]  # 40 CPU s for 100,000 steps
     second = made("2026-01-02", [(25.0, 100_000, 20.0), (35.0, 200_000, 40.0), (15.0, 100_000, 20.0)], before)
     row = cells(speedrun.table([second]).splitlines()[2])
-    assert row[2:4] == ["25.0", "from 15.0 to 35.0"]
-    assert row[6:8] == ["50.0, 2 of 3 reached", "0.50"]
+    assert row[2] == "25.0 (from 15.0 to 35.0)"
+    assert row[4:] == ["50.0 (from 40.0 to 50.0; 2 of 3 reached)", "0.50"]
 
 
 def test_the_kept_rows_make_the_table_of_the_page(speedrun: Any) -> None:
