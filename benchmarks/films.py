@@ -1,6 +1,6 @@
 """Train a policy on four environments, and film each.
 
-    python benchmarks/films.py                          # all of them: about an hour on two cores
+    python benchmarks/films.py                          # all of them, one after the other
     python benchmarks/films.py HalfCheetah Breakout
     python benchmarks/films.py table --docs             # writes the table of docs/reference/policies.md
 

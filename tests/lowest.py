@@ -13,8 +13,12 @@ from pathlib import Path
 BOUND = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<extras>[\w,-]+)\])?(?:>=(?P<low>[\w.]+))?")
 
 
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
 def lowest(project: dict, extras: list[str]) -> dict[str, str]:
-    """The lowest version of each package that ``project`` requires, or its ``extras`` do, by name."""
+    """The lowest version of each package that ``project`` and these of its ``extras`` require, by name."""
     found: dict[str, str] = {}
 
     def add(requirements: list[str]) -> None:
@@ -27,7 +31,7 @@ def lowest(project: dict, extras: list[str]) -> dict[str, str]:
                 continue
             if match["low"] is None:
                 raise SystemExit(f"pyproject.toml: {requirement} has no lower bound")
-            found[match["name"]] = match["low"]
+            found[match["name"]] = max(found.get(match["name"], "0"), match["low"], key=numbers)
 
     add(project["dependencies"])
     for extra in extras:

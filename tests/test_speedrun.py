@@ -59,7 +59,7 @@ def test_every_dependency_has_a_lowest_version_in_which_extras_of_ours_are_looke
     assert {"torch", "ale-py", "pytest", "ruff", "mkdocstrings"} <= found.keys()
     assert "pgsuite" not in found
     small = {"name": "mine", "dependencies": ["a[x]>=1.2,<2"], "optional-dependencies": {"b": ["c"], "d": ["mine[e]"]}}
-    small["optional-dependencies"]["e"] = ["f-g>=3"]
-    assert lowest.lowest(small, ["d"]) == {"a": "1.2", "f-g": "3"}
+    small["optional-dependencies"]["e"] = ["f-g>=3", "a>=1.10"]
+    assert lowest.lowest(small, ["d"]) == {"a": "1.10", "f-g": "3"}
     with pytest.raises(SystemExit, match="c has no lower bound"):
         lowest.lowest(small, ["b"])
