@@ -40,7 +40,7 @@ FILMS = {
     "HalfCheetah": Film(1_000_000, 120, "the first 6 s of an episode"),
     "Ant": Film(1_000_000, 120, "the first 6 s of an episode"),
     "Humanoid": Film(600_000, 400, "the first 6 s of an episode, or until it falls"),
-    "Breakout": Film(100_000, 240, "the first 16 s of a game"),
+    "Breakout": Film(300_000, 240, "the first 16 s of a game"),
 }
 CUT = 3_000  # steps of an episode of a game at most, which a policy may otherwise not end
 
