@@ -39,7 +39,7 @@ class Film:
 FILMS = {
     "HalfCheetah": Film(1_000_000, 120, "the first 6 s of an episode"),
     "Ant": Film(1_000_000, 120, "the first 6 s of an episode"),
-    "Humanoid": Film(600_000, 400, "the first 6 s of an episode, or until it falls"),
+    "Humanoid": Film(250_000, 400, "the first 6 s of an episode, or until it falls"),
     "Breakout": Film(300_000, 240, "the first 16 s of a game"),
 }
 CUT = 3_000  # steps of an episode of a game at most, which a policy may otherwise not end
