@@ -35,6 +35,7 @@ ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Swimmer", "Humanoid")
 TASKS = ("Cruise", *(f"Safety{name}Velocity" for name in ROBOTS))
 STEPS = {"Cruise": 115_200}  # others: --steps
 CRUISE = ["num_envs=48", "horizon=16", "algo.cost_limit=4"]
+CRUISE_PPO = ["algo.lr=3e-4", "algo.minibatches=4"]
 RECIPES = {"ppo_lagrangian": "ppo", "trpo_lagrangian": "trpo", "cpo": "trpo"}  # of gymnasium's tasks
 # Return and cost of OmniSafe after 1e7 steps at a limit of 25, its benchmarks/on-policy/README.md, table 2.
 PUBLISHED = {
@@ -77,7 +78,8 @@ def settings(task: str, method: str, seed: int, steps: int) -> list[str]:
     recipe = f"{RECIPES[method]}-{robot}"
     if not (ROOT / "configs" / "tuned" / f"{recipe}.yaml").exists():
         recipe = f"{RECIPES[method]}-mujoco"
-    own = CRUISE if task == "Cruise" else [f"tuned={recipe}", "algo.cost_limit=25"]
+    cruise = [*CRUISE, *(CRUISE_PPO if method == "ppo_lagrangian" else [])]
+    own = cruise if task == "Cruise" else [f"tuned={recipe}", "algo.cost_limit=25"]
     steps = STEPS.get(task, steps)
     episodes = 200 if task == "Cruise" else 10
     told = [f"evaluation.every={steps}", f"evaluation.episodes={episodes}", "env_threads=1"]

@@ -48,7 +48,7 @@ def test_python_is_told_of_the_recipe_as_well(own: Cli) -> None:
 def test_any_setting_that_a_message_names_is_put_down_to_the_recipe_that_gave_it(own: Cli) -> None:
     code, _, err = own("train", "env=Pendulum", "policy.recurrent=gru", "num_envs=3")
     assert code == 1 and "8 minibatches do not divide a batch of 3" in err
-    assert "the recipe ppo-Pendulum gives algo.minibatches=8: algo.minibatches=4 leaves that out" in err
+    assert "the recipe ppo-Pendulum gives algo.minibatches=8: algo.minibatches=16 leaves that out" in err
 
 
 @pytest.mark.parametrize(
