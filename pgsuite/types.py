@@ -106,7 +106,7 @@ class Rollout(Experience):
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
     mask: Tensor  # [T, N] bool, false in cells without a transition
-    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each: life_lost, and what preprocessing computes
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [T, N, ...] each: life_lost, and what methods compute
     channels: dict[str, Tensor] = field(default_factory=dict)  # [T, N] each: costs, or rewards beside the reward
     # value, advantage and target [T, N] in each channel from which the method learns, which preprocessing computes
     estimates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Batch(Experience):
     advantage: Tensor  # [...]
     target: Tensor  # [...] regression target of the critic
     mask: Tensor  # [...] bool
-    extra: dict[str, Tensor] = field(default_factory=dict)  # [...] each
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [..., *X] each
     channels: dict[str, Tensor] = field(default_factory=dict)  # [...] each: the advantage in each channel
 
     @classmethod

@@ -3,6 +3,7 @@ Safety-Gymnasium's do."""
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from toys import build, collector, mostly_long
 
-from pgsuite.algorithms import CPO, PPOLagrangian, TRPOLagrangian
+from pgsuite.algorithms import CPO, PPO, PPOLagrangian, TRPOLagrangian
 from pgsuite.algorithms.constrained import EpisodeCost
 from pgsuite.envs import make
 from pgsuite.envs.tasks import Cruise
@@ -21,6 +22,8 @@ from pgsuite.functional.constrained import constrained_step
 from pgsuite.functional.trust_region import flatten
 from pgsuite.testing import check_algorithm
 from pgsuite.testing.worlds import Point
+from pgsuite.training.callbacks import Evaluate, Evaluation
+from pgsuite.training.trainer import Report
 from pgsuite.types import Rollout
 
 METHODS = [PPOLagrangian, TRPOLagrangian, CPO]
@@ -31,6 +34,22 @@ def double() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def test_the_best_evaluation_holds_the_limit_and_where_none_does_costs_least() -> None:
+    algorithm = build(PPOLagrangian, make(Cruise(), 4), cost_limit=10.0)
+    returns, costs = (5.0, 90.0, 80.0, 70.0, 60.0), (40.0, 30.0, 9.0, 10.0, 0.0)
+    evaluations = [{"return": x, "cost": y} for x, y in zip(returns, costs, strict=True)]
+    assert max(evaluations, key=algorithm.rank) == {"return": 80.0, "cost": 9.0}
+    trainer: Any = SimpleNamespace(algorithm=algorithm, total_steps=9, stop=0, seconds={"total": 0.0})
+    kept: Any = SimpleNamespace(save=lambda trainer: None)
+    callback = Evaluate(lambda policy, steps, *rest: evaluations[steps - 1], None, [], kept, Evaluation(every=1))
+    for step in range(5):
+        callback.on_iteration(trainer, Report(step, step + 1, {}, [], [], True))
+    assert callback.best == {"steps": 3, "return": 80.0, "cost": 9.0}
+    assert max(evaluations[:2], key=algorithm.rank) == {"return": 90.0, "cost": 30.0}
+    assert max([{"return": 9.0, "cost": 20.0}, evaluations[1]], key=algorithm.rank)["cost"] == 20.0
+    assert max(evaluations, key=build(PPO, make(Cruise(), 4)).rank)["return"] == 90.0
 
 
 # The step

@@ -67,7 +67,7 @@ def test_training_shows_the_chosen_method_and_environment_and_all_groups(command
     assert out.startswith("usage: python scripts/train.py [setting=value ...]")
     for group in ("algo=", "algo/estimator=", "env=", "sweep=", "tuned="):
         assert f"\n  {group} " in out
-    for said in (*CHOICES["algo"], *CHOICES["env"], *ESTIMATORS, "98 recipes", "python scripts/train.py env=CartPole"):
+    for said in (*CHOICES["algo"], *CHOICES["env"], *ESTIMATORS, "100 recipes", "python scripts/train.py env=CartPole"):
         assert said in out
     assert "algo (TRPO): The natural step" in out and "env (CartPole): Balance a pole" in out
     assert "env.sutton_barto_reward" in out and "algo.clip" not in out

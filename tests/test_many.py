@@ -18,7 +18,7 @@ from torch import Tensor
 
 import pgsuite
 from pgsuite import envs, seeding
-from pgsuite.algorithms import A2C, CPO, NPG, PPO, TRPO, Algorithm, PPOLagrangian, Reinforce, TRPOLagrangian
+from pgsuite.algorithms import A2C, CPO, NPG, PPO, REPPO, TRPO, Algorithm, PPOLagrangian, Reinforce, TRPOLagrangian
 from pgsuite.algorithms.estimators import MonteCarlo, NStep, TDLambda, VTrace
 from pgsuite.algorithms.reference import Reference
 from pgsuite.app.train import main
@@ -67,7 +67,7 @@ def trainer(
     **fields: Any,
 ) -> Trainer:
     look = {"recurrent": recurrent, "recurrent_size": 8} | (look or {})
-    fields = toys.BRIEF[cls] | AT_ONCE.get(cls, {}) | fields
+    fields = toys.BRIEF.get(cls, {}) | AT_ONCE.get(cls, {}) | fields
     algorithm = toys.build(cls, env, seed=seed, recurrent=recurrent, look=look, **fields)
     collector = toys.collector(algorithm, env, horizon, seed)
     vars(collector).update({"poll": 2} if collector.whole_episodes else {})  # so that runs end apart
@@ -118,6 +118,13 @@ def check_alike(alone: list[Trainer], many: ManyTrainer, iterations: int, bound:
         if not alone[0].collector.whole_episodes:  # whose environments start anew in any case
             assert difference(one["collector"], two["collector"]) < bound
             assert difference(one["tracker"], two["tracker"]) < bound
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recurrent", ["none", "gru"])
+def test_a_run_with_a_critic_of_actions_is_the_run_alone_too(recurrent: str) -> None:
+    given: Any = {"look": {"distribution": "squashed", "sigma": "state"}, "epochs": 2, "minibatches": 2}
+    check_alike(*both(REPPO, "toy", recurrent, **given), 3, 1e-8)
 
 
 @pytest.mark.long

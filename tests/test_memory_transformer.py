@@ -51,6 +51,13 @@ def test_steps_one_by_one_are_the_whole_sequence(window: int, layers: int, horiz
         state = states[-1]
 
 
+def test_what_it_keeps_at_first_tells_how_large_an_observation_was() -> None:
+    net, stream = WindowTransformer(3, 8, torch.Generator().manual_seed(0), heads=2), torch.Generator().manual_seed(1)
+    x, start = torch.randn(1, 5, 3, generator=stream), torch.ones(1, 5, dtype=torch.bool)
+    one, two = (net(scale * x, torch.zeros(5, net.width), start)[1][-1].detach() for scale in (1.0, 2.0))
+    assert float((one - two).norm() / one.norm()) > 0.1
+
+
 def test_it_attends_to_the_window_of_its_episode() -> None:
     """By its definition, step after step, with distances as positions."""
     net, (x, start) = drawn(3), sequence(12, columns=1)

@@ -11,6 +11,7 @@ from toys import BRIEF, PointMass, build, collector, compile_by, resume_alike
 from pgsuite.algorithms import SPO, VMPO, Algorithm
 from pgsuite.execution.modes import execute
 from pgsuite.functional.trust_region import flatten
+from pgsuite.nn.policy import PastPolicy
 from pgsuite.testing import check_algorithm
 from pgsuite.types import Batch
 
@@ -86,7 +87,7 @@ def test_vmpo_maximizes_the_weighted_likelihood_within_a_kl_that_its_multiplier_
     batch = batch.map(lambda x: x.double() if x.is_floating_point() else x)
     algorithm.policy.double()
     params = list(algorithm.policy.parameters())
-    algorithm.start = flatten(params).detach().clone()
+    algorithm.old = PastPolicy(algorithm.policy)
 
     def slope(y: Tensor, xs: Any) -> Tensor:
         return flatten(torch.autograd.grad(y, xs, materialize_grads=True))
@@ -99,7 +100,7 @@ def test_vmpo_maximizes_the_weighted_likelihood_within_a_kl_that_its_multiplier_
     # Away from the old policy the KL pulls back, and its multiplier rises beyond the bound only.
     for size, rises in ((0.01, False), (1.0, True)):
         with torch.no_grad():
-            params[-1].copy_(algorithm.start[-len(params[-1]) :] + size)
+            params[-1].copy_(algorithm.old.flat[-len(params[-1]) :] + size)
         loss, metrics = algorithm.loss(batch)
         assert (float(metrics["kl"]) > 0.02) == rises
         (move,) = torch.autograd.grad(loss, algorithm.multipliers.log_kl_coef)

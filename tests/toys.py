@@ -28,6 +28,7 @@ from pgsuite.algorithms import (
     Reinforce,
     TRPOLagrangian,
 )
+from pgsuite.nn.action_critic import ActionCritic
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import Collector
@@ -197,7 +198,8 @@ def build(
         "shared": policy if shared else None,
     }
     both = {"hidden": (16,), "activation": "elu"} | both | (critic_look or {})  # tanh begins as an odd function
-    critic = Critic(norm, **both)
+    kind = partial(ActionCritic, action_space=env.action_space) if cls.action_values else Critic
+    critic = kind(norm, **both)
     if scale:
         fields["reward_scale"] = RewardScale(env.num_envs)
     return cls(policy=policy, critic=critic, generator=generator, **fields)  # pyright: ignore[reportCallIssue]

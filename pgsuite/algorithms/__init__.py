@@ -10,6 +10,7 @@ from pgsuite.algorithms.npg import NPG
 from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.ppo_penalty import PPOPenalty
 from pgsuite.algorithms.reinforce import Reinforce
+from pgsuite.algorithms.reppo import REPPO
 from pgsuite.algorithms.rnd import RND
 from pgsuite.algorithms.spo import SPO
 from pgsuite.algorithms.trpo import TRPO
@@ -21,6 +22,7 @@ __all__ = [
     "CPO",
     "NPG",
     "PPO",
+    "REPPO",
     "RND",
     "SPO",
     "TRPO",

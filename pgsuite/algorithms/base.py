@@ -51,6 +51,7 @@ class Algorithm(Scheduled, ABC):
     collector: ClassVar[type[Collector]] = StepCollector
     unused_settings: ClassVar[tuple[str, ...]] = ()  # fields of base classes without effect, left out of the schema
     supports_off_policy: ClassVar[bool] = False  # whether it corrects rollouts of an earlier policy (overlap=true)
+    action_values: ClassVar[bool] = False  # whether its critic is an ActionCritic: Q(s, a) rather than V(s)
 
     policy: Policy
     reference: Reference | None = None
@@ -192,6 +193,10 @@ class Algorithm(Scheduled, ABC):
         return distributed.mean(
             masked_mean(self.importance_weighted(objectives.sampled_kl(log_ratio), seen), seen.mask)
         )
+
+    def rank(self, evaluation: Mapping[str, float]) -> tuple[float, ...]:
+        """What tells the best of several evaluations, by the names of their means: the greatest is the best."""
+        return (evaluation["return"],)
 
     @property
     def host_sync_reason(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -82,6 +83,12 @@ class Constrained(ActorCritic):
         """As in the base class, of all channels but the cost."""
         others = {name: x for name, x in channels.items() if name != self.cost_channel}
         return super().combine(advantage, others, mask)
+
+    def rank(self, evaluation: Mapping[str, float]) -> tuple[float, ...]:
+        """The return among evaluations that hold the limit, which come before all others, and of those the least
+        cost."""
+        cost, limit = evaluation[self.cost_channel], float(self.cost_limit)
+        return (1.0, evaluation["return"]) if cost <= limit else (0.0, -cost)
 
     def metrics(self, batch: Batch) -> Metrics:
         return super().metrics(batch) | {"episode_cost": self.episodes.cost.clone()}

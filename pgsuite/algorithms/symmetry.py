@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,12 +12,12 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from pgsuite.envs.tasks.base import Signed
 from pgsuite.functional import objectives
 from pgsuite.nn.policy import Policy, log_prob
 from pgsuite.types import Batch, Obs, Rollout
 
 E = TypeVar("E", Rollout, Batch)
-Signed = Sequence[int]  # a signed permutation: entry i is j or -j, where the mirrored x[i] is x[j - 1] or -x[j - 1]
 LOGP, REFERENCE = "mirrored_logp", "mirrored_reference"  # of a rollout's ``extra``
 
 

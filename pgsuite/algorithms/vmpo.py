@@ -6,22 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pgsuite import distributed
+from pgsuite.algorithms.multipliers import Multipliers
 from pgsuite.algorithms.ppo import PPO
-from pgsuite.functional.trust_region import flatten
-from pgsuite.nn.stateless import functional_in_parameters
+from pgsuite.nn.policy import PastPolicy
 from pgsuite.settings import Positive
 from pgsuite.types import Batch, Metrics, Rollout, masked_mean, masked_means
-
-
-class Multipliers(nn.Module):
-    """The temperature of the weights and the Lagrange multiplier of the KL, both learned from an initial 1."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.log_temperature, self.log_kl_coef = (nn.Parameter(torch.zeros((), device=device)) for _ in range(2))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.log_temperature.exp(), self.log_kl_coef.exp()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,16 +30,17 @@ class VMPO(PPO):
     max_kl: Positive = 0.01  # bound on the mean KL(old || new) of an update, in nats
 
     def __post_init__(self) -> None:
-        self.multipliers = Multipliers(next(self.policy.parameters()).device)
+        device = next(self.policy.parameters()).device
+        self.multipliers = Multipliers(temperature=1.0, kl_coef=1.0).to(device)
         super().__post_init__()
-        self.start = flatten(list(self.policy.parameters())).detach().clone()  # parameters before the update [P]
+        self.old = PastPolicy(self.policy)  # before the update
 
     @property
     def trained(self) -> list[nn.Module]:
         return [*super().trained, self.multipliers]
 
     def learn(self, rollout: Rollout) -> Metrics:
-        self.start.copy_(flatten(list(self.policy.parameters())).detach())
+        self.old.keep()
         return super().learn(rollout)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -58,9 +48,7 @@ class VMPO(PPO):
         dist, prediction = self.evaluate(batch)
         logp, (temperature, kl_coef) = dist.log_prob(batch.action), self.multipliers()
         weight, log_mean = self.weights(batch, temperature)
-        with torch.no_grad():
-            old = functional_in_parameters(self.policy, lambda: self.policy.dist(batch))(self.start)
-        cells = {"policy_loss": -self.policy_objective(weight * logp, logp, batch), "kl": old.kl(dist)}
+        cells = {"policy_loss": -self.policy_objective(weight * logp, logp, batch), "kl": self.old.dist(batch).kl(dist)}
         if prediction is not None:
             cells["value_loss"] = self.value_error(prediction, batch)
         means = masked_means(cells | {"entropy": dist.entropy()}, batch.mask)

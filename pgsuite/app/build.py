@@ -182,7 +182,9 @@ def build_networks(env: VectorEnv, run: Run) -> tuple[Policy, Critic]:
     generator = seeding.generator(run.seed, "networks")  # on the CPU, for equal initial parameters on every device
     try:
         policy = build_policy(env.observation_space, env.action_space, run, generator)
-        critic = run.critic.like(run.policy).build(policy, env.num_envs, generator)
+        of_actions = locate(run.algo["_target_"], "algo").action_values
+        space = env.action_space if of_actions else None
+        critic = run.critic.like(run.policy).build(policy, env.num_envs, generator, space)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
     return policy.to(env.device), critic.to(env.device)
@@ -299,7 +301,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
     )
     if channels and not isinstance(algorithm, ActorCritic):
         raise UserError(
-            f"channels are for methods with a critic, and {type(algorithm).__name__} is none: leave them out"
+            f"channels are for methods with a critic of states, and {type(algorithm).__name__} has none: leave them out"
         )
     try:
         lower(algorithm, env.device, run.precision)

@@ -72,6 +72,16 @@ def td_lambda(
     return reverse_scan(reward + gamma * (1 - weight) * bootstrap, gamma * weight)
 
 
+def soft_td_lambda(
+    reward: Tensor, next_value: Tensor, bonus: Tensor, terminated: Tensor, done: Tensor, *, gamma: Discount, lam: float
+) -> Tensor:
+    """Lambda returns [T, N] with a bonus in every state reached that is not terminal, such as temperature times
+    entropy (Voelcker et al., 2025): G[t] = r[t] + gamma (bonus[t] + (1 - lam) Q'[t] + lam G[t + 1]), where Q', the
+    ``next_value``, and the bonus are those of the true successor."""
+    paid = reward + gamma * bonus.where(~terminated, 0.0)
+    return td_lambda(paid, next_value, terminated, done, gamma=gamma, lam=lam)
+
+
 def vtrace(
     reward: Tensor,
     value: Tensor,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from gymnasium import spaces
 from torch import Generator
 
 from pgsuite.components import Component
+from pgsuite.nn.action_critic import ActionCritic
 from pgsuite.nn.heads import Sigma
 from pgsuite.nn.layers import Block, Norm
 from pgsuite.nn.network import Shape, make_body
@@ -93,15 +95,23 @@ class CriticConfig(NetworkConfig):
         recurrent = self.recurrent or getattr(policy, "recurrent", "none")
         return replace(self, recurrent=recurrent, body=self.body or getattr(policy, "body", None))
 
-    def build(self, policy: Policy, num_envs: int, generator: Generator) -> Critic:
-        """Build the critic for a policy, with initial parameters drawn from the generator.  Raises ValueError for a
-        shared body if observations have a part for the critic only."""
+    def build(
+        self,
+        policy: Policy,
+        num_envs: int,
+        generator: Generator,
+        action_space: spaces.Space[Any] | None = None,
+    ) -> Critic:
+        """Build the critic for a policy, with initial parameters drawn from the generator; one of actions, if their
+        space is given.  Raises ValueError for a shared body if observations have a part for the critic only, and for
+        actions of which there is no critic."""
         body = None
         if not self.shared:
             body = policy.critic_body()
             if body is None and self.body is not None:
                 body = make_body(self.body, policy.obs_norm, "critic", generator)
-        return Critic(
+        kind = Critic if action_space is None else partial(ActionCritic, action_space=action_space)
+        return kind(
             policy.obs_norm,
             shared=policy if self.shared else None,
             body=body,

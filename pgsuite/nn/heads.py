@@ -49,6 +49,10 @@ class Head(nn.Module, ABC):
         """The action distribution for network outputs [..., inputs].  ``allowed`` is the mask of discrete actions, in
         the order of the logits."""
 
+    def unit_entropy(self, dist: Distribution) -> Tensor:
+        """The entropy [...] in nats, of actions in units of half the width of their Box."""
+        return dist.entropy()
+
     def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
         """Diagnostics of the distribution's own parameters, and of actions [..., *A] where mask [...] is true."""
         return {}
@@ -102,6 +106,9 @@ class GaussianHead(Head):
             return Gaussian(numbers, self.log_sigma)
         mean, more = numbers.chunk(2, -1)
         return Gaussian(mean, self.log_sigma + more)
+
+    def unit_entropy(self, dist: Distribution) -> Tensor:
+        return dist.entropy() - self.log_half_width.sum()
 
     def metrics(self, action: Tensor, mask: Tensor) -> Metrics:
         outside = (action < self.bounds.low) | (action > self.bounds.high)

@@ -41,6 +41,8 @@ class WindowTransformer(Memory):
             raise ValueError(f"recurrent_size must be a multiple of twice a transformer's {heads} heads, got {size}")
         self.size, self.window, self.width = size, window, window * layers * 2 * size + 1
         self.enter = linear(inputs, size, 1.0, generator)
+        # Without an offset, the normalization before attention would leave of an observation its direction alone.
+        nn.init.normal_(self.enter.bias, generator=generator)
         self.blocks = nn.ModuleList(Block(size, heads, layers, generator) for _ in range(layers))
         self.norm = RMSNorm(size)
 

@@ -16,11 +16,13 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from pgsuite.components import Component, make_component
+from pgsuite.functional.trust_region import flatten
 from pgsuite.kernel import Kernel
 from pgsuite.nn.distributions import Distribution
 from pgsuite.nn.heads import Head, Sigma, make_head
 from pgsuite.nn.network import Body, Features, Network, PolicyInput, Sequencer, Shape
 from pgsuite.nn.normalize import RunningMoments, Standardize
+from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.nn.value_heads import VALUE_HEADS, SquaredError, ValueHead
 from pgsuite.transfer import reads_freely
 from pgsuite.types import ACTION_MASK, PRIVILEGED, Batch, HiddenState, Metrics, Obs, Rollout
@@ -114,6 +116,22 @@ def log_prob(policy: Policy, seen: Rollout | Batch, pieces: int = 1) -> Tensor:
     """Log-probabilities [...] of the actions, computed for so many parts of the columns one after the other."""
     found = [policy.dist(part).log_prob(part.action) for part in seen.pieces(pieces, seen.logp.ndim - 1)]
     return found[0] if pieces == 1 else torch.cat(found, -1)
+
+
+class PastPolicy:
+    """A policy with the parameters that it had when ``keep`` was last called."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.flat = flatten(list(policy.parameters())).detach().clone()  # [P]
+
+    def keep(self) -> None:
+        """Take the present parameters."""
+        self.flat.copy_(flatten(list(self.policy.parameters())).detach())
+
+    @torch.no_grad()
+    def dist(self, seen: PolicyInput) -> Distribution:
+        return functional_in_parameters(self.policy, lambda: self.policy.dist(seen))(self.flat)
 
 
 def dist_and_prediction(policy: Policy, critic: Critic, seen: PolicyInput) -> tuple[Distribution, Tensor]:
@@ -234,12 +252,14 @@ class Critic(Network):
         successors are arbitrary."""
         if reads_freely(rollout.truncated):
             return self.values_by_need(rollout, self.body.sequence)
-        features, following = self.body.successors(rollout)
-        return self.read(features), self.read(following)
+        return self.read_both(rollout, *self.body.successors(rollout))
 
     def values_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
         """The same in half the time; see ``Body.successors_by_need``."""
-        features, following = self.body.successors_by_need(rollout, sequence)
+        return self.read_both(rollout, *self.body.successors_by_need(rollout, sequence))
+
+    def read_both(self, rollout: Rollout, features: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """The values [T, N] from features of each observation and of its successor."""
         return self.read(features), self.read(following)
 
     def attach_critic_state(self, rollout: Rollout) -> Rollout:

@@ -225,7 +225,7 @@ class Checkpoints(Callback):
 
 class Evaluate(Callback):
     """Evaluates copies of the policy over whole episodes at regular intervals, logs the results, and marks the
-    checkpoint of the best evaluation.
+    checkpoint of the best evaluation, by ``Algorithm.rank``.
 
     Each evaluation makes new environments and random streams.  Hence training is the same bit for bit with and without
     evaluations, and every evaluation starts from the same initial states.  Only the first process evaluates.  A signal
@@ -270,7 +270,8 @@ class Evaluate(Callback):
             for logger in self.loggers:
                 logger.write(report.steps, scalars)
         self.last = {"steps": report.steps} | found
-        if not self.best or found["return"] > self.best["return"]:
+        rank = trainer.algorithm.rank
+        if not self.best or rank(found) > rank(self.best):
             self.best = self.last
             path = self.checkpoints.save(trainer)
             if path is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Generator, Tensor
 from pgsuite import settings
 from pgsuite.settings import Count
 
-Signed = tuple[int, ...]  # a signed permutation, counted from 1: entry i is j or -j if mirrored x[i] is x[j] or -x[j]
+Signed = Sequence[int]  # a signed permutation, counted from 1: entry i is j or -j if mirrored x[i] is x[j] or -x[j]
 
 
 class MirrorTables(NamedTuple):
