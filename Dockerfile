@@ -4,7 +4,7 @@
 # The torch that pip finds for Linux has the libraries of CUDA in its wheel, so both take the same base; the driver is the host's.
 # CONSTRAINTS= leaves the tested versions out.  PIP_ARGS is handed to pip, for an index with smaller wheels of torch.
 ARG PYTHON=3.11
-FROM python:${PYTHON}-slim
+FROM python:${PYTHON}-slim-bookworm
 
 ARG EXTRAS=onnx,report,video
 ARG CONSTRAINTS="-c constraints.txt"

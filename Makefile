@@ -43,6 +43,8 @@ plots: $(VENV)/.dev
 	$(RUN) benchmarks/throughput.py --docs
 	$(RUN) benchmarks/peers.py --docs
 	$(RUN) benchmarks/wallclock.py table --docs
+	$(RUN) benchmarks/speedrun.py table --docs
+	$(RUN) benchmarks/films.py table --docs
 	$(RUN) benchmarks/scaling.py table --docs
 	$(RUN) benchmarks/parity.py --docs
 	$(RUN) benchmarks/gpu.py --docs

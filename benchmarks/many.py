@@ -124,7 +124,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         speeds.setdefault(key, []).append(x["steps"] / x["cpu"])
         setups.setdefault(key, []).append(x["setup"])
     alone = statistics.median(speeds["single", 1, "eager"])
-    names = ("contender", "runs", "steps/s of CPU time", "over one run as written", "seconds to start")
+    names = ("contender", "runs", "steps/s of CPU time", "relative to one eager run", "seconds to start")
     rows = [f"| {' | '.join(names)} |", "|---|---|---|---|---|"]
     for (kind, runs, how), found in speeds.items():
         speed = statistics.median(found)

@@ -218,3 +218,22 @@ def test_the_arrows_of_the_architecture_are_the_imports() -> None:
 
     for name, there in imported.items():
         assert drawn[name] <= there <= reached(name), name
+
+
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    *(str(x.relative_to(ROOT)) for x in (ROOT / "docs").rglob("*.md")),
+]
+
+
+def test_every_row_of_a_table_belongs_to_a_header_and_has_as_many_cells() -> None:
+    """A blank line within a table makes text of the rest, and a bar within a cell two cells of it."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            header, rule, *rows = table.splitlines()
+            assert re.fullmatch(r"\|(?: ?:?-+:? ?\|)+", rule), f"{page}: no header above {header}"
+            for row in (header, *rows):
+                assert len(re.findall(r"(?<!\\)\|", row)) == rule.count("|"), f"{page}: {row}"
