@@ -30,8 +30,8 @@ def digest(method: str, env: str, execution: str, recurrent: str) -> str:
     horizon = [] if method == "reinforce" else ["horizon=64"]
     steps = 8_000 if method == "reinforce" else 5_120
     # So far that TRPO's search refuses full steps, without which its runs are NPG's.
-    far = ["algo.max_kl=0.2", "algo.damping=0.001"] if method in ("npg", "trpo") else []
-    far += ["algo.minibatches=4"] if method.startswith("ppo") else []  # with memory, at most the environments
+    far = ["algo.max_kl=0.2", "algo.damping=0.001", "algo.critic_minibatches=4"] if method in ("npg", "trpo") else []
+    far += ["algo.minibatches=4"] if method.startswith("ppo") else []  # with a memory, at most the environments
     settings = [
         *far,
         f"algo={method}",
