@@ -34,11 +34,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import gymnasium
@@ -493,10 +494,12 @@ def main() -> None:
     iterate = CONTENDERS[args.contender](work_of(args.contender, args.workload))
 
     def run(seconds: float) -> dict[str, float]:
-        steps, iterations, TAKEN[0], began = 0, 0, 0, perf_counter()
+        steps, iterations, TAKEN[0], began, cpu = 0, 0, 0, perf_counter(), process_time()
         while (now := perf_counter()) - began < seconds:
             steps, iterations = steps + iterate(), iterations + 1
-        return {"steps": steps, "seconds": now - began, "iterations": iterations, "gradient_steps": TAKEN[0]}
+        spent = {"seconds": now - began, "cpu": process_time() - cpu}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return spent | {"steps": steps, "iterations": iterations, "gradient_steps": TAKEN[0], "memory": memory}
 
     iterate()
     run(1.0)
