@@ -236,7 +236,8 @@ class Contender:
 
 def measure(case: str, method: str, model: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     with ExitStack() as stack:
-        every = [stack.enter_context(Contender(x, method, case, model)) for x in LIBRARIES]
+        started = [Contender(x, method, case, model) for x in LIBRARIES]
+        every = [stack.enter_context(x) for x in started]
         rows = [{"library": x.library, "method": x.method, "rates": []} for x in every]
         for i in range(rounds):
             for row, contender in list(zip(rows, every, strict=True))[:: 1 if i % 2 == 0 else -1]:
