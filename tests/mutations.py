@@ -901,14 +901,14 @@ MUTATIONS = [
         "algorithms/base.py",
         "weights = (size / size.sum().clamp(min=1.0)).unbind()",
         "weights = torch.full_like(size, 1 / len(size)).unbind()",
-        "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
+        "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo-131072]",
     ),
     fault(
         "advantages are standardized within the pieces of a step",
         "algorithms/ppo.py",
         'if self.normalize_advantage == "minibatch" and self.micro_batches == 1:',
         'if self.normalize_advantage == "minibatch":',
-        "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
+        "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo-131072]",
     ),
     fault(
         "learning does not read the prompts",
