@@ -94,6 +94,7 @@ WORKLOADS = {
     "reinforce": Workload("HalfCheetah-v5", "Reinforce", horizon=1000),
     "cartpole": Workload("CartPole-v1", "PPO", 4096, 64, epochs=1, minibatches=8, hidden=(128,)),
     "breakout": Workload("ALE/Breakout-v5", "PPO", 8, 128, epochs=4, minibatches=4, hidden=(512,)),
+    "breakout-64": Workload("ALE/Breakout-v5", "PPO", 64, 128, epochs=4, minibatches=4, hidden=(512,)),
     "pong": Workload("ALE/Pong-v5", "PPO", 8, 128, epochs=4, minibatches=4, hidden=(512,)),
 }
 # Of a contender that is measured with work of its own.

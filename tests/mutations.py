@@ -904,6 +904,20 @@ MUTATIONS = [
         "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo-131072]",
     ),
     fault(
+        "gradients of large models add up over steps",
+        "nn/optim.py",
+        "        self.total.zero_()\n",
+        "",
+        "algorithms::test_one_flat_vector_steps_as_separate_parameters_would[5-adam]",
+    ),
+    fault(
+        "values are computed though nothing depends on them",
+        "algorithms/estimators.py",
+        "    uses_values = False\n",
+        "",
+        "lm_methods::test_values_are_computed_only_if_something_depends_on_them[asked0]",
+    ),
+    fault(
         "advantages are standardized within the pieces of a step",
         "algorithms/ppo.py",
         'if self.normalize_advantage == "minibatch" and self.micro_batches == 1:',
