@@ -14,7 +14,6 @@ from toys import mostly_long
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo
 from pgsuite.functional import objectives, trust_region
-from pgsuite.nn import optim
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.generation import Generated
@@ -340,14 +339,9 @@ MICRO: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("parameters", [optim.PIECE, 50])
 @pytest.mark.parametrize("way", mostly_long(MICRO, "reinforce", "ppo"))
-def test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory(
-    way: str, parameters: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the parameters are stepped in pieces too, as those of large models are."""
+def test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory(way: str) -> None:
     cls, fields = MICRO[way]
-    monkeypatch.setattr(optim, "PIECE", parameters)
     torch.set_default_dtype(torch.float64)
     try:
         found = []

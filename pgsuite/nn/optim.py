@@ -62,7 +62,6 @@ class Optimizer(ABC):
         self.lr = lr if isinstance(lr, Tensor) else torch.tensor(float(lr), device=self.flat.device)
         self.lr_scale = torch.ones_like(self.lr)
         self.skip_mask: Tensor | None = None  # [] bool: if true, steps change nothing
-        self.total: Tensor | None = None  # [P] the gradient of large models, see ``accumulate``
         self.gradient_step = Kernel("gradient step", self._gradient_step)
 
     def step(self, objective: Objective, *seen: Any) -> Metrics:
@@ -88,7 +87,7 @@ class Optimizer(ABC):
 
     def step_in_pieces(self, objective: Objective, *seen: Any) -> Metrics:
         """``step``, with temporary tensors of one piece of the parameters at a time."""
-        gradient, metrics = self.accumulate(objective, *seen)
+        gradient, metrics = self.gradient(objective, *seen)
         with torch.no_grad():
             norm = gradient.norm()
             names = [name for name in self.state_names if getattr(self, name).ndim]
@@ -105,26 +104,6 @@ class Optimizer(ABC):
             for x, new in others:
                 x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
         return metrics | {"grad_norm": norm}
-
-    def accumulate(self, objective: Objective, *seen: Any) -> tuple[Tensor, Metrics]:
-        """``gradient``, in a vector that backward passes add to wherever they arrive, so that no parameter's gradient
-        is in memory twice."""
-        if self.total is None:
-            self.total = torch.zeros_like(self.flat)
-        self.total.zero_()
-        for p, chunk in zip(self.params, self.chunks(self.total), strict=True):
-            p.grad = chunk
-        several = isinstance(objective, Accumulated)
-        function, pieces = (objective.function, seen) if several else (objective, ((1.0, seen),))
-        sums = dict[str, Tensor]()
-        for weight, piece in pieces:
-            loss, metrics = function(*piece)
-            (weight * loss).backward(inputs=self.params)
-            del loss  # before the next piece
-            sums = {name: sums.get(name, 0.0) + weight * x for name, x in metrics.items()}
-        for p in self.params:
-            p.grad = None
-        return distributed.mean(self.total), sums
 
     def _gradient_step(self, objective: Objective, *seen: Any) -> tuple[Metrics, Sequence[Tensor]]:
         """Compute a step without applying it: the metrics, and the new values of ``flat`` and of the state tensors."""
