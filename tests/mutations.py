@@ -904,13 +904,6 @@ MUTATIONS = [
         "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
     ),
     fault(
-        "values are computed though nothing depends on them",
-        "algorithms/estimators.py",
-        "    uses_values = False\n",
-        "",
-        "lm_methods::test_values_are_computed_only_if_something_depends_on_them[asked0]",
-    ),
-    fault(
         "advantages are standardized within the pieces of a step",
         "algorithms/ppo.py",
         'if self.normalize_advantage == "minibatch" and self.micro_batches == 1:',
