@@ -34,11 +34,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import gymnasium
@@ -93,6 +94,7 @@ WORKLOADS = {
     "reinforce": Workload("HalfCheetah-v5", "Reinforce", horizon=1000),
     "cartpole": Workload("CartPole-v1", "PPO", 4096, 64, epochs=1, minibatches=8, hidden=(128,)),
     "breakout": Workload("ALE/Breakout-v5", "PPO", 8, 128, epochs=4, minibatches=4, hidden=(512,)),
+    "breakout-64": Workload("ALE/Breakout-v5", "PPO", 64, 128, epochs=4, minibatches=4, hidden=(512,)),
     "pong": Workload("ALE/Pong-v5", "PPO", 8, 128, epochs=4, minibatches=4, hidden=(512,)),
 }
 # Of a contender that is measured with work of its own.
@@ -493,10 +495,12 @@ def main() -> None:
     iterate = CONTENDERS[args.contender](work_of(args.contender, args.workload))
 
     def run(seconds: float) -> dict[str, float]:
-        steps, iterations, TAKEN[0], began = 0, 0, 0, perf_counter()
+        steps, iterations, TAKEN[0], began, cpu = 0, 0, 0, perf_counter(), process_time()
         while (now := perf_counter()) - began < seconds:
             steps, iterations = steps + iterate(), iterations + 1
-        return {"steps": steps, "seconds": now - began, "iterations": iterations, "gradient_steps": TAKEN[0]}
+        spent = {"seconds": now - began, "cpu": process_time() - cpu}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return spent | {"steps": steps, "iterations": iterations, "gradient_steps": TAKEN[0], "memory": memory}
 
     iterate()
     run(1.0)

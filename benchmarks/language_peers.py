@@ -13,7 +13,8 @@ benchmarks/results/language_peers.
 Both sample at temperature 1, in float32, and make ``epochs`` Adam steps (eps 1e-8, no decay) on all responses of an
 iteration, clipped to a norm of 1.  RLOO takes the KL from the reward (k1), GRPO k3 in the loss, a mean over tokens.
 ``small`` is a Llama with random weights that is made on the spot; its reward is the share of words with a number below
-300.  ``smollm2`` is the directory of --model, its reward the sentiment by vaderSentiment.
+300.  ``smollm2`` is the directory of --model, its reward the sentiment by vaderSentiment.  Means of fewer than five
+rewards are not shown.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ CASES = {
     "small": Case(64, 4, 24, 2, 1e-3, 0.05, "Llama, 4 layers of 128, vocabulary of 3,000"),
     "smollm2": Case(16, 4, 24, 2, 1e-5, 0.05, "SmolLM2-135M-Instruct"),
 }
+FEWEST = 5  # iterations of which a mean reward is shown
 METHODS, LIBRARIES = ("rloo", "grpo"), ("pgsuite", "trl")
 
 
@@ -234,7 +236,8 @@ class Contender:
 
 def measure(case: str, method: str, model: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     with ExitStack() as stack:
-        every = [stack.enter_context(Contender(x, method, case, model)) for x in LIBRARIES]
+        started = [Contender(x, method, case, model) for x in LIBRARIES]
+        every = [stack.enter_context(x) for x in started]
         rows = [{"library": x.library, "method": x.method, "rates": []} for x in every]
         for i in range(rounds):
             for row, contender in list(zip(rows, every, strict=True))[:: 1 if i % 2 == 0 else -1]:
@@ -263,8 +266,9 @@ def text(case: str, result: dict[str, Any]) -> str:
         last = min(row["rewards"][-1][0] for row in rows.values())
         for library, row in rows.items():
             late = [x for t, x in row["rewards"] if 0.75 * last < t <= last]
+            reward = f"{statistics.fmean(late):.3f}" if len(late) >= FEWEST else ""
             rate, faster = 60 * statistics.median(row["rates"]), f"{ratio:.2f}" if library == "pgsuite" else ""
-            numbers = f"{rate:.1f} | {faster} | {row['memory']:.2f} | {statistics.fmean(late):.3f}"
+            numbers = f"{rate:.1f} | {faster} | {row['memory']:.2f} | {reward}"
             lines.append(f"| {method.upper()}, {library} | {numbers} |")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", *PEERS))
     caption = f"Medians of {len(result['rows'][0]['rates'])} interleaved rounds of {result['seconds']:g} s of CPU time"

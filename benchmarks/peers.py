@@ -6,9 +6,9 @@
 
 Each contender (benchmarks/contenders.py, which says what differs between them) is a process of its own, warmed up
 before the first round.  In every round each has its turn, in one order and then in the other, while all others wait for
-theirs; in its turn it finishes iterations until the seconds are over.  Prints steps/s round by round; writes all rounds
-to benchmarks/results/peers/<table>.json.  ``--docs`` measures nothing, puts the kept results into
-docs/reference/speed.md, and draws docs/reference/speed.png.
+theirs; in its turn it finishes iterations until the seconds are over.  Prints steps/s round by round, of games steps
+per CPU second; writes all rounds to benchmarks/results/peers/<table>.json.  ``--docs`` measures nothing, puts the kept
+results into docs/reference/speed.md, and draws docs/reference/speed.png.
 """
 
 from __future__ import annotations
@@ -100,19 +100,23 @@ class Contender:
 
 
 def measure(table: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Steps/s of every contender, round by round."""
+    """Steps/s of every contender, round by round, and its peak memory in GB; of games, steps per CPU second."""
+    clock = "cpu" if WORKLOADS[table].game else "seconds"
     with ExitStack() as stack:
-        racers = []
-        for name, threads in TABLES[table]:
-            racers.append(stack.enter_context(Contender(table, name, threads)))
-            print(f"{table}: {racers[-1].label}: ready", flush=True)
+        started = [Contender(table, name, threads) for name, threads in TABLES[table]]
+        racers = [stack.enter_context(racer) for racer in started]
         rates: dict[str, list[float]] = {racer.label: [] for racer in racers}
+        memory: dict[str, float] = {}
         for i in range(rounds):
             for racer in racers if i % 2 == 0 else reversed(racers):
                 done = racer.run(seconds)
-                rates[racer.label].append(done["steps"] / done["seconds"])
+                rates[racer.label].append(done["steps"] / done[clock])
+                memory[racer.label] = done["memory"]
                 print(f"{table}: round {i + 1}: {racer.label}: {rates[racer.label][-1]:,.0f} steps/s", flush=True)
-    return [{"name": racer.name, "threads": racer.threads, "rates": rates[racer.label]} for racer in racers]
+    return [
+        {"name": racer.name, "threads": racer.threads, "rates": rates[racer.label], "memory": memory[racer.label]}
+        for racer in racers
+    ]
 
 
 def installed(name: str) -> bool:
@@ -138,13 +142,16 @@ def text(table: str, result: dict[str, Any]) -> str:
     """Medians and spreads; the last column compares round by round."""
     rows = sorted(result["rows"], key=lambda row: -statistics.median(row["rates"]))
     best = next(row for row in rows if row["name"].startswith("pgsuite"))
-    lines = [f"### {describe(WORKLOADS[table])}", "", f"| | torch threads | steps/s | | {best['name']} is faster by |"]
-    lines.append("|---|---|---|---|---|")
+    game = WORKLOADS[table].game
+    unit, more = ("steps per CPU second", " peak memory, GB |") if game else ("steps/s", "")
+    heading = f"| | torch threads | {unit} | | {best['name']} is faster by |{more}"
+    lines = [f"### {describe(WORKLOADS[table])}", "", heading, "|---|---|---|---|---|" + "---|" * game]
     for row in rows:
         each = row["rates"]
         ratio = statistics.median(ours / theirs for ours, theirs in zip(best["rates"], each, strict=True))
         numbers = f"{statistics.median(each):,.0f} | from {min(each):,.0f} to {max(each):,.0f}"
-        lines.append(f"| {row['name']} | {row['threads']} | {numbers} | {'' if row is best else f'{ratio:.2f}'} |")
+        faster, last = "" if row is best else f"{ratio:.2f}", f" {row['memory']:.2f} |" if game else ""
+        lines.append(f"| {row['name']} | {row['threads']} | {numbers} | {faster} |{last}")
     versions = ", ".join(
         f"{name} {result['versions'][name]}" for name in ("torch", *PEERS) if name in result["versions"]
     )

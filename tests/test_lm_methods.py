@@ -312,6 +312,24 @@ def test_nothing_is_out_of_the_enumeration() -> None:
     assert texts == set(RESPONSES) and float(log_probabilities(policy).exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("asked", [{}, {"value_coef": 0.5}, {"estimator": MonteCarlo()}])
+def test_values_are_computed_only_if_something_depends_on_them(asked: dict[str, Any]) -> None:
+    """Advantages within groups and no value loss need none: a critic that cannot be asked gives the same step."""
+    found: list[Tensor] = []
+    for broken in (False, True):
+        env = world(8, samples=4)
+        algorithm: Any = build(PPO, env, minibatches=1, **GROUPED | asked)
+        if broken:
+            algorithm.critic.values_and_next_values.run = None
+        if broken and asked:
+            with pytest.raises(TypeError):
+                algorithm.iterate(collector(env))
+        else:
+            algorithm.iterate(collector(env))
+        found.append(trust_region.flatten(list(algorithm.policy.parameters())))
+    assert asked or torch.equal(*found)
+
+
 MICRO: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     "reinforce": (Reinforce, {"baseline": "critic"}),
     "a2c": (A2C, {"penalty": "loss"}),

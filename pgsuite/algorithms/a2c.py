@@ -14,7 +14,7 @@ from pgsuite.nn.policy import dist_and_prediction, log_prob
 from pgsuite.nn.value_heads import SquaredError
 from pgsuite.rollout import Collector
 from pgsuite.settings import NonNegative, Positive
-from pgsuite.types import Batch, Metrics, masked_means
+from pgsuite.types import Batch, Metrics, Rollout, masked_means
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,7 +70,7 @@ class A2C(ActorCritic):
         cells = {"policy_loss": -self.policy_objective(self.surrogate(ratio, batch.advantage), logp, batch)}
         if prediction is not None:
             cells["value_loss"] = self.value_error(prediction, batch)
-        cells["entropy"] = dist.entropy()
+        cells["entropy"] = (dist if has_weight(self.entropy_coef) else dist.detach()).entropy()
         with torch.no_grad():
             cells |= self.ratio_metrics(log_ratio, ratio, batch)
         means = masked_means(cells, batch.mask)
@@ -80,9 +80,14 @@ class A2C(ActorCritic):
         loss = loss - self.entropy_coef * means["entropy"]
         return loss, {"loss": loss.detach()} | {name: mean.detach() for name, mean in means.items()}
 
+    def values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        if has_weight(self.value_coef) or self.estimator.uses_values:
+            return super().values_and_next_values(rollout)
+        return torch.zeros_like(rollout.reward), torch.zeros_like(rollout.reward)  # nothing depends on them
+
     def evaluate(self, batch: Batch) -> tuple[Distribution, Tensor | None]:
         """The action distributions of a batch, and the critic's predictions: None if their loss has no weight."""
-        if isinstance(self.value_coef, Tensor) or self.value_coef > 0:  # a schedule, or a constant
+        if has_weight(self.value_coef):
             return dist_and_prediction(self.policy, self.critic, batch)
         return self.policy.dist(batch), None
 
@@ -95,3 +100,8 @@ class A2C(ActorCritic):
         """Metrics per cell [...] of the policy's change since the rollout.  A2C has none: it evaluates the loss only
         before its step."""
         return {}
+
+
+def has_weight(coef: float | Tensor) -> bool:
+    """Whether a coefficient of the loss is other than a constant zero; a schedule is a tensor."""
+    return isinstance(coef, Tensor) or coef > 0

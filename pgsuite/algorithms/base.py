@@ -381,7 +381,7 @@ class ActorCritic(Algorithm):
             )
 
     def _compute_advantages(self, rollout: Rollout) -> Batch:
-        value, next_value = self.critic.values_and_next_values(rollout)
+        value, next_value = self.values_and_next_values(rollout)
         ratio = weight = rollout.extra.get("weight")
         if self.estimator.off_policy:
             since = objectives.log_ratio(self.policy.dist(rollout).log_prob(rollout.action), rollout.logp).exp()
@@ -396,6 +396,10 @@ class ActorCritic(Algorithm):
         channels = {name: x["advantage"] for name, x in rollout.estimates.items()}
         advantage = self.combine(advantage, channels, rollout.mask)
         return Batch.of(rollout, value=value, advantage=advantage, target=target)
+
+    def values_and_next_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The critic's values [T, N] of each observation and of its true successor."""
+        return self.critic.values_and_next_values(rollout)
 
     def combine(self, advantage: Tensor, channels: dict[str, Tensor], mask: Tensor) -> Tensor:
         """The advantage [T, N] that the policy is to gain: that of the reward and those of ``channels``, each by its

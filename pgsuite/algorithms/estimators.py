@@ -22,6 +22,7 @@ class Estimator(Scheduled, ABC):
 
     off_policy: ClassVar[bool] = False  # whether it needs the importance ratio also between the epochs of PPO
     supports_off_policy: ClassVar[bool] = False  # whether it corrects rollouts of an earlier policy (overlap=true)
+    uses_values: ClassVar[bool] = True  # whether advantages or targets depend on the critic's values
     rho_clip: float = field(default=math.inf, init=False)  # upper bound of the importance weight of an advantage
 
     @abstractmethod
@@ -138,6 +139,8 @@ class RLOO(Estimator):
     Undiscounted, equal for all tokens of a response, and independent of the critic.  ``group`` adjacent columns are
     responses to one prompt.
     """
+
+    uses_values = False
 
     group: Count = 4  # responses to each prompt, equal to env.samples
 

@@ -78,4 +78,4 @@ class Reinforce(CriticRegressionMixin):
         logp = (dist := self.policy.dist(batch)).log_prob(batch.action)
         gain = self.policy_objective(logp * batch.advantage, logp, batch)
         loss = -gain.where(batch.mask, 0.0).sum() / batch.logp.shape[1]
-        return loss, {"policy_loss": loss.detach(), "entropy": masked_mean(dist.entropy().detach(), batch.mask)}
+        return loss, {"policy_loss": loss.detach(), "entropy": masked_mean(dist.detach().entropy(), batch.mask)}

@@ -19,7 +19,8 @@ from pgsuite.kernel import Kernel
 from pgsuite.settings import Fraction, Positive
 from pgsuite.types import Metrics
 
-PIECE = 2**24  # parameters that are stepped at once
+PIECE = 2**17  # parameters that are stepped at once on a CPU, so that temporary tensors stay in its cache
+DEVICE_PIECE = 2**24  # the same on a GPU, where pieces cost launches and save memory
 Objective = Callable[..., tuple[Tensor, Metrics]]  # a loss to minimize, and metrics
 
 
@@ -70,13 +71,19 @@ class Optimizer(ABC):
         Raises RuntimeError if parameters are no longer views of ``flat``.
         """
         self.check_views()
-        if self.elementwise and len(self.flat) > PIECE and self.gradient_step.run == self.gradient_step.function:
+        eager = self.gradient_step.run == self.gradient_step.function and not autodiff.among_runs()
+        if self.elementwise and len(self.flat) > self.piece and eager:
             return self.step_in_pieces(objective, *seen)
         metrics, moved = self.gradient_step(objective, *seen)
         own = (self.flat, *(getattr(self, name) for name in self.state_names))
         for x, new in zip(own, moved, strict=True):
             x.copy_(new if self.skip_mask is None else x.where(self.skip_mask, new))
         return metrics
+
+    @property
+    def piece(self) -> int:
+        """How many parameters are stepped at once."""
+        return PIECE if self.flat.device.type == "cpu" else DEVICE_PIECE
 
     def step_in_pieces(self, objective: Objective, *seen: Any) -> Metrics:
         """``step``, with temporary tensors of one piece of the parameters at a time."""
@@ -85,8 +92,8 @@ class Optimizer(ABC):
             norm = gradient.norm()
             names = [name for name in self.state_names if getattr(self, name).ndim]
             others: list[tuple[Tensor, Tensor]] = []
-            for i in range(0, len(gradient), PIECE):
-                part, where = copy.copy(self), slice(i, i + PIECE)
+            for i in range(0, len(gradient), self.piece):
+                part, where = copy.copy(self), slice(i, i + self.piece)
                 for name in ("flat", *names):
                     setattr(part, name, getattr(self, name)[where])
                 own = [getattr(part, name) for name in ("flat", *self.state_names)]

@@ -138,7 +138,8 @@ class TokenHead(CategoricalHead):
         self.temperature, self.top_p = temperature, top_p
 
     def forward(self, numbers: Tensor, allowed: Tensor | None = None) -> Distribution:
-        logits = (permitted(numbers[..., : self.inputs], allowed) / self.temperature).log_softmax(-1)
+        logits = permitted(numbers[..., : self.inputs], allowed)
+        logits = (logits if self.temperature == 1 else logits / self.temperature).log_softmax(-1)  # which are large
         if self.top_p < 1:
             with torch.no_grad():
                 chance, order = logits.exp().sort(-1, descending=True)
