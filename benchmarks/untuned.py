@@ -118,8 +118,8 @@ def peer(method: str, name: str, seed: int) -> None:
     """Train SB3's class with its defaults in this process and print its curve, a point an episode."""
     import gymnasium
     import torch
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.callbacks import BaseCallback  # pyright: ignore[reportMissingImports]
+    from stable_baselines3.common.monitor import Monitor  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
     task, start, curve = TASKS[name], time.perf_counter(), []
@@ -163,21 +163,23 @@ def run(methods: list[str], tasks: list[str], seeds: list[int], jobs: int, only:
 
 
 def table() -> str:
-    """In Markdown, a line a method and task: returns at equal steps and at equal seconds, and the seconds."""
+    """In Markdown, a line a method and task: returns at equal steps and at equal seconds, and the seconds; of the seeds
+    that both libraries have run."""
+    kept = [json.loads(path.read_text()) for path in sorted(KEPT.glob("*.json"))]
     found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(KEPT.glob("*.json")):
-        result = json.loads(path.read_text())
-        found.setdefault((result["method"], result["task"]), {}).setdefault(result["library"], []).append(result)
+    for result in kept:
+        if sum(all(x[name] == result[name] for name in ("method", "task", "seed")) for x in kept) == 2:
+            found.setdefault((result["method"], result["task"]), {}).setdefault(result["library"], []).append(result)
     head = "method | task | steps | seeds | pgsuite | SB3 | at equal seconds: pgsuite | SB3 | seconds: pgsuite | SB3"
     lines = [f"| {head} |", "|---" * 10 + "|"]
     for method in METHODS:
         for name in TASKS:
             both = found.get((method, name), {})
-            if set(both) != {PEER, OURS}:
+            if not both:
                 continue
             seconds = {library: statistics.median(r["seconds"] for r in both[library]) for library in both}
             until = min(seconds.values())
-            cells = [METHODS[method], name, f"{TASKS[name].steps:,}", str(min(len(runs) for runs in both.values()))]
+            cells = [METHODS[method], name, f"{TASKS[name].steps:,}", str(len(both[OURS]))]
             cells += [spread([r["return"] for r in both[library]]) for library in (OURS, PEER)]
             cells += [spread([score(r["curve"], 1, until) for r in both[library]]) for library in (OURS, PEER)]
             cells += [f"{seconds[library]:,.0f}" for library in (OURS, PEER)]

@@ -34,4 +34,4 @@ class Boiler(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.array([(self.inside - 20) / 10, self.outside / 10], np.float32)
 
 
-gymnasium.register("Boiler-v0", Boiler, max_episode_steps=240)
+gymnasium.register("Boiler-v0", "untuned_tasks:Boiler", max_episode_steps=240)

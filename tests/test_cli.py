@@ -699,7 +699,7 @@ horizon: 16
 
 
 def test_what_compiles_is_imported_where_it_is_used() -> None:
-    """It takes a second, which a run as written would wait for."""
+    """It takes a second, which an eager run would wait for."""
     heavy = {"sympy", "torch._dynamo", "torch._inductor"}
     code = f"import sys, pgsuite.app.train; print({heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -200,7 +200,7 @@ def test_a_torch_without_the_private_parts_trains_as_written_and_says_what_compi
     eager, modules, auto, fallback, refused = done.stdout.strip().splitlines()
     assert eager == auto == "eager"
     assert set(ast.literal_eval(modules)) == {"pgsuite.execution.modes", "pgsuite.execution.precision"}
-    assert fallback.startswith("execution=auto runs as written, for execution=compile needs parts of torch that torch")
+    assert fallback.startswith("execution=auto is eager here, for execution=compile needs parts of torch that torch")
     assert refused.startswith("execution=compile needs parts of torch that torch 2.")
     assert "lacks (torch.fx.experimental.proxy_tensor), and that torch 2.11 to 2.13 have" in refused
 

@@ -344,7 +344,7 @@ def check_alike(trainer: Trainer, config: dict[str, Any]) -> None:
 
 
 GRAPHS, COMPILED = "replayed as CUDA graphs after a few iterations", "compiled, which makes the first iteration long"
-MODES = {"eager": "run as written", "compile": COMPILED, "cuda_graph": GRAPHS}
+MODES = {"eager": "eager", "compile": COMPILED, "cuda_graph": GRAPHS}
 MODES["compile_cuda_graph"] = f"{COMPILED}, and {GRAPHS}"
 
 

@@ -79,6 +79,6 @@ def automatic(algorithm: Algorithm, collector: Collector) -> Execution:
     if why_not_compilable(device):
         return "eager"
     if (why := missing_in_torch()) is not None:
-        warnings.warn(f"execution=auto runs as written, for execution=compile {why}", stacklevel=3)
+        warnings.warn(f"execution=auto is eager here, for execution=compile {why}", stacklevel=3)
         return "eager"
     return "compile"
