@@ -15,7 +15,14 @@ from pgsuite.training import checkpoint
 
 @pytest.fixture(scope="module")
 def pendulum(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_in(tmp_path_factory.mktemp("pendulum"), "env=Pendulum", "~tuned", *TINY, "policy.recurrent=gru")
+    return trained_in(
+        tmp_path_factory.mktemp("pendulum"),
+        "env=Pendulum",
+        "~tuned",
+        *TINY,
+        "policy.recurrent=gru",
+        "algo.minibatches=2",
+    )
 
 
 def trainer_like(run: Path, **changes: object) -> tuple[dict[str, dict[str, torch.Tensor]], object]:
