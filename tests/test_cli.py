@@ -417,7 +417,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["algo.lr[0]=1"], "'algo.lr[0]' is no name of a setting"),
     (["algo=cpo", "env=CartPole"], "CPO learns from the channel 'cost', and CartPole-v1 has none: take an env"),
     (["env=Cruise", "channels.cots.weight=1"], "the channel 'cots', and Cruise has others: did you mean cost"),
-    (["algo=reinforce", "env=CartPole", "channels=rnd"], "methods with a critic, and Reinforce is none: leave"),
+    (["algo=reinforce", "env=CartPole", "channels=rnd"], "critic of states, and Reinforce has none: leave"),
     (["channels.cost=3"], "channels.cost must be settings, such as channels.cost.weight=0.5, got 3"),
     (["channels.cost.wieght=3"], "no setting 'wieght' in channels.cost; did you mean weight"),
     (["algo.clip=0"], "PPO.clip must be a number greater than 0, got 0"),
