@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from pgsuite.algorithms import (
     Reinforce,
     TRPOLagrangian,
 )
+from pgsuite.execution.modes import execute
 from pgsuite.nn.action_critic import ActionCritic
 from pgsuite.nn.normalize import RewardScale, Standardize
 from pgsuite.nn.policy import Critic, Policy
@@ -211,12 +212,32 @@ def collector(algorithm: Any, env: Any, horizon: int = 20, seed: int = 0) -> Col
 
 
 def resume_alike(one: tuple[Algorithm, Collector], two: tuple[Algorithm, Collector], iterations: int = 2) -> None:
-    """Put an algorithm and its collector where others stand, and have both go on."""
+    """Put an algorithm and its collector where others stand, and have both go on; assert that all parts of the one are
+    then those of the other."""
     for theirs, mine in zip(one, two, strict=True):
         mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
     for algorithm, rollouts in (one, two):
         for _ in range(iterations):
             algorithm.iterate(rollouts)
+    for part, module in one[0].parts.items():
+        for name, x in module.state_dict().items():
+            assert torch.equal(x, two[0].parts[part].state_dict()[name]), f"{part}.{name}"
+
+
+def compile_alike(build: Callable[[PointMass], Algorithm], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that an algorithm moves its parameters compiled as eagerly, to rounding; by tracing alone, for graphs are
+    not compiled."""
+    traced = compile_by("eager", monkeypatch)
+    runs = []
+    for mode in ("eager", "compile"):
+        env = PointMass(8)
+        algorithm = build(env)
+        rollouts = collector(algorithm, env)
+        execute(algorithm, rollouts, mode)  # pyright: ignore[reportArgumentType]
+        for _ in range(2):
+            algorithm.iterate(rollouts)
+        runs.append(torch.cat([optimizer.flat for optimizer in algorithm.optimizers]))
+    assert traced and torch.allclose(*runs, rtol=1e-4, atol=1e-6)
 
 
 def put_back_alike(one: Trainer, two: Trainer, path: Path) -> None:
