@@ -165,21 +165,22 @@ def run(methods: list[str], tasks: list[str], seeds: list[int], jobs: int, only:
 def table() -> str:
     """In Markdown, a line a method and task: returns at equal steps and at equal seconds, and the seconds; of the seeds
     that both libraries have run."""
-    kept = [json.loads(path.read_text()) for path in sorted(KEPT.glob("*.json"))]
-    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for result in kept:
-        if sum(all(x[name] == result[name] for name in ("method", "task", "seed")) for x in kept) == 2:
-            found.setdefault((result["method"], result["task"]), {}).setdefault(result["library"], []).append(result)
+    kept: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for path in sorted(KEPT.glob("*.json")):
+        result = json.loads(path.read_text())
+        kept.setdefault((result["method"], result["task"], result["library"]), {})[result["seed"]] = result
     head = "method | task | steps | seeds | pgsuite | SB3 | at equal seconds: pgsuite | SB3 | seconds: pgsuite | SB3"
     lines = [f"| {head} |", "|---" * 10 + "|"]
     for method in METHODS:
         for name in TASKS:
-            both = found.get((method, name), {})
-            if not both:
+            runs = {library: kept.get((method, name, library), {}) for library in (OURS, PEER)}
+            seeds = runs[OURS].keys() & runs[PEER].keys()
+            if not seeds:
                 continue
+            both = {library: [runs[library][seed] for seed in seeds] for library in runs}
             seconds = {library: statistics.median(r["seconds"] for r in both[library]) for library in both}
             until = min(seconds.values())
-            cells = [METHODS[method], name, f"{TASKS[name].steps:,}", str(len(both[OURS]))]
+            cells = [METHODS[method], name, f"{TASKS[name].steps:,}", str(len(seeds))]
             cells += [spread([r["return"] for r in both[library]]) for library in (OURS, PEER)]
             cells += [spread([score(r["curve"], 1, until) for r in both[library]]) for library in (OURS, PEER)]
             cells += [f"{seconds[library]:,.0f}" for library in (OURS, PEER)]

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Cli, command  # noqa: F401
+import yaml
+from test_cli import ROOT, Cli, command  # noqa: F401
 
 import pgsuite
 
@@ -73,3 +74,12 @@ def test_a_configuration_of_the_users_own_is_named_with_its_mistake(own: Cli) ->
     code, _, err = own("train", "--config-dir", ".", "algo=ppo_penalty", "env=CartPole")
     assert code == 1 and "the recipe ppo_penalty-CartPole does not go with" in err
     assert "no setting 'huber' in algo; it is now called huber_delta" in err
+
+
+def test_relatives_of_ppo_have_its_defaults() -> None:
+    """Which stand in the files of each, and are chosen for PPO."""
+    rows = []
+    for algo in ("ppo", "ppo_penalty", "ppo_lagrangian", "spo"):
+        config = yaml.safe_load((ROOT / f"configs/algo/{algo}.yaml").read_text())
+        rows.append({name: config[name] for name in ("num_envs", "horizon", "algo")})
+    assert all(row == rows[0] for row in rows)

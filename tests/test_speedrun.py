@@ -1,9 +1,7 @@
 """The table of benchmarks/speedrun.py, and the lowest versions that pyproject.toml permits."""
 
-import importlib
-import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def speedrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("speedrun")
-    for name in ("speedrun", "record"):
-        sys.modules.pop(name, None)
+def speedrun(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("speedrun")
 
 
 def made(date: str, runs: list[tuple[float | None, int | None, float]], before: Any = ()) -> dict[str, Any]:
