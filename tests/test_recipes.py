@@ -43,7 +43,7 @@ def test_python_is_told_of_the_recipe_as_well(own: Cli) -> None:
     given: dict[str, Any] = {"policy.distribution": "beta"}
     with pytest.raises(pgsuite.UserError, match=r"the recipe ppo-Pendulum gives policy\.log_sigma=-1"):
         pgsuite.train("ppo", "Pendulum", **given)
-    assert not list(own.folder.glob("runs/*/*"))
+    assert not [path for path in own.folder.glob("runs/*") if path.is_dir()]
 
 
 def test_any_setting_that_a_message_names_is_put_down_to_the_recipe_that_gave_it(own: Cli) -> None:
@@ -65,6 +65,18 @@ def test_any_setting_that_a_message_names_is_put_down_to_the_recipe_that_gave_it
 def test_a_recipe_that_other_choices_have_no_room_for_is_named(own: Cli, given: list[str], said: str) -> None:
     code, _, err = own("train", *given)
     assert code == 1 and said in err and "~tuned leaves it out" in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("given", [[], ["seeds=2"], ["sweep=search"], ["-m", "seed=0,1"]])
+def test_a_recipe_that_does_not_exist_is_refused(own: Cli, given: list[str]) -> None:
+    code, _, err = own("train", *given, *TINY[:-1], "tuned=ppo-Pendulm")
+    assert code == 1 and "tuned=ppo-Pendulm: no recipe has that name; did you mean ppo-Pendulum" in err
+    assert not [path for path in own.folder.glob("runs/*") if path.is_dir()]
+
+
+def test_python_refuses_a_recipe_that_does_not_exist(own: Cli) -> None:
+    with pytest.raises(pgsuite.UserError, match="did you mean ppo-Pendulum"):
+        pgsuite.train("ppo", "Pendulum", tuned="ppo-Pendulm", total_steps=8)
 
 
 def test_a_configuration_of_the_users_own_is_named_with_its_mistake(own: Cli) -> None:

@@ -32,7 +32,7 @@ from pgsuite.app.build import (
 from pgsuite.app.initialize import initialize
 from pgsuite.app.resume import holds_another, named_by_time
 from pgsuite.app.schema import Run
-from pgsuite.app.train import Outcome, answering_signals, recipe_line, recorders, refuse_unused, short
+from pgsuite.app.train import Outcome, answering_signals, recipe_line, recorders, refuse_unused, remove_empty, short
 from pgsuite.envs import TaskEnv, make
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.tasks import Task
@@ -53,11 +53,14 @@ TOGETHER = {"early_stop": "masked", "backtracking": "batched", "fisher": "double
 def run_many(cfg: DictConfig, hydra: HydraConf) -> list[Outcome]:
     """Train the runs of a configuration at once, each in its own directory.  Raises UserError, also if a run ended by
     itself before its time, after the others have gone to their end."""
+    made = Path(hydra.runtime.output_dir)
     with ExitStack() as stack:
+        stack.callback(remove_empty, made, *made.parents[:2])  # Hydra created it; the runs have their own
         return _run_many(cfg, hydra, stack)
 
 
 def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outcome]:
+    recipes.refuse_unknown(hydra)
     console = callbacks.console()
     say: Callable[[str], None] = console.print
     whole = to_dict(cfg)
@@ -255,11 +258,4 @@ def _folders(
                 raise UserError(f"{folder} already holds a run: give another hydra.run.dir=")
         stack.callback(_leave, folder, lock)
         found.append((folder, lock))
-    if (
-        named_by_time(hydra)
-        and home not in [folder for folder, _ in found]
-        and home.is_dir()
-        and not any(home.iterdir())
-    ):
-        home.rmdir()
     return found

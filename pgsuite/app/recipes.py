@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pgsuite.app.build import observes_screens, to_dict
 from pgsuite.app.schema import Run
 from pgsuite.errors import UserError
+from pgsuite.settings import closest
 
 GROUP = re.compile(r"[+~]*tuned(@[^=]*)?(=|$)")  # overrides that select the recipe
 NAMED_BARE = ("", "algo.")  # prefixes that messages leave out, as in "8 minibatches do not divide"
@@ -61,6 +62,15 @@ def with_one_for_images(config: dict[str, Any], hydra: HydraConf, run: Run) -> d
     with read_write(hydra):  # pyright: ignore[reportArgumentType]
         choices["tuned"] = fitting
     return to_dict(compose("train", [*hydra.overrides.task, f"tuned={fitting}"]))
+
+
+def refuse_unknown(hydra: HydraConf) -> None:
+    """Raise UserError for a recipe that was asked for and does not exist.  Hydra passes over it, since the group is
+    optional: most methods and environments have no recipe."""
+    name = hydra.runtime.choices.get("tuned")
+    have = {path.stem for path in available(hydra)}
+    if name is not None and name not in have and any(map(GROUP.match, hydra.overrides.task)):
+        raise UserError(f"tuned={name}: no recipe has that name; {closest(name, have)}; ~tuned leaves the recipe out")
 
 
 def available(hydra: HydraConf) -> list[Path]:

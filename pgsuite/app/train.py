@@ -101,6 +101,7 @@ def _sweep(cfg: DictConfig) -> float | None:
     overrides = [*hydra.overrides.task, *([f"hydra.searchpath={paths}"] if paths else [])]
     command_line = Command(folder, config, overrides, dict(hydra.runtime.choices))
     try:
+        recipes.refuse_unknown(hydra)
         if hydra.mode is RunMode.MULTIRUN:
             raise UserError("a sweep over settings goes without -m and sweep=local: leave it out")
         if distributed.size() > 1:
@@ -155,6 +156,7 @@ def _run(
         if distributed.rank() == 0:
             console.print(line)
 
+    recipes.refuse_unknown(hydra)
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     config = to_dict(cfg)
     composed = config = recipes.with_one_for_images(config, hydra, parse_run_config(config))
