@@ -4,7 +4,7 @@
                                      [--seeds 0 1 2 3 4] [--steps 1000000] [--jobs 2]
     python benchmarks/constrained.py --docs
 
-Each run trains one method on one task with one seed, in a process of its own, and is kept in
+The seeds of a method and a task are trained at once in one process. Each run is kept in
 benchmarks/results/constrained/<task>-<method>-s<seed>.json: how return and cost of the training episodes went, and an
 evaluation of the last policy with sampled actions, since the limit is for these. A run that is kept with equal settings
 is not repeated.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS, ROOT, keep, source, write_table
+from returns import stretches
 
 from pgsuite.envs.tasks import Cruise
 
@@ -86,21 +87,37 @@ def settings(task: str, method: str, seed: int, steps: int) -> list[str]:
     return [f"algo={method}", f"env={task}", f"seed={seed}", f"total_steps={steps}", *own, *told]
 
 
-def measure(task: str, method: str, seed: int, steps: int) -> None:
-    """Train, and keep what came of it."""
-    path = KEPT / f"{task}-{method}-s{seed}.json"
-    given = settings(task, method, seed, steps)
-    if path.exists() and json.loads(path.read_text())["settings"] == given:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pgsuite", "train", *given, f"hydra.run.dir={folder}/run"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{path.stem} failed: {(done.stderr.strip().splitlines() or [''])[-1]}", file=sys.stderr)
-            return
-        rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open()))
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+def measure(task: str, method: str, seeds: list[int], steps: int) -> None:
+    """Train with those of the seeds that are not kept, consecutive ones at once, and keep what came of each."""
+
+    def path_of(seed: int) -> Path:
+        return KEPT / f"{task}-{method}-s{seed}.json"
+
+    def is_there(seed: int) -> bool:
+        path = path_of(seed)
+        return path.exists() and json.loads(path.read_text())["settings"] == settings(task, method, seed, steps)
+
+    for part in stretches([seed for seed in seeds if not is_there(seed)]):
+        at_once = [f"seeds={len(part)}"] if len(part) > 1 else []
+        with tempfile.TemporaryDirectory() as folder:
+            given = [*settings(task, method, part[0], steps), *at_once, f"hydra.run.dir={folder}/run"]
+            command = [sys.executable, "-m", "pgsuite", "train", *given]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{task} {method} failed: {(done.stderr.strip().splitlines() or [''])[-1]}", file=sys.stderr)
+                return
+            for seed in part:
+                run = Path(folder) / "run" / (f"s{seed}" if at_once else "")
+                result = {"settings": settings(task, method, seed, steps)} | outcome(run)
+                keep(source() | result, path_of(seed))
+                print(f"{task} {method} seed {seed}: {result['evaluation']}", flush=True)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What is kept of a run directory."""
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    summary = json.loads((run / "summary.json").read_text())
     names = {"return": "episode/return", "cost": "episode/cost", "multiplier": "algorithm/multiplier"}
     every = max(1, len(rows) // 60)
     curve = [
@@ -111,9 +128,8 @@ def measure(task: str, method: str, seed: int, steps: int) -> None:
     evaluation = {
         name: summary["evaluation"][name] for name in ("stochastic_return", "stochastic_cost", "return", "cost")
     }
-    result = {"settings": given, "evaluation": evaluation, "training_cost_last_fifth": statistics.fmean(last)}
-    keep(source() | result | {"seconds": summary["seconds"], "curve": curve}, path)
-    print(f"{path.stem}: {evaluation}", flush=True)
+    result = {"evaluation": evaluation, "training_cost_last_fifth": statistics.fmean(last)}
+    return result | {"seconds": summary["seconds"], "curve": curve}
 
 
 def spread(values: list[float]) -> str:
@@ -161,9 +177,9 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args()
     if not options.docs:
-        runs = [(task, method, seed) for task in options.tasks for seed in options.seeds for method in options.methods]
+        runs = [(task, method) for task in options.tasks for method in options.methods]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: measure(run[0], run[1], run[2], options.steps), runs))
+            list(pool.map(lambda run: measure(run[0], run[1], options.seeds, options.steps), runs))
     write_table("docs/explanation/constrained.md", "constrained.py", table())
 
 
