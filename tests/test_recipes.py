@@ -70,8 +70,14 @@ def test_a_recipe_that_other_choices_have_no_room_for_is_named(own: Cli, given: 
 @pytest.mark.parametrize("given", [[], ["seeds=2"], ["sweep=search"], ["-m", "seed=0,1"]])
 def test_a_recipe_that_does_not_exist_is_refused(own: Cli, given: list[str]) -> None:
     code, _, err = own("train", *given, *TINY[:-1], "tuned=ppo-Pendulm")
-    assert code == 1 and "tuned=ppo-Pendulm: no recipe has that name; did you mean ppo-Pendulum" in err
+    assert code == 1 and "tuned=ppo-Pendulm: the name of one recipe belongs there; did you mean ppo-Pendulum" in err
     assert not [path for path in own.folder.glob("runs/*") if path.is_dir()]
+
+
+@pytest.mark.parametrize("given", ["tuned=[]", "tuned=[ppo-Pendulum]"])
+def test_a_list_of_recipes_is_refused(own: Cli, given: str) -> None:
+    code, _, err = own("train", *TINY[:-1], given)
+    assert code == 1 and f"{given}: the name of one recipe belongs there" in err
 
 
 def test_python_refuses_a_recipe_that_does_not_exist(own: Cli) -> None:

@@ -35,6 +35,7 @@ from pgsuite.training.run_lock import RunLock
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
+REQUIRED = {"algo": "algo=ppo", "env": "env=HalfCheetah"}  # groups without which nothing can be composed: an example
 LONGEST = 500  # characters of a message
 MENDABLE = (UserError, BrokenEnvError, LostProcessError, HydraException, OmegaConfBaseException, OSError)
 # Errors that Hydra raises for command lines that it cannot compose.
@@ -179,6 +180,8 @@ def uncomposable(error: BaseException, arguments: Sequence[str]) -> str:
     if "Could not override" not in said:  # a single setting, which the message names
         for override in overrides:
             group, value = CONFIGS / override.key_or_group, override.value()
+            if override.is_delete() and (example := REQUIRED.get(override.key_or_group)):
+                return f"{override.input_line}: it cannot be left out, only chosen, as in {example}"
             named = isinstance(value, str | dict) or override.is_delete() or override.is_sweep_override()
             if group.is_dir() and not named:
                 choices = [path.stem for path in group.glob("*.yaml")]

@@ -153,7 +153,9 @@ ONE_BY_ONE = "train them one by one with -m and seed=0,1,2"
 def expanded(config: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """The configuration of each run, and what tells it from the others, such as ``s3-lr0.001``."""
     batch = _flat(config["batch"])
-    first, count = config["seed"], config["seeds"] or 1
+    first, count = config["seed"], 1 if config["seeds"] is None else config["seeds"]
+    if count < 1:
+        raise UserError(f"seeds must be a whole number at least 1 or null, got {count}")
     found = []
     for seed, *values in itertools.product(range(first, first + count), *batch.values()):
         own = OmegaConf.create(copy.deepcopy(config) | {"seed": seed, "seeds": None, "batch": {}})

@@ -67,10 +67,11 @@ def with_one_for_images(config: dict[str, Any], hydra: HydraConf, run: Run) -> d
 def refuse_unknown(hydra: HydraConf) -> None:
     """Raise UserError for a recipe that was asked for and does not exist.  Hydra passes over it, since the group is
     optional: most methods and environments have no recipe."""
-    name = hydra.runtime.choices.get("tuned")
+    given = [override for override in hydra.overrides.task if GROUP.match(override) and not override.startswith("~")]
     have = {path.stem for path in available(hydra)}
-    if name is not None and name not in have and any(map(GROUP.match, hydra.overrides.task)):
-        raise UserError(f"tuned={name}: no recipe has that name; {closest(name, have)}; ~tuned leaves the recipe out")
+    if given and hydra.runtime.choices.get("tuned") not in have:
+        near = closest(given[-1].partition("=")[2], have)
+        raise UserError(f"{given[-1]}: the name of one recipe belongs there; {near}; ~tuned leaves the recipe out")
 
 
 def available(hydra: HydraConf) -> list[Path]:
