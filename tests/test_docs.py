@@ -96,9 +96,7 @@ def test_the_links_outside_the_site_lead_somewhere(page: str) -> None:
 def trainings() -> Iterator[tuple[str, list[str]]]:
     """The settings of every single training that the pages show, by page and command."""
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]:
-        for line in re.findall(
-            r"^(?:pgsuite|python -m pgsuite|python scripts/train.py) ?(?:train )?(.*=.*)$", path.read_text(), re.M
-        ):
+        for line in re.findall(r"^(?:pgsuite|python -m pgsuite) ?(?:train )?(.*=.*)$", path.read_text(), re.M):
             words = shlex.split(line.removesuffix("\\"), comments=True)
             if not any(
                 "<" in x or "my" in x or x in ("-m", "\\") or x.startswith(("sweep=", "run=", "--")) for x in words

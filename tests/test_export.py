@@ -78,7 +78,9 @@ def test_the_page_on_export_does_what_it_says(command: Cli, trained: Path) -> No
     page = (ROOT / "docs" / "howto" / "export.md").read_text().replace("<run>", trained.name)
     home = trained.parents[2]
     command.monkeypatch.chdir(home)
-    for line in re.findall(r"^python scripts/export.py (.*?) *#", page, re.M):
+    lines = re.findall(r"^pgsuite export (.*?) *#", page, re.M)
+    assert len(lines) == 2
+    for line in lines:
         before = set(home.rglob("*"))
         code, out, err = command("export", *line.split())
         assert code == 0 and "largest difference" in out and "obs float32[N, 17], noise float32[N, 6]" in out, err

@@ -106,7 +106,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
     facts = {"grammar_perplexity": held_out.perplexity(held_out.log_probability)}
     facts |= {"parameters": sum(p.numel() for p in model.parameters())}
     say(
-        f"{wanted.reviews:,} reviews of {len(vocabulary.words)} words | the grammar's own perplexity "
+        f"{wanted.reviews:,} reviews of {len(vocabulary.words)} words | perplexity of the grammar "
         f"{facts['grammar_perplexity']:.3f} on {wanted.held_out:,} held out | {facts['parameters']:,} parameters on "
         f"{device}"
     )
@@ -123,7 +123,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
                     writer.add_scalar(f"{'training' if name in metrics else 'held_out'}/{name}", float(x), step + 1)
                 say(
                     f"{step + 1:,} of {steps:,} steps | held-out perplexity {found['perplexity']:.3f} | "
-                    f"{found['kl']:.3f} nats a review from the grammar | {perf_counter() - began:,.0f} s"
+                    f"KL(grammar || model) {found['kl']:.3f} nats per review | {perf_counter() - began:,.0f} s"
                 )
         for text in samples(model, held_out.reviews, wanted.seed):
             say(text)
@@ -132,7 +132,7 @@ def pretrain(wanted: Pretraining, folder: Path, say: Callable[[str], object]) ->
     summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
     model.save(path, **summary)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    say(f"{wanted.reviews:,} reviews read in {summary['seconds']:,.0f} s | {short(path)}")
+    say(f"trained on {wanted.reviews:,} reviews in {summary['seconds']:,.0f} s | {short(path)}")
     return model.requires_grad_(False).eval()
 
 

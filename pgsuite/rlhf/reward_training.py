@@ -122,6 +122,7 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     count = wanted.count if wanted.pairs is None else REFERENCES
     prompts = [review.prompt for review in Grammar().sample(count, seeding.number(wanted.seed, "prompts"))]
     if wanted.pairs is None:
+        say(f"sampling two responses to each of {len(prompts):,} prompts on {device}")
         pairs = preferences.collect(model, prompts, scorer.score, wanted.noise, generator)
         preferences.save(pairs, folder / PAIRS)
         say(f"{len(pairs):,} pairs in {perf_counter() - began:,.0f} s | {short(folder / PAIRS)}")
@@ -135,6 +136,7 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     judges: list[Judge] = []
     with SummaryWriter(str(folder)) as writer:
         for member in range(wanted.members):
+            say(f"training reward model {member + 1} of {wanted.members} on {len(train):,} pairs")
             generator = seeding.generator(wanted.seed, f"judge {member}")
             judge = Judge(copy.deepcopy(model.body).cpu().requires_grad_(), generator).to(device)
             for step, x in enumerate(fit(judge, model.vocabulary, train, wanted, generator), 1):
@@ -142,7 +144,6 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
             with torch.no_grad():
                 judge.shift.copy_(judge(*references).mean())
             judges.append(judge)
-            say(f"judge {len(judges)} of {wanted.members} | {len(train):,} pairs | {perf_counter() - began:,.0f} s")
         reward = RewardModel(model.vocabulary, judges)
         found = measure(reward, held)
         for name in ("accuracy", "calibration_error"):
@@ -152,7 +153,7 @@ def train_reward(wanted: RewardTraining, folder: Path, say: Callable[[str], obje
     summary: dict[str, Any] = asdict(wanted) | found
     summary |= {"seconds": perf_counter() - began, "versions": versions(), "commit": commit()}
     reward.save(path, **summary)
-    say(f"reward model in {summary['seconds']:,.0f} s | {short(path)}")
+    say(f"trained in {summary['seconds']:,.0f} s | {short(path)}")
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return reward.requires_grad_(False).eval()
 
@@ -177,11 +178,11 @@ def report(found: dict[str, Any]) -> list[str]:
     lines = [f"held-out accuracy {found['accuracy']:.1%} | expected calibration error {found['calibration_error']:.3f}"]
     if "best_accuracy" in found:
         lines[0] = (
-            f"held-out accuracy {found['accuracy']:.1%}, of {found['best_accuracy']:.1%} that choices so noisy allow | "
-            f"{found['ordering']:.1%} in the order of the true scores | loss {found['loss']:.3f}, at best "
+            f"held-out accuracy {found['accuracy']:.1%}, at best {found['best_accuracy']:.1%} with such noise | "
+            f"{found['ordering']:.1%} of pairs ordered as by the true scores | loss {found['loss']:.3f}, at best "
             f"{found['best_loss']:.3f} | expected calibration error {found['calibration_error']:.3f}"
         )
-    lines.append("predicted   came so   pairs")
+    lines.append("predicted  preferred   pairs")
     return lines + [f"{p:>9.1%} {frequency:>9.1%} {n:>7,}" for p, frequency, n in found["reliability"]]
 
 
