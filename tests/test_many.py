@@ -28,6 +28,7 @@ from pgsuite.many.compile import compile_many
 from pgsuite.many.env import JointTaskEnv, RowDraws, SharedTask, SideBySide
 from pgsuite.many.stack import Generators
 from pgsuite.many.trainer import ManyTrainer
+from pgsuite.training import checkpoint
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.trainer import Callback, Report, Trainer
 
@@ -371,6 +372,52 @@ def test_each_run_has_the_directory_of_a_single_one(
         run("total_steps=64", "seed=3", batch)
 
 
+def forget(folder: Path, steps: int) -> None:
+    """Bring a run directory to where it would be had the run been killed some time after this many steps."""
+    (folder / "summary.json").unlink()
+    for path in folder.glob("checkpoints/*.pt"):
+        if int(path.stem) > steps:
+            path.unlink()
+
+
+def test_runs_that_were_killed_go_on_each_from_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Their checkpoints may be of different iterations, or not be there yet, and other runs have ended."""
+    monkeypatch.chdir(tmp_path)
+    command = ("total_steps=320", "seeds=2", "algo.lr=batch(1e-3,3e-4)", "checkpoint.every=64", "checkpoint.keep=9")
+    folders = run(*command)
+    assert [folder.name for folder in folders] == ["s0-lr0.0003", "s0-lr0.001", "s1-lr0.0003", "s1-lr0.001"]
+
+    def results() -> list[Any]:
+        return [
+            (checkpoint.newest(folder, print)[1], pgsuite.Run(folder).metrics["episode/return"]) for folder in folders
+        ]
+
+    before = results()
+    capsys.readouterr()
+    assert run(*command, "resume=auto") == folders
+    assert "all 4 runs have made all their steps" in capsys.readouterr().out
+    forget(folders[0], 64)
+    forget(folders[1], 192)
+    forget(folders[2], 0)
+    assert run(*command, "resume=auto") == folders
+    told = capsys.readouterr().out
+    for line in (
+        "s0-lr0.0003: resumed at 64 steps | exact",
+        "s0-lr0.001: resumed at 192",
+        "s1-lr0.001: has made its 320",
+    ):
+        assert line in told
+    assert "s1-lr0.0003: " not in told
+    for (state, returns), (other, again) in zip(before, results(), strict=True):
+        assert state["steps"] == other["steps"] == 320
+        torch.testing.assert_close(state["algorithm"], other["algorithm"], rtol=0, atol=0)
+        torch.testing.assert_close(state["collector"], other["collector"], rtol=0, atol=0)
+        np.testing.assert_array_equal(returns, again)
+    assert all(pgsuite.Run(folder).summary["status"] == "finished" for folder in folders)
+
+
 @pytest.mark.long
 def test_a_command_whose_run_a_callback_ends_tells_how_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -388,7 +435,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["seeds=2", "algo.optim=torch.optim.SGD"], "takes its learning rate from the host"),
     (["algo.lr=batch(a,b)"], "batch\\(...\\) takes numbers"),
     (["algo.epochs=batch(1,2)"], "algo.epochs is 1 in one run and 2 in another"),
-    (["seeds=2", "resume=x"], "resume="),
+    (["seeds=2", "resume=x"], "resume=<directory> goes on with one run: give resume=auto"),
 ]
 
 

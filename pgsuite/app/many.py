@@ -7,7 +7,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -30,9 +30,18 @@ from pgsuite.app.build import (
     versions,
 )
 from pgsuite.app.initialize import initialize
-from pgsuite.app.resume import holds_another, named_by_time
+from pgsuite.app.resume import ResumePoint, holds_another, named_by_time, newest_like, resume_trainer
 from pgsuite.app.schema import Run
-from pgsuite.app.train import Outcome, answering_signals, recipe_line, recorders, refuse_unused, remove_empty, short
+from pgsuite.app.train import (
+    Outcome,
+    answering_signals,
+    finished,
+    recipe_line,
+    recorders,
+    refuse_unused,
+    remove_empty,
+    short,
+)
 from pgsuite.envs import TaskEnv, make
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.tasks import Task
@@ -41,7 +50,7 @@ from pgsuite.execution.modes import missing_in_torch, why_not_compilable
 from pgsuite.many.env import JointEnv, JointTaskEnv, SharedTask, SideBySide
 from pgsuite.many.trainer import ManyTrainer
 from pgsuite.nn.layers import Convolutions
-from pgsuite.training import callbacks
+from pgsuite.training import callbacks, checkpoint
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.run_lock import RunLock
 from pgsuite.trust import sign
@@ -72,33 +81,47 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     configs = expanded(whole)
     runs = [parse_run_config(config) for config, _ in configs]
     _refuse(runs[0])
-    folders = _folders(hydra, configs, stack)
-    labels = [label for _, label in configs]
+    places = _places(hydra, configs, stack, say)
+    folders, labels = [place.folder for place in places], [label for _, label in configs]
+    if all(place.is_finished(run.total_steps) for place, run in zip(places, runs, strict=True)):
+        say(f"all {len(runs)} runs have made all their steps")
+        return [Outcome(place.folder, place.steps) for place in places]
+    runs = [run if place.before is None else replace(run, init=None) for place, run in zip(places, runs, strict=True)]
     with recipes.naming(hydra, whole):
         many = build_many(runs, labels, say)
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     refuse_unused(runs[0], many.algorithm, given)
     env, trainers = many.env, many.trainers
-    choices = dict(hydra.runtime.choices)
-    for trainer, run, (config, label), (folder, lock) in zip(trainers, runs, configs, folders, strict=True):
+    for trainer, run, (config, label), place in zip(trainers, runs, configs, places, strict=True):
 
         def tell(line: str, label: str = label) -> None:
             say(f"{label}: {line}")
 
+        folder, before = place.folder, place.before
+        choices = before.state["choices"] if before else dict(hydra.runtime.choices)
         config = config | {"resume": None, "trust": False}
         facts = {"config": config, "signature": sign(config), "choices": choices, "versions": versions()}
         facts |= {"device": env.device.type, "spaces": spaces_of(trainer.collector.env)}
-        there = set(folder.iterdir())
-        try:
-            found = recorders(trainer, run, lock, folder, facts, None, console)
-        except UserError:
-            for path in set(folder.iterdir()) - there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            raise
-        trainer.callbacks = [part for part in found if not isinstance(part, callbacks.ProgressBar)]
+        if place.is_finished(run.total_steps):
+            tell(f"has made its {place.steps:,} steps")
+        else:
+            if before is not None:
+                checkpoint.retire_newer(folder, before.steps)
+            there = set(folder.iterdir())
+            try:
+                begun = before.steps if before else None
+                found = recorders(trainer, run, place.lock, folder, facts, begun, console)
+            except UserError:
+                if before is None:
+                    for path in set(folder.iterdir()) - there:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                raise
+            trainer.callbacks = [part for part in found if not isinstance(part, callbacks.ProgressBar)]
         trainer.failure_handler = Recovery(folder, facts, run.recover.attempts, tell)
+        if before is not None:
+            resume_trainer(trainer, before.state, tell)
     many.progress = callbacks.ProgressBar(console)
-    for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, choices)):
+    for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, dict(hydra.runtime.choices))):
         say(line)
     say(f"{len(runs)} runs at once: {', '.join(label for _, label in configs[:3])}{', ...' * (len(configs) > 3)}")
     with answering_signals(many):
@@ -109,7 +132,7 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
-    for trainer, (folder, _) in zip(trainers, folders, strict=True):
+    for trainer, folder in zip(trainers, folders, strict=True):
         if (many.stop or trainer.ended_early) and trainer.steps < trainer.total_steps:
             why = f"{trainer.ended_early} at " if trainer.ended_early else ""
             say(f"{why}{trainer.steps:,} steps, saved; go on with: {command('train')} resume={short(folder)}")
@@ -118,13 +141,13 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
         seconds = many.seconds["total"]
         say(
             f"return {fmean(returns):,.1f} +- {pstdev(returns):,.1f} over {len(returns)} runs | {many.steps:,} steps "
-            f"in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {short(folders[0][0].parent)}"
+            f"in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {short(folders[0].parent)}"
         )
     if many.failures:
         raise UserError("; ".join(f"{configs[s][1]} ended: {error}" for s, error in many.failures.items()))
     return [
         Outcome(folder, x.steps, 0 if x.ended_early or x.steps >= x.total_steps else many.stop, x.ended_early)
-        for x, (folder, _) in zip(trainers, folders, strict=True)
+        for x, folder in zip(trainers, folders, strict=True)
     ]
 
 
@@ -186,7 +209,8 @@ def _refuse(run: Run) -> None:
     """Raise UserError for settings that several runs at once cannot have."""
     because = {
         "overlap=true has a thread for one run": run.overlap,
-        "resume= goes on with one run: give it by itself": run.resume is not None,
+        "resume=<directory> goes on with one run: give resume=auto, or the directory by itself": run.resume
+        not in (None, "auto"),
         "demonstrations= are read by one run": run.demonstrations is not None,
         "profile=true times one run": run.profile,
         "logging.wandb logs one run in a process": run.logging.wandb.project is not None,
@@ -242,22 +266,41 @@ def _leave(folder: Path, lock: RunLock) -> None:
             path.rmdir()
 
 
-def _folders(
-    hydra: HydraConf, configs: list[tuple[dict[str, Any], str]], stack: ExitStack
-) -> list[tuple[Path, RunLock]]:
-    """Make and hold the directory of each run: beside the one that is named by the time, or within the given one."""
+@dataclass
+class Place:
+    """The directory of a run, which is held, and the run that is there to go on with."""
+
+    folder: Path
+    lock: RunLock
+    before: ResumePoint | None = None
+
+    @property
+    def steps(self) -> int:
+        return 0 if self.before is None else self.before.steps
+
+    def is_finished(self, total_steps: int) -> bool:
+        return self.steps >= total_steps and finished(self.folder)
+
+
+def _places(
+    hydra: HydraConf, configs: list[tuple[dict[str, Any], str]], stack: ExitStack, say: Callable[[str], None]
+) -> list[Place]:
+    """Make and hold the directory of each run: beside the one that is named by the time, or within the given one.  With
+    ``resume=auto`` it is that of the newest run with equal settings; how far each of them is may differ."""
     home, first = Path(hydra.runtime.output_dir), f"-s{configs[0][0]['seed']}"
     found = []
     for config, label in configs:
-        lock = RunLock()
-        if named_by_time(hydra):
+        lock, folder = RunLock(), home if named_by_time(hydra) else home / label
+        before = newest_like(config, hydra, folder, lock, say) if config["resume"] == "auto" else None
+        if before is not None:
+            folder = before.folder
+        elif named_by_time(hydra):
             head, _, tail = home.name.rpartition(first)
             folder = lock.claim(home.parent / f"{head}-{label}{tail}")
         else:
-            folder = home / label
             lock.take(folder)
             if holds_another(folder, config):
-                raise UserError(f"{folder} already holds a run: give another hydra.run.dir=")
+                raise UserError(f"{folder} already holds a run: go on with resume=auto, or give another hydra.run.dir=")
         stack.callback(_leave, folder, lock)
-        found.append((folder, lock))
+        found.append(Place(folder, lock, before))
     return found

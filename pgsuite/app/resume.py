@@ -62,8 +62,10 @@ def find_run_to_resume(
     found: ResumePoint | UserError | None = None
     if config["resume"] is not None and distributed.rank() == 0:
         try:
-            search = newest_like if config["resume"] == "auto" else named
-            found = search(config, hydra, lock, say)
+            if config["resume"] == "auto":
+                found = newest_like(config, hydra, Path(hydra.runtime.output_dir), lock, say)
+            else:
+                found = named(config, hydra, lock, say)
         except UserError as error:
             found = error
     found = distributed.broadcast(found)
@@ -131,11 +133,10 @@ def misplaced(overrides: Sequence[Override], reason: str) -> str | None:
 
 
 def newest_like(
-    wanted: dict[str, Any], hydra: HydraConf, lock: RunLock, say: Callable[[str], None]
+    wanted: dict[str, Any], hydra: HydraConf, home: Path, lock: RunLock, say: Callable[[str], None]
 ) -> ResumePoint | None:
-    """The newest run with equal settings: in the given directory, or beside the one that is named by the time; None if
-    there is none."""
-    home = Path(hydra.runtime.output_dir)
+    """The newest run with equal settings, whose directory is then held: in ``home``, or beside it if directories are
+    named by the time; None if there is none."""
     beside = home.parent.iterdir() if named_by_time(hydra) and home.parent.is_dir() else []
     configs = [path for folder in {home, *beside} if (path := folder / "config.yaml").is_file()]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
