@@ -15,14 +15,16 @@ from pgsuite.errors import UserError
 from pgsuite.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pgsuite.app.api import Run, evaluate, report, train
+    from pgsuite.app.api import Run, evaluate, report, train, train_many
     from pgsuite.app.policy_io import Actor
     from pgsuite.envs.make import make
     from pgsuite.trust import Trust
 
-__all__ = ["Run", "UserError", "evaluate", "load", "make", "report", "train"]
+__all__ = ["Run", "UserError", "evaluate", "load", "make", "report", "train", "train_many"]
 # Imported when they are first used, so that importing the package stays cheap.
-_HOMES = {"make": "pgsuite.envs.make"} | dict.fromkeys(("Run", "evaluate", "report", "train"), "pgsuite.app.api")
+_HOMES = {"make": "pgsuite.envs.make"} | dict.fromkeys(
+    ("Run", "evaluate", "report", "train", "train_many"), "pgsuite.app.api"
+)
 
 
 def __getattr__(name: str) -> Any:

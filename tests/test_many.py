@@ -418,6 +418,20 @@ def test_runs_that_were_killed_go_on_each_from_where_it_was(
     assert all(pgsuite.Run(folder).summary["status"] == "finished" for folder in folders)
 
 
+def test_python_trains_runs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape: dict[str, Any] = {"num_envs": 4, "horizon": 16, "total_steps": 128}
+    runs = pgsuite.train_many("ppo", "CartPole", seeds=2, seed=3, batch={"algo.lr": [1e-3, 3e-4]}, **shape)
+    settings = [(x.config["seed"], x.config["algo"]["lr"]) for x in runs]
+    assert settings == [(3, 1e-3), (3, 3e-4), (4, 1e-3), (4, 3e-4)]
+    single = pgsuite.train("ppo", "CartPole", seed=4, **shape, **{"algo.lr": 1e-3})
+    np.testing.assert_array_equal(single.metrics["episode/return"], runs[2].metrics["episode/return"])
+    with pytest.raises(pgsuite.UserError, match=r"for several: pgsuite\.train_many"):
+        pgsuite.train("ppo", "CartPole", seeds=2, **shape)
+    with pytest.raises(pgsuite.UserError, match="seeds must be a whole number at least 1"):
+        pgsuite.train_many("ppo", "CartPole", seeds=0, **shape)
+
+
 @pytest.mark.long
 def test_a_command_whose_run_a_callback_ends_tells_how_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

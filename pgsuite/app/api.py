@@ -7,7 +7,7 @@ import csv
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -141,31 +141,72 @@ def train(
     UserError, with the message of the command line, for mistakes that the caller can correct.
     """
     _check(callbacks)
+    given = _overrides({"algo": algo, "env": env, "total_steps": total_steps, "seed": seed}, folder, settings)
+    return _handed_on([train_with(given, callbacks)])[0]
+
+
+def train_many(
+    algo: str | None = None,
+    env: str | None = None,
+    *,
+    seeds: int = 1,
+    batch: Mapping[str, Sequence[float]] | None = None,
+    total_steps: int | None = None,
+    seed: int | None = None,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> list[Run]:
+    """Train several runs at once in this process, as ``pgsuite train seeds=16`` does, and return them.
+
+    seeds: their number, with ``seed`` and the numbers after it.  batch: settings by dotted name that differ between
+    runs, as in ``{"algo.lr": [1e-3, 3e-4]}``; every combination is trained with every seed.  The runs are in the order
+    of seeds, and of the values given for each.  folder: the directory of their run directories, by default
+    ``runs/<algo>-<env>``.  Other arguments, interrupts and errors are those of ``pgsuite.train``.
+    """
+    from pgsuite.app.many import run_many
+
+    given = _overrides({"algo": algo, "env": env, "total_steps": total_steps, "seed": seed}, folder, settings)
+    given += [override("seeds", seeds), *(override(f"+batch.{key}", list(x)) for key, x in (batch or {}).items())]
+    return _handed_on(_trained(given, run_many))
+
+
+def _overrides(named: dict[str, Any], folder: str | Path | None, settings: dict[str, Any]) -> list[str]:
+    """Arguments of ``train`` as overrides of the command line.  Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and distributed.size() == 1:
         raise UserError("pgsuite.train trains in one process; for several: torchrun -m pgsuite train <settings>")
-    named = {"algo": algo, "env": env, "total_steps": total_steps, "seed": seed}
     given: dict[str, Any] = {key: x for key, x in named.items() if x is not None} | settings
     if folder is not None:
         given["hydra.run.dir"] = str(folder)
-    outcome = train_with([override(key, x) for key, x in given.items()], callbacks)
-    if outcome.stopped:
-        signal.raise_signal(outcome.stopped)  # to this process' own handler: SIGINT raises KeyboardInterrupt
-        if outcome.stopped == signal.SIGINT:
+    return [override(key, x) for key, x in given.items()]
+
+
+def _handed_on(outcomes: Sequence[Outcome]) -> list[Run]:
+    """The trained runs.  A signal that stopped them is handed on to this process' own handler."""
+    if stopped := next((x.stopped for x in outcomes if x.stopped), 0):
+        signal.raise_signal(stopped)  # SIGINT raises KeyboardInterrupt
+        if stopped == signal.SIGINT:
             raise KeyboardInterrupt  # where it is ignored, as shells have it in background jobs
-    return Run(outcome.folder, trust=True)  # with whose code it has just been trained
+    return [Run(outcome.folder, trust=True) for outcome in outcomes]  # with whose code they have just been trained
 
 
 def train_with(overrides: Sequence[str], callbacks: Sequence[Callback] = ()) -> Outcome:
     """Train one run in this process with overrides of the command line.  Raises UserError."""
+
+    def work(cfg: DictConfig, hydra: HydraConf) -> Outcome:
+        if cfg.seeds is not None or cfg.batch or cfg.sweep is not None:
+            several = "pgsuite train sweep=search <settings>" if cfg.sweep is not None else "pgsuite.train_many"
+            raise UserError(f"pgsuite.train trains one run; for several: {several}")
+        return run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
+
+    return _trained(overrides, work)
+
+
+def _trained(overrides: Sequence[str], work: Callable[[DictConfig, HydraConf], T]) -> T:
+    """The result of work with the configuration of these overrides.  Raises UserError."""
     threads = torch.get_num_threads()
     try:
         with composed(overrides) as (cfg, hydra):
-            if cfg.seeds is not None or cfg.batch or cfg.sweep is not None:
-                what = "sweep=search" if cfg.sweep is not None else "seeds=16"
-                raise UserError(f"pgsuite.train trains one run; for several: pgsuite train {what} <settings>")
-            return _as_user_errors(
-                lambda: run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
-            )
+            return _as_user_errors(lambda: work(cfg, hydra))
     finally:
         torch.set_num_threads(threads)
 

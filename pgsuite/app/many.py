@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -133,9 +134,12 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
             reason = " ".join(str(error).split())
             raise UserError(f"these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
     for trainer, folder in zip(trainers, folders, strict=True):
-        if (many.stop or trainer.ended_early) and trainer.steps < trainer.total_steps:
-            why = f"{trainer.ended_early} at " if trainer.ended_early else ""
-            say(f"{why}{trainer.steps:,} steps, saved; go on with: {command('train')} resume={short(folder)}")
+        if trainer.ended_early and trainer.steps < trainer.total_steps:
+            way = f"go on with: {command('train')} resume={short(folder)}"
+            say(f"{trainer.ended_early} at {trainer.steps:,} steps, saved; {way}")
+    if many.stop and any(trainer.steps < trainer.total_steps for trainer in trainers):
+        reached = f"{signal.Signals(many.stop).name} at {many.steps:,} steps of {len(runs)} runs, saved"
+        say(f"{reached}; go on with the same command and resume=auto")
     returns = [trainer.return_mean for trainer in trainers if trainer.steps >= trainer.total_steps]
     if returns:
         seconds = many.seconds["total"]
