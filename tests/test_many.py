@@ -424,7 +424,8 @@ def test_python_trains_runs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runs = pgsuite.train_many("ppo", "CartPole", seeds=2, seed=3, batch={"algo.lr": [1e-3, 3e-4]}, **shape)
     settings = [(x.config["seed"], x.config["algo"]["lr"]) for x in runs]
     assert settings == [(3, 1e-3), (3, 3e-4), (4, 1e-3), (4, 3e-4)]
-    single = pgsuite.train("ppo", "CartPole", seed=4, **(shape | {"algo.lr": 1e-3}))
+    alone: dict[str, Any] = shape | {"algo.lr": 1e-3}
+    single = pgsuite.train("ppo", "CartPole", seed=4, **alone)
     np.testing.assert_array_equal(single.metrics["episode/return"], runs[2].metrics["episode/return"])
     with pytest.raises(pgsuite.UserError, match=r"for several: pgsuite\.train_many"):
         pgsuite.train("ppo", "CartPole", seeds=2, **shape)
