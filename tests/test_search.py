@@ -374,6 +374,9 @@ def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> 
     for member in range(3):
         last = f"turn-003/member-{member:02d}"
         assert differences(left_behind(alone / last), left_behind(killed / last)) == []
+        for turn in ("turn-001", "turn-002"):  # of which the curves are left
+            left = [path.name for path in (alone / turn / f"member-{member:02d}").rglob("*")]
+            assert sorted(left) == ["evaluation.csv", "metrics.csv"]
     finish(tmp_path / "killed", arguments)  # which trains nothing
 
 

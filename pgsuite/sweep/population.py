@@ -22,7 +22,7 @@ import yaml
 from pgsuite import seeding
 from pgsuite.app.api import composed
 from pgsuite.app.build import to_dict
-from pgsuite.app.train import Outcome, short
+from pgsuite.app.train import Outcome, remove_empty, short
 from pgsuite.errors import UserError, command
 from pgsuite.settings import Fraction, Range
 from pgsuite.sweep.search import spelled
@@ -133,7 +133,7 @@ class Population(SettingsSweep):
             if turn:
                 _begin(plan, _folder(plan, turn, i), _folder(plan, turn - 1, member["from"]), member["values"], i)
         for earlier in range(turn):  # all that continues from them has been copied
-            shutil.rmtree(_folder(plan, earlier, 0).parent, ignore_errors=True)
+            _reduce(_folder(plan, earlier, 0).parent)
         waiting = [i for i, member in enumerate(members) if "return" not in member]
         going: dict[Future[Outcome], int] = {}
         while True:
@@ -202,6 +202,15 @@ def _begin(plan: Plan, folder: Path, source: Path, values: dict[str, Any], membe
     with composed([*_seeded(plan, member).given(values), *plan.threads]) as (cfg, _):
         (made / CONFIG).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
     made.rename(folder)
+
+
+def _reduce(turn: Path) -> None:
+    """Leave of an earlier turn what is small: the course of its members, also of those that were replaced."""
+    for path in sorted(turn.rglob("*"), reverse=True):  # what is in a directory before it
+        if path.is_dir():
+            remove_empty(path)
+        elif path.name not in COPIED:
+            path.unlink()
 
 
 def _return(folder: Path, begin: int) -> float:
