@@ -4,6 +4,8 @@ import copy
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from toys import PointMass, build, collector, compile_by
 from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.envs import make
+from pgsuite.execution import loops
 from pgsuite.execution.compile import Compiled
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature
 from pgsuite.execution.modes import execute
@@ -120,6 +123,50 @@ def test_gradient_steps_of_recurrent_networks_are_not_unrolled(monkeypatch: pyte
         execute(algorithm, collector(algorithm, env), "compile")
         kernel = algorithm.optimizer.gradient_step
         assert (kernel.run is not kernel.function) == compiles
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_steps_of_an_epoch_are_one_graph(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first epoch no gradient step is called, and the parameters are those of eager steps, with the same
+    minibatches, and a mask that stops some epochs; where the loop cannot be made, too."""
+    made = compile_by("eager", monkeypatch)
+    if fails:
+        monkeypatch.setattr(loops, "compile_loop", lambda *given: 1 / 0)
+    runs = []
+    for how in ("eager", "compile"):
+        env = make("CartPole", 8, max_episode_steps=16, dtype=torch.float64)
+        stops: dict[str, Any] = {"target_kl": 1e-4, "early_stop": "masked"}
+        algorithm = build(PPO, env, epochs=3, lr={"linear": [1e-2, 0]}, **stops)
+        rollouts, kernel, called = collector(algorithm, env), algorithm.optimizer.gradient_step, []
+        execute(algorithm, rollouts, how)
+        run = kernel.run
+        kernel.run = lambda *given, run=run, called=called: called.append(0) or run(*given)
+        metrics = []
+        for i in range(3):
+            if i:
+                called.clear()
+            algorithm.update_schedules(i / 3)
+            warned = pytest.warns(UserWarning, match="one by one") if fails and how == "compile" and not i else None
+            with warned or nullcontext():
+                metrics.append(algorithm.iterate(rollouts))
+        assert len(called) == (0 if how == "compile" and not fails else 12)
+        assert bool(made) == (how == "compile")
+        runs.append((algorithm.optimizer.state | {"flat": algorithm.optimizer.flat}, metrics[-1]))
+    (eager, eager_metrics), (graphed, metrics) = runs
+    assert 0 < eager_metrics["epochs"] < 3
+    for one, two in ((eager, graphed), (eager_metrics, metrics)):
+        assert one.keys() == two.keys()
+        for name, x in one.items():
+            assert torch.allclose(x, two[name], rtol=1e-10, atol=1e-12), name
 
 
 class Twice(NPG):

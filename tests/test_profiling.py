@@ -33,7 +33,7 @@ def test_profiled_run_learns_the_same_and_says_where_its_time_went(command: Cli,
     assert {"collect", "compute_advantages", "update", "update_statistics", "the rest"} <= shares.keys()
     assert sum(shares.values()) == pytest.approx(100, abs=0.05 * len(shares) + 1e-6)  # they are rounded to tenths
     assert shares["the rest"] > 0
-    steps = re.search(r"^  gradient step .* (\d+)$", out, flags=re.MULTILINE)
+    steps = re.search(r"^ +gradient step .* (\d+)$", out, flags=re.MULTILINE)
     assert steps and int(steps[1]) == (4 if "ppo" in method else 1)  # epochs x minibatches
 
     events = json.loads(Path("profiled/trace.json").read_text())["traceEvents"]

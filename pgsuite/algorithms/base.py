@@ -67,6 +67,7 @@ class Algorithm(Scheduled, ABC):
         for part in self.scheduled.values():
             part.to(next(self.policy.parameters()).device)
         self.training_step = Kernel("learn", self.train_on)
+        self.fit = Kernel("fit", self._fit)
 
     def make_collector(self, env: VectorEnv, horizon: int, seed: int) -> Collector:
         """The collector of rollouts of up to ``horizon`` steps in the environments."""
@@ -222,7 +223,11 @@ class Algorithm(Scheduled, ABC):
 
     def split(self, batch: Batch, count: int) -> Iterator[Batch]:
         """Random minibatches of a batch: whole columns if ``sequential``, single cells otherwise."""
-        return minibatches(batch, count, columns=self.sequential, generator=self.generator)
+        return map(self.prepared, minibatches(batch, count, columns=self.sequential, generator=self.generator))
+
+    def prepared(self, batch: Batch) -> Batch:
+        """A minibatch as its gradient step takes it."""
+        return batch
 
     def gradient_step(self, optimizer: Optimizer, objective: Objective, *seen: Any, mean: str = "cells") -> Metrics:
         """A step of the optimizer on the loss objective(*seen)[0], a mean over the real cells or over the ``columns``
@@ -239,7 +244,7 @@ class Algorithm(Scheduled, ABC):
             Accumulated(objective), *((weight, (*others, x)) for weight, x in zip(weights, pieces, strict=True))
         )
 
-    def fit(
+    def _fit(
         self, optimizer: Optimizer, objective: Objective, given: tuple[Any, ...], batch: Batch, epochs: int, parts: int
     ) -> Metrics:
         """Minimize objective(*given, minibatch) in several passes over a batch, each of so many parts.  The metrics are

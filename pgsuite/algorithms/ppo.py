@@ -74,10 +74,12 @@ class PPO(A2C):
 
     def update(self, batch: Batch) -> Metrics:
         """One epoch: a gradient step on each minibatch."""
-        parts = self.split(batch, self.minibatches)
-        if self.micro_batches > 1 and self.normalize_advantage == "minibatch":  # as a whole
-            parts = (replace(part, advantage=standardize(part.advantage, part.mask)) for part in parts)
-        return average([self.gradient_step(self.optimizer, self.loss, part) for part in parts])
+        return self.fit(self.optimizer, self.loss, (), batch, 1, self.minibatches)
+
+    def prepared(self, batch: Batch) -> Batch:
+        if self.micro_batches > 1 and self.normalize_advantage == "minibatch":  # as a whole, before it is in pieces
+            batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
+        return batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return super().loss(self.standardized(batch))

@@ -16,6 +16,7 @@ from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced
+from pgsuite.execution.loops import CompiledFit, loops
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
 from pgsuite.nn.distributions import Distribution, Reparameterized
 from pgsuite.nn.policy import Policy, PolicyOutput
@@ -120,18 +121,20 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     """Replace the ``run`` of the kernels of an algorithm, a collector and its environments by compiled functions.
 
     Compiled are: each loss together with its gradient step, where A2C and PPO spend their time, and NPG and TRPO fit
-    their critic; the policy gradient, the Fisher product and the line search of a natural gradient step; acting, except
-    for distributions that are not reparameterized; the critic's pass over a rollout; and the torch part of a task's
-    step.  Of recurrent networks, only acting is: a loop over hundreds of steps would be unrolled, and take minutes to
-    compile.  On a CPU, a critic that shares no parameters with the policy is fitted in parallel with the natural
-    gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a function or a method, so that what
-    compilation holds is not searched for the state of a captured iteration.
+    their critic; on a CPU, the loop over minibatches around it; the policy gradient, the Fisher product and the line
+    search of a natural gradient step; acting, except for distributions that are not reparameterized; the critic's pass
+    over a rollout; and the torch part of a task's step.  Of recurrent networks, only acting is: a loop over hundreds of
+    steps would be unrolled, and take minutes to compile.  On a CPU, a critic that shares no parameters with the policy
+    is fitted in parallel with the natural gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a
+    function or a method, so that what compilation holds is not searched for the state of a captured iteration.
     """
     torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
     if not any(network.body.carries for network in (algorithm.policy, *algorithm.critics)):
         for optimizer in algorithm.optimizers:
             step = optimizer.gradient_step
             step.run = Compiled(step.run, collector.wait).__call__
+        if loops(algorithm, collector.env.device):
+            algorithm.fit.run = CompiledFit(algorithm, collector.wait).__call__
     for critic in algorithm.critics:
         if not critic.sequential:  # a recurrence would be unrolled through time
             values, sequence = critic.values_and_next_values, compiled(critic.body.sequence)

@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch import _inductor as inductor
 from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.scan import scan_op
+from torch._inductor import config
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["compile_graph", "make_fx", "tree_flatten", "tree_unflatten"]
+__all__ = ["compile_graph", "compile_loop", "make_fx", "scan_op", "tree_flatten", "tree_unflatten"]
 
 
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -24,3 +26,10 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))):
         made: Any = inductor.compile(graph, [*inputs])
     return made
+
+
+def compile_loop(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """A graph with a scan, compiled so that the scan does not return to Python."""
+    vars(scan_op)["_cacheable"] = True  # on disk: its body is part of the key, as that of other operators is
+    with config.patch(cpp_wrapper=True):
+        return compile_graph(graph, inputs)

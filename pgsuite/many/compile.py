@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.export import register_dataclass
 
 from pgsuite.execution.compile import Compiled
 from pgsuite.execution.graph_split import compiled
+from pgsuite.execution.loops import CompiledFit, loops
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.kernel import Kernel
@@ -24,21 +26,26 @@ register_dataclass(Rollout)  # tracing then treats a rollout as a nest of its te
 
 
 class Apart:
-    """A kernel of the first run that, called under vmap, runs for all runs as one compiled graph."""
+    """A function that, called under vmap, calls one of the tensors of all runs."""
 
-    def __init__(self, stack: Stack, kernel: Kernel[..., Any]) -> None:
-        self.compiled = Compiled(lambda *args: stack(kernel.function, *args))
+    def __init__(self, of_all: Callable[..., Any]) -> None:
+        self.of_all = of_all
 
     def __call__(self, *args: Any) -> Any:
         nests = []
 
         def run(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = iter(xs)
-            nests.append(self.compiled(*map_tensors(lambda _: next(given), args)))
+            nests.append(self.of_all(*map_tensors(lambda _: next(given), args)))
             return tuple(tensors(nests[-1]))
 
         found = iter(autodiff.outside(run, *tensors(args)))
         return map_tensors(lambda _: next(found), nests[-1])
+
+
+def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
+    """A kernel of the first run that, called under vmap, runs for all runs as one compiled graph."""
+    return Apart(Compiled(lambda *args: stack(kernel.function, *args))).__call__
 
 
 class CompiledJointActing:
@@ -75,14 +82,19 @@ class CompiledJointActing:
 
 
 def compile_many(many: ManyTrainer) -> None:
-    """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps, values, acting, and the torch
+    """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps, the loops over
+    minibatches, values, acting, and the torch
     part of a task's step.  Results agree with eager ones to rounding."""
     torch.compiler.reset()
     for optimizer in many.algorithm.optimizers:
-        optimizer.gradient_step.run = Apart(many.stack, optimizer.gradient_step).__call__
+        optimizer.gradient_step.run = apart(many.stack, optimizer.gradient_step)
+    if loops(many.algorithm, many.env.device):
+        fit = CompiledFit(many.algorithm, over=many.stack)
+        fit.call = Apart(fit.call).__call__
+        many.algorithm.fit.run = fit.__call__
     for critic in many.algorithm.critics:
         if not critic.sequential:
-            critic.values_and_next_values.run = Apart(many.stack, critic.values_and_next_values).__call__
+            critic.values_and_next_values.run = apart(many.stack, critic.values_and_next_values)
     many.collector.whole.act.run = CompiledJointActing(many.collector).__call__
     if isinstance(many.env, SharedTask):
         many.env.whole.step_task.run = compiled(many.env.whole.step_task.run)

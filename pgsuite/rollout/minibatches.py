@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from pgsuite.types import Batch
 
@@ -27,10 +27,20 @@ def minibatches(batch: Batch, count: int, *, columns: bool, generator: Generator
     check_split(batch.logp.shape[0], batch.logp.shape[1], count, columns=columns)
     if not columns:
         batch = batch.map(lambda x: x.flatten(0, 1))
-    size = batch.logp.shape[int(columns)]
     if count == 1:
         yield batch
         return
+    for index in partition(batch, count, columns=columns, generator=generator):
+        yield select(batch, index, columns=columns)
+
+
+def partition(batch: Batch, count: int, *, columns: bool, generator: Generator | None = None) -> Sequence[Tensor]:
+    """The indices of the cells [B] of ``count`` random minibatches, or of the columns of [T, N]."""
+    size = batch.logp.shape[int(columns)]
     order = torch.randperm(size, generator=generator, device=batch.logp.device)
-    for index in order.split(size // count):
-        yield batch.map(partial(torch.index_select, dim=int(columns), index=index))
+    return order.split(size // count)
+
+
+def select(batch: Batch, index: Tensor, *, columns: bool) -> Batch:
+    """The minibatch of the cells [B] with these indices, or of the columns of [T, N]."""
+    return batch.map(partial(torch.index_select, dim=int(columns), index=index))

@@ -1,0 +1,250 @@
+"""The gradient steps of a fit as one graph, which repeats its body without Python."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx import Graph, GraphModule, Node
+
+from pgsuite.algorithms.base import Algorithm
+from pgsuite.execution.graph_split import signature, traced
+from pgsuite.execution.torch_private import compile_loop, make_fx, scan_op
+from pgsuite.nn.optim import Objective, Optimizer
+from pgsuite.rollout.minibatches import check_split, partition, select
+from pgsuite.types import Batch, Metrics
+
+aten: Any = torch.ops.aten
+Seen = tuple[tuple[Any, ...], Batch, Tensor | None]  # what is given beside a batch [T, N], the batch, a mask of steps
+
+
+def loops(algorithm: Algorithm, device: torch.device) -> bool:
+    """Whether the fits of an algorithm can be loops: not if a step reads from the host, which also launches what a GPU
+    does, nor if a recurrence would be unrolled through time."""
+    memory = any(network.body.carries for network in (algorithm.policy, *algorithm.critics))
+    return device.type == "cpu" and not memory and not any(x.host_sync_reason for x in algorithm.optimizers)
+
+
+class CompiledFit:
+    """``Algorithm.fit`` as one graph per input signature: a loop over minibatches whose body is a gradient step.
+
+    The first fit of a signature runs as written, and its first step is traced as it runs.  Minibatches are drawn
+    outside of the graph, from the same generator and in the same order as in ``Algorithm.fit``.  If torch cannot
+    compile the loop, gradient steps are called one by one, with a warning.
+
+    ``exclusive`` is called before a trace and returns once no other thread runs.  ``over`` calls a function of the
+    algorithm's objects: for several runs, on tensors with a leading axis of runs.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        exclusive: Callable[[], None] = lambda: None,
+        over: Callable[..., Any] = lambda function, *args: function(*args),
+    ) -> None:
+        self.algorithm, self.exclusive, self.over = algorithm, exclusive, over
+        self.loops: dict[Any, Loop | None] = {}
+        self.call: Callable[..., Metrics] = self._call  # with the tensors of all runs
+
+    def __call__(
+        self, optimizer: Optimizer, objective: Objective, given: tuple[Any, ...], batch: Batch, epochs: int, parts: int
+    ) -> Metrics:
+        """As ``Algorithm.fit``."""
+        if self.algorithm.micro_batches > 1:  # of sizes that are read from tensors
+            return self.algorithm.fit.function(optimizer, objective, given, batch, epochs, parts)
+        return self.call(optimizer, objective, epochs, parts, (given, batch, optimizer.skip_mask))
+
+    @torch.no_grad()
+    def _call(self, optimizer: Optimizer, objective: Objective, epochs: int, parts: int, seen: Seen) -> Metrics:
+        about, inputs = signature(seen)
+        key = optimizer, objective, epochs, parts, about
+        indices = self.indices(seen[1], epochs, parts)
+        if loop := self.loops.get(key):
+            return loop(indices, inputs)
+
+        def step(index: Tensor, seen: Any) -> Metrics:
+            given, batch, optimizer.skip_mask = seen
+            return self.step(optimizer, objective, given, batch, index if parts > 1 else None)
+
+        def over(index: Tensor) -> Metrics:
+            with torch.enable_grad():
+                return self.over(step, index, seen)
+
+        before = optimizer.skip_mask
+        try:
+            if key in self.loops:
+                return mean([over(index) for index in indices])
+            self.exclusive()
+            with as_written(optimizer):
+                loop = Loop(lambda index, seen: self.over(step, index, seen), indices, seen)
+                found = mean([loop.first, *(over(index) for index in indices[1:])])
+        finally:
+            optimizer.skip_mask = before
+        try:
+            loop.compile()
+            self.loops[key] = loop
+        except Exception as error:  # of whatever kind a compiler raises
+            self.loops[key] = None
+            warnings.warn(f"gradient steps are called one by one: {type(error).__name__}: {error}", stacklevel=2)
+        return found
+
+    def indices(self, batch: Batch, epochs: int, parts: int) -> Tensor:
+        """The indices of each minibatch, in the order of the steps [epochs parts, ...]; without meaning for one part,
+        which is the whole batch."""
+        a, device = self.algorithm, batch.logp.device
+        if parts == 1:
+            return torch.zeros(epochs, 1, dtype=torch.long, device=device)
+
+        def draw(batch: Batch) -> Tensor:
+            horizon, num_envs = batch.logp.shape
+            check_split(horizon, num_envs, parts, columns=a.sequential)
+            cells = batch if a.sequential else batch.map(lambda x: x.flatten(0, 1))
+            drawn = [partition(cells, parts, columns=a.sequential, generator=a.generator) for _ in range(epochs)]
+            return torch.stack([index for each in drawn for index in each], -2)
+
+        found = self.over(draw, batch)
+        return found.movedim(-2, 0).contiguous()
+
+    def step(
+        self, optimizer: Optimizer, objective: Objective, given: Sequence[Any], batch: Batch, index: Tensor | None
+    ) -> Metrics:
+        a = self.algorithm
+        batch = batch if a.sequential else batch.map(lambda x: x.flatten(0, 1))
+        part = batch if index is None else select(batch, index, columns=a.sequential)
+        return a.gradient_step(optimizer, objective, *given, a.prepared(part))
+
+
+def mean(steps: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over gradient steps."""
+    return {name: torch.stack([step[name] for step in steps]).mean(0) for name in steps[0]}
+
+
+@contextmanager
+def as_written(optimizer: Optimizer) -> Iterator[None]:
+    """Within the context, gradient steps are not compiled, nor taken in pieces."""
+    kernel = optimizer.gradient_step
+    before, kernel.run = kernel.run, lambda *args: kernel.function(*args)
+    try:
+        yield
+    finally:
+        kernel.run = before
+
+
+class Loop:
+    """``step(index, seen)`` for each of the indices [K, ...], as one graph that writes what the step writes.
+
+    The constructor runs the first step, whose metrics are ``first``.  A call returns the means over the steps.
+    """
+
+    def __init__(self, step: Callable[..., Metrics], indices: Tensor, seen: Any) -> None:
+        self.indices = indices
+        found: list[Metrics] = []
+
+        def stacked(index: Tensor, seen: Any) -> Tensor:
+            found.append(step(index, seen))
+            return torch.stack(list(found[-1].values()))
+
+        with torch.enable_grad():
+            graph, _ = traced(stacked, (indices[0], seen))
+        self.inputs = signature(seen)[1]
+        self.first = {name: x.detach() for name, x in found[-1].items()}
+        self.names = list(self.first)
+        self.graph, self.held = with_inputs(graph)
+
+    def compile(self) -> None:
+        body, carried = pure(self.graph, [self.indices[0], *self.inputs], self.held)
+        self.held = [self.held[i] for i in carried] + [x for i, x in enumerate(self.held) if i not in carried]
+        self.count = len(carried)
+        state, rest = self.held[: self.count], self.held[self.count :]
+        graph = repeated(body, self.count, len(rest) + len(self.inputs))
+        self.run = compile_loop(graph, [self.indices, *state, *rest, *self.inputs])
+        del self.graph, self.inputs
+
+    def __call__(self, indices: Tensor, inputs: Sequence[Tensor]) -> Metrics:
+        (means,) = self.run(indices, *self.held, *inputs)
+        return dict(zip(self.names, means.unbind(), strict=True))
+
+
+def with_inputs(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """A graph whose tensors are inputs of it, after the others: one vector for each storage, of which the tensors are
+    views.  Also these vectors.  So a write to one of them is seen by all that share its memory."""
+    graph = module.graph
+    homes: dict[Any, tuple[Node, Tensor]] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or not isinstance(x := getattr(module, node.target), Tensor):
+            continue
+        x = x.detach()
+        storage = x.untyped_storage()
+        key = (storage.data_ptr() or id(x), x.dtype)
+        if key not in homes:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"held_{len(homes)}")
+            homes[key] = last, x.as_strided((storage.nbytes() // x.element_size(),), (1,), 0)
+        home = homes[key][0]
+        with graph.inserting_before(node):
+            if x.is_contiguous():
+                first = x.storage_offset()
+                view = graph.call_function(aten.slice.Tensor, (home, 0, first, first + x.numel()))
+                view = graph.call_function(aten.view.default, (view, list(x.shape)))
+            else:
+                view = graph.call_function(
+                    aten.as_strided.default, (home, list(x.shape), list(x.stride()), x.storage_offset())
+                )
+        node.replace_all_uses_with(view)
+        graph.erase_node(node)
+    module.recompile()
+    return module, [x for _, x in homes.values()]
+
+
+def pure(module: GraphModule, given: list[Tensor], held: list[Tensor]) -> tuple[GraphModule, list[int]]:
+    """A graph that writes to some of the tensors ``held``, as one without writes: (index, *given, *held) -> result.
+
+    Returns a graph of (*written, index, *others, *given[1:]) -> (*new values of the written ones, result), and which
+    of the held tensors are written.
+    """
+
+    def copied(*flat: Tensor) -> list[Tensor]:
+        own = [x.clone() for x in flat[len(given) :]]
+        (result,) = module(*flat[: len(given)], *own)
+        return [*own, result]
+
+    whole = make_fx(functionalize(copied))(*given, *held)
+    whole.graph.eliminate_dead_code()
+    nodes = list(whole.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    places = {node: i for i, node in enumerate(inputs[len(given) :])}
+    *ends, result = nodes[-1].args[0]
+    clones = {node: node.args[0] for node in nodes if node.target is aten.clone.default and node.args[0] in places}
+    written = [i for i, end in enumerate(ends) if end not in clones]
+    order = [inputs[len(given) + i] for i in written] + inputs[:1]
+    order += [inputs[len(given) + i] for i in range(len(held)) if i not in written] + inputs[1 : len(given)]
+
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in order:
+        copies[node] = graph.placeholder(node.name)
+    for node in nodes[len(inputs) : -1]:
+        copies[node] = copies[clones[node]] if node in clones else graph.node_copy(node, copies.__getitem__)
+    graph.output([*(copies[ends[i]] for i in written), copies[result]])
+    return GraphModule(whole, graph), written
+
+
+def repeated(body: GraphModule, carried: int, rest: int) -> GraphModule:
+    """A graph of (indices [K, ...], *state, *rest) that writes to the state what K calls of the body make of it, and
+    returns the means of its results."""
+    graph = Graph()
+    indices, *inputs = (graph.placeholder(f"x{i}") for i in range(1 + carried + rest))
+    function = graph.get_attr("body")
+    found = graph.call_function(scan_op, (function, inputs[:carried], [indices], tuple(inputs[carried:])))
+    ends = [graph.call_function(operator.getitem, (found, i)) for i in range(carried + 1)]
+    means = graph.call_function(aten.mean.dim, (ends[-1], [0]))
+    for x, end in zip(inputs[:carried], ends[:-1], strict=True):
+        graph.call_function(aten.copy_.default, (x, end))
+    graph.output((means,))
+    return GraphModule({"body": body}, graph)
