@@ -13,6 +13,11 @@ class UserError(Exception):
     """A mistake that the user can correct, described in one message; printed without a traceback."""
 
 
+def counted(count: int, what: str) -> str:
+    """A number and a noun, in the singular or the plural: ``1 run``, ``2,048 environments``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def command(name: str) -> str:
     """How to start a command, such as ``train``, in the way that this process was started."""
     script = sys.argv[0].endswith(".py") and not sys.argv[0].endswith("__main__.py")

@@ -30,7 +30,7 @@ from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.spaces import to_data
 from pgsuite.envs.tasks import Task
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, counted
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
 from pgsuite.nn.network import Features, Network
@@ -260,8 +260,9 @@ def check_memory(env: VectorEnv, horizon: int) -> None:
     needed = 2 * size * horizon * env.num_envs  # every observation and its successor
     if needed > memory:
         raise UserError(
-            f"{env.name}: a rollout of {horizon:,} steps in {env.num_envs:,} environments has {needed / 2**30:,.0f} GB "
-            f"of observations, {numbers:,} numbers each, and {env.device} has {memory / 2**30:,.0f} GB: take a smaller "
+            f"{env.name}: a rollout of {horizon:,} steps in {counted(env.num_envs, 'environment')} has "
+            f"{needed / 2**30:,.0f} GB of observations, {numbers:,} numbers each, and {env.device} has "
+            f"{memory / 2**30:,.0f} GB: take a smaller "
             "num_envs= or horizon=, or smaller observations by env.wrappers="
         )
 

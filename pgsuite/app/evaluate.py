@@ -22,7 +22,7 @@ from pgsuite.app.policy_io import Restored, restore
 from pgsuite.app.schema import Run, locate
 from pgsuite.envs import Gym, VectorEnv
 from pgsuite.envs.base import channels_of
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, counted
 from pgsuite.files import write_text
 from pgsuite.nn.policy import Policy
 from pgsuite.settings import Count, Natural
@@ -72,7 +72,7 @@ class Played(NamedTuple):
         """What was cut, in words; empty if nothing was."""
         if not self.cut:
             return ""
-        return f"{self.cut} of {len(self.returns)} episodes cut at {self.limit:,} steps (max_steps)"
+        return f"{self.cut} of {counted(len(self.returns), 'episode')} cut at {self.limit:,} steps (max_steps)"
 
 
 class Progress:
@@ -83,7 +83,7 @@ class Progress:
 
     def __call__(self, steps: int, live: torch.Tensor) -> None:
         if perf_counter() - self.last > self.seconds:
-            self.say(f"{self.what}: {steps:,} steps, {int(live.sum())} of {len(live)} episodes under way")
+            self.say(f"{self.what}: {steps:,} steps, {int(live.sum())} of {counted(len(live), 'episode')} under way")
             self.last = perf_counter()
 
 
@@ -277,7 +277,7 @@ def _evaluate(
     write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     how = "deterministic" if wanted.deterministic else "stochastic"
     words = [
-        f"return {mean:,.1f} +- {std:,.1f} over {wanted.episodes} {how} episodes",
+        f"return {mean:,.1f} +- {std:,.1f} over {counted(wanted.episodes, f'{how} episode')}",
         *(f"{name} {float(sums.mean()):,.1f}" for name, sums in played.channels.items()),
         f"{float(lengths.mean()):,.1f} steps each",
         played.said(),

@@ -46,7 +46,7 @@ from pgsuite.app.train import (
 from pgsuite.envs import TaskEnv, make
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.tasks import Task
-from pgsuite.errors import UserError, command
+from pgsuite.errors import UserError, command, counted
 from pgsuite.execution.modes import missing_in_torch, why_not_compilable
 from pgsuite.many.env import JointEnv, JointTaskEnv, SharedTask, SideBySide
 from pgsuite.many.trainer import ManyTrainer
@@ -124,7 +124,8 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     many.progress = callbacks.ProgressBar(console)
     for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, dict(hydra.runtime.choices))):
         say(line)
-    say(f"{len(runs)} runs at once: {', '.join(label for _, label in configs[:3])}{', ...' * (len(configs) > 3)}")
+    labels = ", ".join(label for _, label in configs[:3]) + ", ..." * (len(configs) > 3)
+    say(f"{counted(len(runs), 'run')} at once: {labels}")
     with answering_signals(many):
         try:
             many.fit()
@@ -144,8 +145,8 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     if returns:
         seconds = many.seconds["total"]
         say(
-            f"return {fmean(returns):,.1f} +- {pstdev(returns):,.1f} over {len(returns)} runs | {many.steps:,} steps "
-            f"in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {short(folders[0].parent)}"
+            f"return {fmean(returns):,.1f} +- {pstdev(returns):,.1f} over {counted(len(returns), 'run')} | "
+            f"{many.steps:,} steps in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {short(folders[0].parent)}"
         )
     if many.failures:
         raise UserError("; ".join(f"{configs[s][1]} ended: {error}" for s, error in many.failures.items()))

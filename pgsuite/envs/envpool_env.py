@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from pgsuite import seeding, settings
 from pgsuite.envs.base import VectorEnvConfig
 from pgsuite.envs.gym_env import GymEnv
-from pgsuite.errors import install
+from pgsuite.errors import counted, install
 from pgsuite.settings import Count, WorldThreads, closest
 from pgsuite.types import write_obs
 
@@ -103,4 +103,4 @@ class EnvPoolEnv(GymEnv):
         limit = None if vec.limit >= UNLIMITED else vec.limit
         super().__init__(vec, name=name, max_episode_steps=limit, device=device, dtype=dtype)
         version = importlib.metadata.version("envpool")
-        self.description = f"{name} | envpool | {self.num_envs} environments | is envpool {version}'s"
+        self.description = f"{name} | envpool | {counted(self.num_envs, 'environment')} | is envpool {version}'s"

@@ -25,7 +25,7 @@ from pgsuite.components import Component, component_class, make_component
 from pgsuite.envs.base import BrokenEnvError, NotFiniteError, VectorEnvConfig, broken_env
 from pgsuite.envs.spaces import mismatch, native_action, shown, tensor_space, tensors, to_device
 from pgsuite.envs.workers import Workers, info_of, named_infos
-from pgsuite.errors import install, place, place_of, reason
+from pgsuite.errors import counted, install, place, place_of, reason
 from pgsuite.settings import Count, Positive, WorldThreads, closest
 from pgsuite.transfer import HostLink
 from pgsuite.trust import imported
@@ -373,7 +373,9 @@ class GymEnv:
             raise ValueError(f"{name} does not say how it restarts: its metadata needs an autoreset_mode")
         self.mode = AutoresetMode(mode)
         how = f"{type(vec).__name__}, {'none' if self.mode is AutoresetMode.DISABLED else self.mode.value} autoreset"
-        self.description = f"{name} | {how} | {self.num_envs} environments | is gymnasium {gymnasium.__version__}'s"
+        self.description = (
+            f"{name} | {how} | {counted(self.num_envs, 'environment')} | is gymnasium {gymnasium.__version__}'s"
+        )
         # Every vector environment accepts an integer, and seeds its environments with it and the integers after it.
         self.origin = seeding.number(seed, "environment")
         self.seed: int | None = self.origin

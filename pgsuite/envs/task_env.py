@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pgsuite import seeding
 from pgsuite.envs.tasks.base import Task
+from pgsuite.errors import counted
 from pgsuite.kernel import Kernel
 from pgsuite.transfer import HostLink
 from pgsuite.types import Step
@@ -31,7 +32,7 @@ class TaskEnv:
         self.channels = tuple(task.channels())
         how, closeness = task.describe()
         self.backend = how.split()[0].split(".")[0]
-        said = (self.name, how, f"{self.num_envs} environments", closeness)
+        said = (self.name, how, counted(self.num_envs, "environment"), closeness)
         self.description = " | ".join(filter(None, said))
         self.generator = seeding.generator(seed, "environment", task.device)
         self.link = HostLink(device) if task.device != device else None  # else nothing is copied

@@ -17,6 +17,7 @@ from pgsuite import seeding, settings
 from pgsuite.components import make_object
 from pgsuite.envs.base import VectorEnvConfig, broken_env
 from pgsuite.envs.spaces import ToSpace, tensor_space, tensors, to_device
+from pgsuite.errors import counted
 from pgsuite.settings import Count
 from pgsuite.types import PRIVILEGED, Obs, Step, choose, map_obs
 
@@ -97,7 +98,7 @@ class TorchNativeEnv:
         limit = limit or getattr(find(env, "spec"), "max_episode_steps", None)
         self.max_episode_steps = None if limit is None else int(limit)
         kind = type(getattr(env, "unwrapped", env)).__name__
-        self.description = f"{name} | torch-native, {kind} | {self.num_envs} environments"
+        self.description = f"{name} | torch-native, {kind} | {counted(self.num_envs, 'environment')}"
         self.steps = 0
         self.last: Obs = None
         self.knows = False  # whether it is known if true successors are given

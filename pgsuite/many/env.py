@@ -16,6 +16,7 @@ from pgsuite import seeding
 from pgsuite.envs.base import NotFiniteError, VectorEnv, channels_of
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Task
+from pgsuite.errors import counted
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.many.stack import DrawingMode, Generators, in_place
 from pgsuite.types import Obs, Step, map_obs
@@ -43,7 +44,7 @@ class JointEnv(ABC):
         first = runs[0]
         self.runs, self.count, self.each = list(runs), len(runs), first.num_envs
         self.name, self.backend, self.device = first.name, first.backend, first.device
-        self.description = f"{first.description} in each of {self.count} runs"
+        self.description = f"{first.description} in each of {counted(self.count, 'run')}"
         self.num_envs, self.max_episode_steps = self.count * self.each, first.max_episode_steps
         self.observation_space, self.action_space = first.observation_space, first.action_space
         self.channels = channels_of(first)
@@ -206,7 +207,9 @@ class Share:
         self.max_episode_steps = whole.max_episode_steps
         self.observation_space, self.action_space = whole.observation_space, whole.action_space
         self.channels = whole.channels
-        self.description = whole.description.replace(f"{whole.num_envs} environments", f"{each} environments")
+        self.description = whole.description.replace(
+            counted(whole.num_envs, "environment"), counted(each, "environment")
+        )
         self.generator = whole.generator.each[index]
 
     def mine(self, x: Tensor) -> Tensor:

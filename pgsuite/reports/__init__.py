@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pgsuite.errors import UserError, install
+from pgsuite.errors import UserError, counted, install
 from pgsuite.files import replacing
 
 REMEDY = install("report")
@@ -39,7 +39,7 @@ def report(paths: Sequence[str], out: Path, command: str) -> list[str]:
     return [
         *(f"skipped {line}" for line in skipped),
         *(f"{sweep.name}: {sweeps.summary(sweep)}" for sweep in swept),
-        *([f"{page.count(len(found), 'run')} in {page.count(len(groups), 'group')}"] if found else []),
+        *([f"{counted(len(found), 'run')} in {counted(len(groups), 'group')}"] if found else []),
         *remarks,
-        f"open {out / 'index.html'}; beside it table.md and {page.count(pictures, 'picture')}",
+        f"open {out / 'index.html'}; beside it table.md and {counted(pictures, 'picture')}",
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from pgsuite.errors import counted
 from pgsuite.reports import pictures, sweeps
 from pgsuite.reports.pictures import Look
 from pgsuite.reports.runs import FACTS, FEW, Group, differences, listed, show
@@ -57,7 +58,7 @@ def build(
         for i, sweep in enumerate(swept, 1)
     ]
     envs = list(dict.fromkeys(g.env for g in groups))
-    title = f"{count(len(look), 'method')} on {envs[0] if len(envs) == 1 else f'{len(envs)} environments'}"
+    title = f"{counted(len(look), 'method')} on {envs[0] if len(envs) == 1 else f'{len(envs)} environments'}"
     title = title if groups else listed([sweep.name for sweep in swept])
     columns, rows = _cells(ranking)
     page = TEMPLATES.get_template("report.html").render(
@@ -102,15 +103,11 @@ def _bytes(text: str) -> bytes:
     return text.encode(errors="backslashreplace")  # a file name may hold what is no character
 
 
-def count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
 def _extent(groups: Sequence[Group]) -> str:
     runs = [run for g in groups for run in (*g.runs, *g.others)]
     methods = dict.fromkeys(g.method for g in groups)
     steps = sum(run.steps for run in runs)
-    return f"{listed(list(methods))}; {count(len(runs), 'run')}, {steps:,} environment steps in all"
+    return f"{listed(list(methods))}; {counted(len(runs), 'run')}, {steps:,} environment steps in all"
 
 
 def _general(groups: Sequence[Group]) -> list[str]:
@@ -207,7 +204,7 @@ def _cells(ranking: Sequence[Score]) -> tuple[list[str], list[tuple[Score, list[
         if evaluated:
             partly = f" ({s.evaluated} of {s.seeds})" if 0 < s.evaluated < s.seeds else ""
             row += [number(s.evaluation, d) + partly, between(s.evaluation_ends, d)]
-        row += [f"{s.seeds} runs" if s.env == ALL else str(s.seeds)]
+        row += [counted(s.seeds, "run") if s.env == ALL else str(s.seeds)]
         row += [f"{s.steps:,}" if s.steps else "-", number(s.speed, 0)]
         rows.append((s, row))
     return columns, rows

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from pgsuite.errors import counted
 from pgsuite.reports import statistics
 from pgsuite.reports.runs import Curve, Group
 
@@ -147,8 +148,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) ->
 
 
 def _label(group: Group, count: int, done: bool) -> str:
-    seeds = "1 seed" if count == 1 else f"{count} seeds"
-    return f"{group.method} ({seeds}{'' if done else ', unfinished'})"
+    return f"{group.method} ({counted(count, 'seed')}{'' if done else ', unfinished'})"
 
 
 def _steps(x: float) -> str:

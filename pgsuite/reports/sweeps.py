@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from pgsuite.errors import counted
 from pgsuite.reports.pictures import COLORS, STYLE, figure_of, png
 from pgsuite.reports.runs import RECORD, DamagedError, directories, printable, reason_of, show, text_of
 
@@ -130,12 +131,12 @@ def summary(sweep: Sweep) -> str:
     """What there was, in one sentence."""
     if sweep.kind == "population":
         members = len(sweep.turns[0]) if sweep.turns else 0
-        return f"{members} members, {sum(map(_over, sweep.turns))} turns over."
+        return f"{counted(members, 'member')}, {counted(sum(map(_over, sweep.turns)), 'turn')} over."
     states = [t["state"] for t in sweep.trials]
     words = [
         f"{states.count(x)} {word}" for x, word in (("complete", "finished"), ("pruned", "pruned"), ("fail", "failed"))
     ]
-    return f"{len(states)} trials: {', '.join(words)}."
+    return f"{counted(len(states), 'trial')}: {', '.join(words)}."
 
 
 @mpl.rc_context(STYLE)

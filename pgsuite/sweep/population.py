@@ -23,7 +23,7 @@ from pgsuite import seeding
 from pgsuite.app.api import composed
 from pgsuite.app.build import to_dict
 from pgsuite.app.train import Outcome, remove_empty, short
-from pgsuite.errors import UserError, command
+from pgsuite.errors import UserError, command, counted
 from pgsuite.settings import Fraction, Range
 from pgsuite.sweep.search import spelled
 from pgsuite.sweep.workers import ASKED, Plan, Pool, SettingsSweep, first
@@ -169,7 +169,8 @@ class Population(SettingsSweep):
         folder = _folder(plan, self.turns - 1, best)
         value = members[best]["return"]
         plan.say(
-            f"best of {self.size} members: {best}, return {value:,.1f} | {command('evaluate')} run={short(folder)}"
+            f"best of {counted(self.size, 'member')}: {best}, return {value:,.1f} | "
+            f"{command('evaluate')} run={short(folder)}"
         )
         return value
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pgsuite import seeding
 from pgsuite.app.recipes import written
 from pgsuite.app.train import Outcome, objective, short
-from pgsuite.errors import UserError, command, install
+from pgsuite.errors import UserError, command, counted, install
 from pgsuite.settings import Count, Fraction, Natural
 from pgsuite.sweep.space import Dimension
 from pgsuite.sweep.workers import ASKED, Plan, Pool, SettingsSweep, first
@@ -123,7 +123,8 @@ class Search(SettingsSweep):
         begun = [t for t in study.trials if t.state.name != "WAITING"]
         left = [t.number for t in begun if t.state.name == "RUNNING"]
         if begun:
-            plan.say(f"{len(begun) - len(left)} of {count} trials have ended, {len(left)} to go on where they were")
+            ended = len(begun) - len(left)
+            plan.say(f"{ended} of {counted(count, 'trial')} ended, {len(left)} to go on where they were")
         failures: list[str] = []
         going: dict[Future[Outcome], int] = {}
         asked = len(begun)
@@ -210,8 +211,8 @@ class Search(SettingsSweep):
         how = ", ".join(f"{len(x)} {word}" for word, x in (("pruned", ended["PRUNED"]), ("failed", ended["FAIL"])) if x)
         line = shlex.join(plan.given(_values(best, plan)))
         plan.say(
-            f"best of {sum(map(len, ended.values()))} trials{f' ({how})' if how else ''}: trial {best.number}, return "
-            f"{best.value:,.1f} | {short(plan.folder)}\n{command('train')} {line}"
+            f"best of {counted(sum(map(len, ended.values())), 'trial')}{f' ({how})' if how else ''}: "
+            f"trial {best.number}, return {best.value:,.1f} | {short(plan.folder)}\n{command('train')} {line}"
         )
         return best.value
 

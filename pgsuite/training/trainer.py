@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pgsuite import distributed
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.envs.base import NotFiniteError, channels_of
+from pgsuite.errors import counted
 from pgsuite.kernel import Kernel, kernels_of, phase
 from pgsuite.nn.optim import Optimizer
 from pgsuite.rollout import Collector, EpisodeTracker
@@ -89,14 +90,14 @@ class RecentReturns:
         return statistics.pstdev(self.values) if self.values else math.nan
 
     def __str__(self) -> str:
-        count = f"{len(self.values):,} {{}}episode{'' if len(self.values) == 1 else 's'}"
+        n = len(self.values)
         match self.window:
             case "last tenth":
-                return f"{count.format('')} of the last {self.steps:,.0f} steps"
+                return f"{counted(n, 'episode')} of the last {self.steps:,.0f} steps"
             case "last episodes":
-                return f"the last {count.format('')}, which ended before the last {self.steps:,.0f} steps"
+                return f"the last {counted(n, 'episode')}, which ended before the last {self.steps:,.0f} steps"
             case "unfinished episodes":
-                return f"{count.format('unfinished ')}, since none has ended"
+                return f"{counted(n, 'unfinished episode')}, since none has ended"
 
 
 def slots(callbacks: Sequence[Callback]) -> dict[str, Callback]:

@@ -12,6 +12,7 @@ from mujoco import batch
 from torch import Tensor
 
 from pgsuite import distributed
+from pgsuite.errors import counted
 
 
 def usable_cores() -> int:
@@ -37,7 +38,7 @@ class BatchPhysics:
         threads = threads or usable_cores()
         self.contact_forces = "cfrc_ext" in outputs
         self.batch = batch.Batch(model, nsim=num_envs, nthread=threads, persistent=self.contact_forces)
-        self.description = f"mujoco.batch float64, {threads} thread{'s' if threads > 1 else ''}"
+        self.description = f"mujoco.batch float64, {counted(threads, 'thread')}"
         self.closeness = "equals"
         self.qpos, self.qvel, self.ctrl, self.warmstart, self.time = (
             torch.from_numpy(self.batch.bind(field)) for field in ("qpos", "qvel", "ctrl", "qacc_warmstart", "time")
