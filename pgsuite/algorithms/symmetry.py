@@ -22,8 +22,8 @@ LOGP, REFERENCE = "mirrored_logp", "mirrored_reference"  # of a rollout's ``extr
 
 
 class Mirror(nn.Module, ABC):
-    """A mirror symmetry of a task: an observation and an action are mirrored each by a map that is its own inverse and
-    keeps volumes, and the task does the same in the mirror.
+    """A mirror symmetry of a task: one map of observations and one of actions, each its own inverse and volume-
+    preserving.  From a mirrored state, a mirrored action leads to the mirrored next state with the same reward.
 
     A custom symmetry is a subclass, chosen by its dotted path: ``symmetry.mirror=my_package.MyMirror``.
     """

@@ -23,7 +23,7 @@ SHOWN = 10  # best trials or members in the table
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A search or a population, as its record tells it."""
+    """The contents of the record of a search or a population."""
 
     folder: Path
     kind: str  # search or population
@@ -128,7 +128,7 @@ def _short(value: Any) -> str:
 
 
 def summary(sweep: Sweep) -> str:
-    """What there was, in one sentence."""
+    """The numbers of trials or of members and turns, in one sentence."""
     if sweep.kind == "population":
         members = len(sweep.turns[0]) if sweep.turns else 0
         return f"{counted(members, 'member')}, {counted(sum(map(_over, sweep.turns)), 'turn')} over."
@@ -236,7 +236,7 @@ def lineage(sweep: Sweep) -> bytes | None:
 
 @mpl.rc_context(STYLE)
 def courses(sweep: Sweep) -> bytes | None:
-    """The values of each setting over the turns, with the line of the best member's ancestors."""
+    """The values of each setting over the turns; the ancestors of the best member are drawn as a line."""
     turns = [members for members in sweep.turns if _over(members)]
     if not turns:
         return None

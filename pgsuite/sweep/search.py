@@ -35,7 +35,7 @@ Pruning = Literal["median", "halving", "none"]
 
 
 def load_optuna() -> Any:
-    """Optuna, without its messages.  Raises UserError if there is none from version 4 on."""
+    """Optuna, with its log messages turned off.  Raises UserError if version 4 or later is not installed."""
     try:
         import optuna
     except ImportError as error:
@@ -69,7 +69,8 @@ def open_study(folder: Path, pruning: Pruning = "none", warmup: float = 0.0, sta
 
 @dataclass(kw_only=True)
 class Prune(Callback):
-    """Writes the return of a trial under way to the study, and ends the run if others had more by then."""
+    """Writes the return of a running trial to the study, and ends the run if other trials had higher returns at the
+    same step."""
 
     folder: Path  # of the search
     number: int  # of the trial
@@ -218,7 +219,7 @@ class Search(SettingsSweep):
 
 
 def _labels(dimension: Dimension) -> list[Any]:
-    """Choices as Optuna takes them: what is no number, word or boolean as text."""
+    """The choices in a form that Optuna accepts: numbers, strings and booleans as they are, anything else as text."""
     plain = (bool, int, float, str, type(None))
     return [x if isinstance(x, plain) else written(x) for x in dimension.values]
 

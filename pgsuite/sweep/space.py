@@ -58,11 +58,8 @@ class Dimension:
 
 
 def parse(space: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Dimension]:
-    """The ranges of a configuration's settings by dotted name.
-
-    Raises UserError for a range that is none, a setting that the configuration has not, and ends of a range that the
-    setting cannot take.
-    """
+    """The ranges in a configuration, by dotted name of the setting.  Raises UserError for an invalid range, for a
+    setting that does not exist, and for ends of a range that the setting does not accept."""
     found = {name: _dimension(name, given) for name, given in _named(space).items()}
     if not found:
         raise UserError("sweep.space names no setting to vary: give one, as sweep.space.algo.lr='{log: [1e-5, 1e-2]}'")
