@@ -800,6 +800,20 @@ MUTATIONS = [
         "device::test_language_models_stay_on_the_device[grpo]",
     ),
     fault(
+        "the graph of an epoch does not write all that its steps write",
+        "execution/loops.py",
+        "    for x, end in zip(inputs[:carried], ends[:-1], strict=True):\n",
+        "    for x, end in zip(inputs[: carried - 1], ends[:-2], strict=True):\n",
+        "execution::test_the_steps_of_an_epoch_are_one_graph[False]",
+    ),
+    fault(
+        "the minibatches of the graph of an epoch are not drawn from the generator of the run",
+        "execution/loops.py",
+        "columns=a.sequential, generator=a.generator)",
+        "columns=a.sequential)",
+        "execution::test_the_steps_of_an_epoch_are_one_graph[False]",
+    ),
+    fault(
         "a failed capture keeps the tensors that it made",
         "execution/cuda_graphs.py",
         "            state.undo()\n",

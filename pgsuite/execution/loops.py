@@ -91,7 +91,8 @@ class CompiledFit:
             self.loops[key] = loop
         except Exception as error:  # of whatever kind a compiler raises
             self.loops[key] = None
-            warnings.warn(f"gradient steps are called one by one: {type(error).__name__}: {error}", stacklevel=2)
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            warnings.warn(f"torch cannot compile an epoch as a whole, and compiles its steps: {why}", stacklevel=2)
         return found
 
     def indices(self, batch: Batch, epochs: int, parts: int) -> Tensor:
