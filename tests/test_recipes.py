@@ -10,7 +10,7 @@ from test_cli import ROOT, Cli, command  # noqa: F401
 import pgsuite
 
 HEAD = "from pgsuite.nn.heads import BetaHead\n\n\nclass Own(BetaHead):\n    pass\n"
-TINY = ["env=Pendulum", "total_steps=8", "num_envs=2", "horizon=4", "algo.minibatches=1", "hydra.run.dir=run"]
+TINY = ["env=HalfCheetah", "total_steps=8", "num_envs=2", "horizon=4", "algo.minibatches=1", "hydra.run.dir=run"]
 OURS = "policy.log_sigma is for Gaussian policies, and this one is"
 
 
@@ -25,7 +25,7 @@ def own(command: Cli) -> Cli:  # noqa: F811
 @pytest.mark.parametrize("head", ["a_head.Own", "beta"])
 def test_a_head_that_a_recipe_does_not_fit_is_told_of_the_recipe(own: Cli, head: str) -> None:
     code, _, err = own("train", *TINY, f"policy.distribution={head}")
-    gives = "; the recipe ppo-Pendulum gives policy.log_sigma=-1.0: policy.log_sigma=null leaves that out"
+    gives = "; the recipe ppo-HalfCheetah gives policy.log_sigma=-1.0: policy.log_sigma=null leaves that out"
     assert code == 1 and f"{OURS} {head}" in err and gives in err and ": leave it out" not in err
     for folder, remedy in {"a": "policy.log_sigma=null", "b": "~tuned"}.items():
         code, _, err = own("train", *TINY, f"policy.distribution={head}", remedy, f"hydra.run.dir={folder}")
@@ -41,15 +41,15 @@ def test_what_the_user_gave_is_not_put_down_to_the_recipe(own: Cli) -> None:
 
 def test_python_is_told_of_the_recipe_as_well(own: Cli) -> None:
     given: dict[str, Any] = {"policy.distribution": "beta"}
-    with pytest.raises(pgsuite.UserError, match=r"the recipe ppo-Pendulum gives policy\.log_sigma=-1"):
-        pgsuite.train("ppo", "Pendulum", **given)
+    with pytest.raises(pgsuite.UserError, match=r"the recipe ppo-HalfCheetah gives policy\.log_sigma=-1"):
+        pgsuite.train("ppo", "HalfCheetah", **given)
     assert not [path for path in own.folder.glob("runs/*") if path.is_dir()]
 
 
 def test_any_setting_that_a_message_names_is_put_down_to_the_recipe_that_gave_it(own: Cli) -> None:
-    code, _, err = own("train", "env=Pendulum", "policy.recurrent=gru", "num_envs=3")
-    assert code == 1 and "8 minibatches do not divide a batch of 3" in err
-    assert "the recipe ppo-Pendulum gives algo.minibatches=8: algo.minibatches=16 leaves that out" in err
+    code, _, err = own("train", "env=Hopper", "policy.recurrent=gru", "num_envs=3")
+    assert code == 1 and "4 minibatches do not divide a batch of 3" in err
+    assert "the recipe ppo-Hopper gives algo.minibatches=4: algo.minibatches=16 leaves that out" in err
 
 
 @pytest.mark.parametrize(
