@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -192,7 +191,7 @@ def cells() -> dict[str, dict[str, str]]:
                     how: f"{means_of(results[key], how).mean():,.{digits}f}" if evaluated else "-"
                     for how in ("sampled", "deterministic")
                 },
-                "speed": f"{statistics.median(s['steps_per_second'] for s in summaries):,.0f}",
+                "code": ", ".join(sorted({result["commit"][:7] for result in results[key]})),
                 "published": _figure(figure) if figure else "-",
                 "source": _source(figure) if figure else "-",
                 "verdict": verdict(float(means_of(results[key], figure["metric"]).mean()), figure) if figure else "",
@@ -211,14 +210,14 @@ def table() -> str:
         "",
         counts(found),
         "",
-        "<details><summary>Every cell: steps, seeds, mean, source, speed</summary>",
+        "<details><summary>Every cell: steps, seeds, mean, source, commit of the code</summary>",
         "",
         "| environment | method | steps | seeds | interquartile mean | 95% | mean | sampled | deterministic | "
-        "published | by | | steps/s |",
+        "published | by | | commit |",
         "|---" * 13 + "|",
     ]
     columns = ("steps", "seeds", "iqm", "interval", "mean", "sampled", "deterministic")
-    columns += ("published", "source", "verdict", "speed")
+    columns += ("published", "source", "verdict", "code")
     for key, cell in found.items():
         lines.append(f"| {' | '.join((*key.split('/'), *(cell[column] for column in columns)))} |")
     return "\n".join([*lines, "", "</details>"])
