@@ -27,7 +27,7 @@ from pgsuite.app import cli
 from pgsuite.app.evaluate import evaluate
 from pgsuite.app.replay import replay
 from pgsuite.app.train import train
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, counted
 from pgsuite.export.command import export
 from pgsuite.training import checkpoint, recovery
 from pgsuite.training.recovery import Recovery
@@ -747,3 +747,7 @@ def test_a_method_from_elsewhere_is_held_to_its_fields(
         (elsewhere / "configs" / "algo" / f"{name}.yaml").write_text(text)
     code, _, err = command("train", "--config-dir", "configs", *arguments)
     assert code == 1 and message in err and "Traceback" not in err
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    assert [counted(n, "run") for n in (0, 1, 2, 2048)] == ["0 runs", "1 run", "2 runs", "2,048 runs"]

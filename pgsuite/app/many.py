@@ -85,7 +85,7 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     places = _places(hydra, configs, stack, say)
     folders, labels = [place.folder for place in places], [label for _, label in configs]
     if all(place.is_finished(run.total_steps) for place, run in zip(places, runs, strict=True)):
-        say(f"all {len(runs)} runs have made all their steps")
+        say(f"{counted(len(runs), 'run')} at once: all steps are made")
         return [Outcome(place.folder, place.steps) for place in places]
     runs = [run if place.before is None else replace(run, init=None) for place, run in zip(places, runs, strict=True)]
     with recipes.naming(hydra, whole):
@@ -139,7 +139,7 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
             way = f"go on with: {command('train')} resume={short(folder)}"
             say(f"{trainer.ended_early} at {trainer.steps:,} steps, saved; {way}")
     if many.stop and any(trainer.steps < trainer.total_steps for trainer in trainers):
-        reached = f"{signal.Signals(many.stop).name} at {many.steps:,} steps of {len(runs)} runs, saved"
+        reached = f"{signal.Signals(many.stop).name} at {many.steps:,} steps of {counted(len(runs), 'run')}, saved"
         say(f"{reached}; go on with the same command and resume=auto")
     returns = [trainer.return_mean for trainer in trainers if trainer.steps >= trainer.total_steps]
     if returns:
