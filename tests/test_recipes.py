@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toys
 import yaml
 from test_cli import ROOT, Cli, command  # noqa: F401
 
@@ -67,7 +68,7 @@ def test_a_recipe_that_other_choices_have_no_room_for_is_named(own: Cli, given: 
     assert code == 1 and said in err and "~tuned leaves it out" in err and err.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("given", [[], ["seeds=2"], ["sweep=search"], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize("given", toys.mostly_long([[], ["seeds=2"], ["sweep=search"], ["-m", "seed=0,1"]], []))
 def test_a_recipe_that_does_not_exist_is_refused(own: Cli, given: list[str]) -> None:
     code, _, err = own("train", *given, *TINY[:-1], "tuned=ppo-Pendulm")
     assert code == 1 and "tuned=ppo-Pendulm: the name of one recipe belongs there; did you mean ppo-Pendulum" in err
