@@ -82,9 +82,8 @@ class CompiledJointActing:
 
 
 def compile_many(many: ManyTrainer) -> None:
-    """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps, the loops over
-    minibatches, values, acting, and the torch
-    part of a task's step.  Results agree with eager ones to rounding."""
+    """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps, the loops over minibatches,
+    values, acting, and the torch part of a task's step.  Results agree with eager ones to rounding."""
     torch.compiler.reset()
     for optimizer in many.algorithm.optimizers:
         optimizer.gradient_step.run = apart(many.stack, optimizer.gradient_step)
