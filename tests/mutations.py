@@ -802,8 +802,8 @@ MUTATIONS = [
     fault(
         "the graph of an epoch does not write all that its steps write",
         "execution/loops.py",
-        "    for x, end in zip(inputs[:carried], ends[:-1], strict=True):\n",
-        "    for x, end in zip(inputs[: carried - 1], ends[:-2], strict=True):\n",
+        "    for x, end in zip(state, ends[:carried], strict=True):\n",
+        "    for x, end in zip(state[1:], ends[1:carried], strict=True):\n",
         "execution::test_the_steps_of_an_epoch_are_one_graph[False]",
     ),
     fault(
@@ -812,6 +812,34 @@ MUTATIONS = [
         "columns=a.sequential, generator=a.generator)",
         "columns=a.sequential)",
         "execution::test_the_steps_of_an_epoch_are_one_graph[False]",
+    ),
+    fault(
+        "the draws of a compiled rollout are not those of the environments' generator",
+        "execution/rollouts.py",
+        "draw(self.env.generator) for draw in draws]",
+        "draw(Generator()) for draw in draws]",
+        "compiled_rollouts::test_a_rollout_of_a_task_is_one_graph[CartPole-]",
+    ),
+    fault(
+        "the first step of a compiled rollout is taken twice",
+        "execution/rollouts.py",
+        "            self.put(before)\n",
+        "            self.put(self.own)\n",
+        "compiled_rollouts::test_a_rollout_of_a_task_is_one_graph[CartPole-]",
+    ),
+    fault(
+        "a compiled rollout holds a number of the task for constant",
+        "execution/rollouts.py",
+        "key = policy, c.horizon, *self.numbers().items()\n",
+        "key = policy, c.horizon\n",
+        "compiled_rollouts::test_a_number_of_the_task_may_change_between_rollouts[gravities0]",
+    ),
+    fault(
+        "the state after a compiled rollout is overwritten by the next",
+        "execution/rollouts.py",
+        "self.put(map_tensors(Tensor.clone, self.own))\n",
+        "self.put(self.own)\n",
+        "compiled_rollouts::test_a_collector_resumes_exactly[compile]",
     ),
     fault(
         "a failed capture keeps the tensors that it made",

@@ -38,6 +38,8 @@ from pgsuite.types import (
     standardize,
 )
 
+PLAIN = (bool, int, float, str, type(None))
+
 
 @dataclass(kw_only=True, eq=False)
 class Algorithm(Scheduled, ABC):
@@ -292,8 +294,9 @@ class Algorithm(Scheduled, ABC):
 
     @property
     def held(self) -> dict[str, Any]:
-        """Every object that this method holds as an attribute, in order and once, by name: "critic"; within lists,
-        tuples, dictionaries and channels with its index, key or attribute: "twins.0", "heads.left"."""
+        """Every object but numbers and strings that this method holds as an attribute, in order and once, by name:
+        "critic"; within lists, tuples, dictionaries and channels with its index, key or attribute: "twins.0",
+        "heads.left"."""
         found: dict[int, tuple[str, Any]] = {}
 
         def walk(name: str, x: Any) -> None:
@@ -302,11 +305,11 @@ class Algorithm(Scheduled, ABC):
             found[id(x)] = name, x
             inside = x.items() if isinstance(x, Mapping) else enumerate(x) if isinstance(x, list | tuple) else ()
             for key, value in vars(x).items() if isinstance(x, Channel) else inside:
-                if key != "schedules":  # Scheduled saves them and moves them between devices
+                if key != "schedules" and type(value) not in PLAIN:  # Scheduled saves schedules and moves them
                     walk(f"{name}.{key}", value)
 
         for name, x in vars(self).items():
-            if name != "schedules":
+            if name != "schedules" and type(x) not in PLAIN:
                 walk(name, x)
         return dict(found.values())
 

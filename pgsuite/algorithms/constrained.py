@@ -49,7 +49,9 @@ class EpisodeCost(nn.Module):
     @torch.no_grad()
     def update(self, cost: Tensor, rollout: Rollout) -> None:
         """Estimate from the costs [T, N] of a rollout."""
-        lengths = accumulate(self.running_length, rollout.mask, (~rollout.start).to(cost.dtype))
+        going = (~rollout.start).to(cost.dtype)
+        lengths = accumulate(self.running_length, rollout.mask.to(cost.dtype), going)
+        self.running_length.copy_(lengths[-1])
         done = rollout.done & rollout.mask
         ended = distributed.total(done.sum().to(cost.dtype))
         mean = distributed.total(lengths.where(done, 0.0).sum()) / ended.clamp(min=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class TaskEnv:
         said = (self.name, how, counted(self.num_envs, "environment"), closeness)
         self.description = " | ".join(filter(None, said))
         self.generator = seeding.generator(seed, "environment", task.device)
+        self.draws: AbstractContextManager[Any] = nullcontext()  # around what draws from the generator
         self.link = HostLink(device) if task.device != device else None  # else nothing is copied
         self.step_task = Kernel("step task", self._step_task)
         self.clock = torch.zeros(self.num_envs, dtype=torch.long, device=task.device)
@@ -55,7 +57,8 @@ class TaskEnv:
 
     def restart(self, mask: Tensor) -> None:
         """Set the worlds where mask [N] is true to random initial states."""
-        self.task.reset(mask, self.generator)
+        with self.draws:
+            self.task.reset(mask, self.generator)
 
     def step(self, action: Tensor) -> Step:
         if self.link is not None:

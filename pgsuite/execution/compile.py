@@ -17,6 +17,7 @@ from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced
 from pgsuite.execution.loops import CompiledFit, loops
+from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
 from pgsuite.nn.distributions import Distribution, Reparameterized
 from pgsuite.nn.policy import Policy, PolicyOutput
@@ -100,33 +101,47 @@ class CompiledActing:
     def __init__(self, collector: Collector) -> None:
         self.collector, self.act = collector, collector.act.run
         self.dist: Distribution | None = None
+        self.choose = Compiled(self._choose)
+
+    def _choose(self, policy: Policy, obs: Any, hidden_state: Any, start: Tensor, noise: Tensor) -> PolicyOutput:
+        return policy.choose(obs, hidden_state, start, lambda d: d.from_noise(noise))  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
     def __call__(self, policy: Policy) -> PolicyOutput:
-        c = self.collector
-        if self.dist is None:
-            self.dist = policy.distribution(policy.body.step(c.obs, c.hidden_state, c.start)[0], c.obs)
-            self.choose = Compiled(
-                lambda policy, obs, hidden_state, start, noise: policy.choose(
-                    obs, hidden_state, start, lambda d: d.from_noise(noise)
-                )
-            )
-        if not isinstance(self.dist, Reparameterized):
+        if self.distribution(policy) is None:
             return self.act(policy)
-        noise = self.dist.noise(c.generator)  # depends on the shape of the parameters only, not on their values
-        return self.choose(policy, c.obs, c.hidden_state, c.start, noise)
+        return self.choose(policy, *self.seen(), self.noise(policy))
+
+    def seen(self) -> tuple[Any, Any, Any]:
+        c = self.collector
+        return c.obs, c.hidden_state, c.start
+
+    def distribution(self, policy: Policy) -> Any:
+        """An action distribution, for the shape of its parameters; None if it is not reparameterized."""
+        if self.dist is None:
+            obs, hidden_state, start = self.seen()
+            self.dist = policy.distribution(policy.body.step(obs, hidden_state, start)[0], obs)
+        return self.dist if isinstance(self.dist, Reparameterized) else None
+
+    def noise(self, policy: Policy) -> Tensor:
+        return self.distribution(policy).noise(self.collector.generator)
+
+    def decide(self, policy: Policy, noise: Tensor) -> PolicyOutput:
+        """The decision for the current observations, not compiled."""
+        return self._choose(policy, *self.seen(), noise)
 
 
 def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     """Replace the ``run`` of the kernels of an algorithm, a collector and its environments by compiled functions.
 
-    Compiled are: each loss together with its gradient step, where A2C and PPO spend their time, and NPG and TRPO fit
-    their critic; on a CPU, the loop over minibatches around it; the policy gradient, the Fisher product and the line
-    search of a natural gradient step; acting, except for distributions that are not reparameterized; the critic's pass
-    over a rollout; and the torch part of a task's step.  Of recurrent networks, only acting is: a loop over hundreds of
-    steps would be unrolled, and take minutes to compile.  On a CPU, a critic that shares no parameters with the policy
-    is fitted in parallel with the natural gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a
-    function or a method, so that what compilation holds is not searched for the state of a captured iteration.
+    Compiled are: each loss together with its gradient step, where A2C and PPO spend their time, and NPG and TRPO
+    fit their critic; on a CPU, the loop over minibatches around it; the policy gradient, the Fisher product and the
+    line search of a natural gradient step; acting, except for distributions that are not reparameterized; the
+    critic's pass over a rollout; and the torch part of a task's step or, on a CPU, whole rollouts of a task in
+    torch.  Of recurrent networks, only acting and rollouts are: hundreds of steps of an update would be unrolled,
+    and take minutes.  On a CPU, a critic that shares no parameters with the policy is fitted in parallel with the
+    natural gradient step.  Results agree with eager ones to rounding.  Each ``run`` is a function or a method, so
+    that what compilation holds is not searched for the state of a captured iteration.
     """
     torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
     if not any(network.body.carries for network in (algorithm.policy, *algorithm.critics)):
@@ -149,6 +164,9 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
             algorithm.update_networks.run = parallel.__call__
     stepper, env = collector.stepper, collector.env
     stepper.fixed_shape = True
-    stepper.act.run = CompiledActing(stepper).__call__
+    acting = CompiledActing(stepper)
+    stepper.act.run = acting.__call__
     if isinstance(env, TaskEnv):
         env.step_task.run = compiled(env.step_task.run)
+        if stepper is collector and is_one_graph(stepper, env):
+            collector.collect.run = CompiledRollout(stepper, env, acting).__call__

@@ -1,4 +1,4 @@
-"""The gradient steps of a fit as one graph, which repeats its body without Python."""
+"""Loops as one graph, which repeats its body without Python: the gradient steps of a fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.execution.graph_split import signature, traced
-from pgsuite.execution.torch_private import compile_loop, make_fx, scan_op
+from pgsuite.execution.torch_private import compile_loop, make_fx, scan_op, tree_unflatten
+from pgsuite.kernel import Kernel
 from pgsuite.nn.optim import Objective, Optimizer
 from pgsuite.rollout.minibatches import check_split, partition, select
 from pgsuite.types import Batch, Metrics
@@ -66,33 +67,27 @@ class CompiledFit:
         key = optimizer, objective, epochs, parts, about
         indices = self.indices(seen[1], epochs, parts)
         if loop := self.loops.get(key):
-            return loop(indices, inputs)
+            return loop([indices], inputs)
 
         def step(index: Tensor, seen: Any) -> Metrics:
             given, batch, optimizer.skip_mask = seen
             return self.step(optimizer, objective, given, batch, index if parts > 1 else None)
 
-        def over(index: Tensor) -> Metrics:
-            with torch.enable_grad():
-                return self.over(step, index, seen)
+        def over(index: Tensor, seen: Any = seen) -> Metrics:
+            return self.over(step, index, seen)
 
         before = optimizer.skip_mask
         try:
-            if key in self.loops:
-                return mean([over(index) for index in indices])
-            self.exclusive()
-            with as_written(optimizer):
-                loop = Loop(lambda index, seen: self.over(step, index, seen), indices, seen)
-                found = mean([loop.first, *(over(index) for index in indices[1:])])
+            with torch.enable_grad():
+                if key in self.loops:
+                    return mean([over(index) for index in indices])
+                self.exclusive()
+                with as_written(optimizer.gradient_step):  # neither compiled nor taken in pieces
+                    loop = MeanLoop(over, [indices], seen)
+                    found = mean([loop.first, *(over(index) for index in indices[1:])])
         finally:
             optimizer.skip_mask = before
-        try:
-            loop.compile()
-            self.loops[key] = loop
-        except Exception as error:  # of whatever kind a compiler raises
-            self.loops[key] = None
-            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            warnings.warn(f"torch cannot compile an epoch as a whole, and compiles its steps: {why}", stacklevel=2)
+        self.loops[key] = loop if loop.compiles("an epoch as a whole, and compiles its steps") else None
         return found
 
     def indices(self, batch: Batch, epochs: int, parts: int) -> Tensor:
@@ -127,49 +122,83 @@ def mean(steps: Sequence[Metrics]) -> Metrics:
 
 
 @contextmanager
-def as_written(optimizer: Optimizer) -> Iterator[None]:
-    """Within the context, gradient steps are not compiled, nor taken in pieces."""
-    kernel = optimizer.gradient_step
-    before, kernel.run = kernel.run, lambda *args: kernel.function(*args)
+def as_written(*kernels: Kernel[..., Any]) -> Iterator[None]:
+    """Within the context, kernels run their functions, as they are written."""
+    before = [kernel.run for kernel in kernels]
+    for kernel in kernels:
+        kernel.run = lambda *args, kernel=kernel: kernel.function(*args)
     try:
         yield
     finally:
-        kernel.run = before
+        for kernel, run in zip(kernels, before, strict=True):
+            kernel.run = run
+
+
+def warn_of(error: Exception, what: str) -> None:
+    """Warn that torch cannot compile something."""
+    why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    warnings.warn(f"torch cannot compile {what}: {why}", stacklevel=4)
 
 
 class Loop:
-    """``step(index, seen)`` for each of the indices [K, ...], as one graph that writes what the step writes.
+    """``step(*x, seen)`` for x from each row of ``rows`` [K, ...], as one graph that writes what the step writes.
 
-    The constructor runs the first step, whose metrics are ``first``.  A call returns the means over the steps.
+    The constructor runs the first step, whose result is ``first``, a nest of tensors.  A call returns the results of
+    all steps, each [K, ...].
     """
 
-    def __init__(self, step: Callable[..., Metrics], indices: Tensor, seen: Any) -> None:
-        self.indices = indices
-        found: list[Metrics] = []
+    def __init__(self, step: Callable[..., Any], rows: Sequence[Tensor], seen: Any) -> None:
+        self.rows, found = [*rows], []
 
-        def stacked(index: Tensor, seen: Any) -> Tensor:
-            found.append(step(index, seen))
-            return torch.stack(list(found[-1].values()))
+        def noted(*args: Any) -> Any:
+            found.append(step(*args))
+            return found[-1]
 
-        with torch.enable_grad():
-            graph, _ = traced(stacked, (indices[0], seen))
+        graph, self.nest = traced(noted, (*(x[0] for x in rows), seen))
         self.inputs = signature(seen)[1]
-        self.first = {name: x.detach() for name, x in found[-1].items()}
-        self.names = list(self.first)
+        self.first: Any = found[-1]
         self.graph, self.held = with_inputs(graph)
 
     def compile(self) -> None:
-        body, carried = pure(self.graph, [self.indices[0], *self.inputs], self.held)
+        body, carried, results = pure(self.graph, [x[0] for x in self.rows], self.inputs, self.held)
         self.held = [self.held[i] for i in carried] + [x for i, x in enumerate(self.held) if i not in carried]
-        self.count = len(carried)
-        state, rest = self.held[: self.count], self.held[self.count :]
-        graph = repeated(body, self.count, len(rest) + len(self.inputs))
-        self.run = compile_loop(graph, [self.indices, *state, *rest, *self.inputs])
-        del self.graph, self.inputs
+        graph = repeated(body, len(carried), len(self.rows), len(self.held) - len(carried) + len(self.inputs), results)
+        self.run = compile_loop(graph, [*self.rows, *self.held, *self.inputs])
+        del self.graph, self.inputs, self.rows
 
-    def __call__(self, indices: Tensor, inputs: Sequence[Tensor]) -> Metrics:
-        (means,) = self.run(indices, *self.held, *inputs)
-        return dict(zip(self.names, means.unbind(), strict=True))
+    def compiles(self, what: str) -> bool:
+        """Compile; without success, warn that torch cannot compile ``what``."""
+        try:
+            self.compile()
+            return True
+        except Exception as error:  # of whatever kind a compiler raises
+            warn_of(error, what)
+            return False
+
+    def __call__(self, rows: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Any:
+        return tree_unflatten(self.run(*rows, *self.held, *inputs), self.nest)
+
+
+class MeanLoop(Loop):
+    """A loop whose steps return metrics, and which returns their means over the steps."""
+
+    def __init__(self, step: Callable[..., Metrics], rows: Sequence[Tensor], seen: Any) -> None:
+        names: list[str] = []
+
+        def stacked(*args: Any) -> Tensor:
+            found = step(*args)
+            names[:] = found
+            return torch.stack(list(found.values()))
+
+        super().__init__(stacked, rows, seen)
+        self.names = names
+        self.first = self.named(self.first)
+
+    def named(self, values: Tensor) -> Metrics:
+        return dict(zip(self.names, values.detach().unbind(), strict=True))
+
+    def __call__(self, rows: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Metrics:
+        return self.named(super().__call__(rows, inputs).mean(0))
 
 
 def with_inputs(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
@@ -204,48 +233,52 @@ def with_inputs(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     return module, [x for _, x in homes.values()]
 
 
-def pure(module: GraphModule, given: list[Tensor], held: list[Tensor]) -> tuple[GraphModule, list[int]]:
-    """A graph that writes to some of the tensors ``held``, as one without writes: (index, *given, *held) -> result.
+def pure(
+    module: GraphModule, row: list[Tensor], inputs: list[Tensor], held: list[Tensor]
+) -> tuple[GraphModule, list[int], int]:
+    """A graph that writes to some of the tensors ``held``, as one without writes: (*row, *inputs, *held) -> results.
 
-    Returns a graph of (*written, index, *others, *given[1:]) -> (*new values of the written ones, result), and which
-    of the held tensors are written.
+    Returns a graph of (*written, *row, *others, *inputs) -> (*new values of the written ones, *results), which of the
+    held tensors are written, and the number of results.
     """
+    given = [*row, *inputs]
 
     def copied(*flat: Tensor) -> list[Tensor]:
         own = [x.clone() for x in flat[len(given) :]]
-        (result,) = module(*flat[: len(given)], *own)
-        return [*own, result]
+        return [*own, *module(*flat[: len(given)], *own)]
 
     whole = make_fx(functionalize(copied))(*given, *held)
     whole.graph.eliminate_dead_code()
     nodes = list(whole.graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    places = {node: i for i, node in enumerate(inputs[len(given) :])}
-    *ends, result = nodes[-1].args[0]
-    clones = {node: node.args[0] for node in nodes if node.target is aten.clone.default and node.args[0] in places}
+    places = [node for node in nodes if node.op == "placeholder"]
+    homes = places[len(given) :]
+    outputs = nodes[-1].args[0]
+    ends, results = outputs[: len(held)], outputs[len(held) :]
+    clones = {node: node.args[0] for node in nodes if node.target is aten.clone.default and node.args[0] in homes}
     written = [i for i, end in enumerate(ends) if end not in clones]
-    order = [inputs[len(given) + i] for i in written] + inputs[:1]
-    order += [inputs[len(given) + i] for i in range(len(held)) if i not in written] + inputs[1 : len(given)]
+    order = [homes[i] for i in written] + places[: len(row)]
+    order += [home for i, home in enumerate(homes) if i not in written] + places[len(row) : len(given)]
 
     graph, copies = Graph(), dict[Node, Node]()
     for node in order:
         copies[node] = graph.placeholder(node.name)
-    for node in nodes[len(inputs) : -1]:
+    for node in nodes[len(places) : -1]:
         copies[node] = copies[clones[node]] if node in clones else graph.node_copy(node, copies.__getitem__)
-    graph.output([*(copies[ends[i]] for i in written), copies[result]])
-    return GraphModule(whole, graph), written
+    graph.output([*(copies[ends[i]] for i in written), *(copies[x] for x in results)])
+    return GraphModule(whole, graph), written, len(results)
 
 
-def repeated(body: GraphModule, carried: int, rest: int) -> GraphModule:
-    """A graph of (indices [K, ...], *state, *rest) that writes to the state what K calls of the body make of it, and
-    returns the means of its results."""
+def repeated(body: GraphModule, carried: int, rows: int, rest: int, results: int) -> GraphModule:
+    """A graph of (*rows [K, ...], *state, *rest) that writes to the state what K calls of the body make of it, and
+    returns the results of all calls."""
     graph = Graph()
-    indices, *inputs = (graph.placeholder(f"x{i}") for i in range(1 + carried + rest))
-    function = graph.get_attr("body")
-    found = graph.call_function(scan_op, (function, inputs[:carried], [indices], tuple(inputs[carried:])))
-    ends = [graph.call_function(operator.getitem, (found, i)) for i in range(carried + 1)]
-    means = graph.call_function(aten.mean.dim, (ends[-1], [0]))
-    for x, end in zip(inputs[:carried], ends[:-1], strict=True):
+    xs, state, others = (
+        [graph.placeholder(f"{name}_{i}") for i in range(count)]
+        for name, count in (("row", rows), ("state", carried), ("other", rest))
+    )
+    found = graph.call_function(scan_op, (graph.get_attr("body"), state, xs, tuple(others)))
+    ends = [graph.call_function(operator.getitem, (found, i)) for i in range(carried + results)]
+    for x, end in zip(state, ends[:carried], strict=True):
         graph.call_function(aten.copy_.default, (x, end))
-    graph.output((means,))
+    graph.output(tuple(ends[carried:]))
     return GraphModule({"body": body}, graph)

@@ -6,20 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import register_dataclass
 
-from pgsuite.execution.compile import Compiled
+from pgsuite.execution.compile import Compiled, CompiledActing
 from pgsuite.execution.graph_split import compiled
 from pgsuite.execution.loops import CompiledFit, loops
+from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.kernel import Kernel
 from pgsuite.many.collect import JointCollector
-from pgsuite.many.env import RowDraws, SharedTask
+from pgsuite.many.env import JointTaskEnv, RowDraws, SharedTask
 from pgsuite.many.stack import Stack
 from pgsuite.many.trainer import ManyTrainer
 from pgsuite.nn.distributions import Reparameterized
 from pgsuite.nn.policy import Policy, PolicyOutput
+from pgsuite.rollout import StepCollector
 from pgsuite.types import Rollout, map_obs
 
 register_dataclass(Rollout)  # tracing then treats a rollout as a nest of its tensors
@@ -48,37 +51,52 @@ def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
     return Apart(Compiled(lambda *args: stack(kernel.function, *args))).__call__
 
 
-class CompiledJointActing:
+class CompiledJointActing(CompiledActing):
     """Acts for all runs through one graph, with noise that each run draws outside of it, as it would alone."""
 
     def __init__(self, collector: JointCollector) -> None:
-        self.collector, self.act = collector, collector.act
-        self.dist: Any = None  # of all runs [S, N, ...]
+        super().__init__(collector.whole)
+        self.joint, self.act = collector, collector.act
         self.draws = RowDraws(collector.env.count, 1)
-        self.choose = Compiled(lambda *args: collector.stack(self._choose, *args))
 
-    @staticmethod
-    def _choose(policy: Policy, obs: Any, hidden_state: Any, start: Any, noise: Any) -> PolicyOutput:
-        return policy.choose(obs, hidden_state, start, lambda d: d.from_noise(noise))  # pyright: ignore[reportAttributeAccessIssue]
+    def seen(self) -> tuple[Any, Any, Any]:
+        by_run = self.joint.env.count, self.joint.env.each
+        seen = super().seen()
+        return tuple(map_obs(lambda x: x.unflatten(0, by_run), x) for x in seen)  # pyright: ignore[reportReturnType]
 
-    @torch.no_grad()
-    def __call__(self, policy: Policy) -> PolicyOutput:
-        c, env = self.collector, self.collector.env
-        by_run = (env.count, env.each)
-        seen: list[Any] = [
-            map_obs(lambda x: x.unflatten(0, by_run), x) for x in (c.whole.obs, c.whole.hidden_state, c.whole.start)
-        ]
+    def distribution(self, policy: Policy) -> Any:
+        """Of all runs [S, N, ...]."""
         if self.dist is None:
-            mine = [map_obs(lambda x: x[0], x) for x in seen]
-            one = policy.distribution(policy.body.step(*mine)[0], mine[0])
-            self.dist = map_tensors(lambda x: x.expand(env.count, *x.shape).contiguous(), one)
-        if not isinstance(self.dist, Reparameterized):
-            return self.act(policy)
-        c.generators.drawing = env.running
+            obs, hidden_state, start = (map_obs(lambda x: x[0], x) for x in self.seen())
+            one = policy.distribution(policy.body.step(obs, hidden_state, start)[0], obs)
+            self.dist = map_tensors(lambda x: x.expand(self.joint.env.count, *x.shape).contiguous(), one)
+        return self.dist if isinstance(self.dist, Reparameterized) else None
+
+    def noise(self, policy: Policy) -> Tensor:
+        self.joint.generators.drawing = self.joint.env.running
         with self.draws:  # depends on the shape of the parameters only, not on their values
-            noise = self.dist.noise(c.generators)
-        found = self.choose(policy, *seen, noise)
+            return self.distribution(policy).noise(self.joint.generators)
+
+    def _choose(self, policy: Policy, obs: Any, hidden_state: Any, start: Tensor, noise: Tensor) -> PolicyOutput:
+        found: PolicyOutput = self.joint.stack(super()._choose, policy, obs, hidden_state, start, noise)
         return PolicyOutput(*(map_obs(lambda x: x.flatten(0, 1), x) for x in found))
+
+
+class CompiledJointRollout(CompiledRollout):
+    """The rollouts of all runs as one graph, while all of them go on."""
+
+    env: JointTaskEnv
+
+    def __init__(self, collector: StepCollector, env: JointTaskEnv, acting: CompiledJointActing) -> None:
+        super().__init__(collector, env, acting)
+        self.joint = acting.joint.env
+
+    def __call__(self, policy: Policy) -> Rollout:
+        if not all(self.joint.live):
+            return self.collector._collect(policy)
+        generators = self.env.generator
+        generators.drawing, generators.ahead = self.joint.running, self.collector.horizon
+        return super().__call__(policy)
 
 
 def compile_many(many: ManyTrainer) -> None:
@@ -94,6 +112,10 @@ def compile_many(many: ManyTrainer) -> None:
     for critic in many.algorithm.critics:
         if not critic.sequential:
             critic.values_and_next_values.run = apart(many.stack, critic.values_and_next_values)
-    many.collector.whole.act.run = CompiledJointActing(many.collector).__call__
+    acting, whole = CompiledJointActing(many.collector), many.collector.whole
+    whole.act.run = acting.__call__
     if isinstance(many.env, SharedTask):
-        many.env.whole.step_task.run = compiled(many.env.whole.step_task.run)
+        env = many.env.whole
+        env.step_task.run = compiled(env.step_task.run)
+        if is_one_graph(whole, env):
+            whole.collect.run = CompiledJointRollout(whole, env, acting).__call__

@@ -153,6 +153,8 @@ class RowDraws(DrawingMode):
 class JointTaskEnv(TaskEnv):
     """A task with the worlds of all runs, of which each run's start anew by its own generator."""
 
+    generator: Generators
+
     def __init__(self, task: Task, seeds: Sequence[int], **options: Any) -> None:
         super().__init__(task, **options)
         self.generator = Generators.of([seeding.generator(seed, "environment", task.device) for seed in seeds])
@@ -166,8 +168,7 @@ class JointTaskEnv(TaskEnv):
             drawing = [run and end for run, end in zip(drawing, ends, strict=True)]
         if any(drawing):
             self.generator.drawing = drawing
-            with self.draws:
-                self.task.reset(mask, self.generator)
+            super().restart(mask)
 
 
 class SharedTask(JointEnv):

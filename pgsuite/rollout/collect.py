@@ -63,8 +63,15 @@ class Collector(ABC):
         self.start = torch.ones(self.env.num_envs, dtype=torch.bool, device=self.env.device)
         self.started = True
 
-    def step(self, t: int, policy: Policy, live: Tensor) -> Tensor:
-        """Step every environment once and write the transition to row t; returns done [N]."""
+    def step(self, t: int, policy: Policy, live: Tensor) -> Rollout:
+        """Step every environment once and write the transition [N] to row t; returns the transition."""
+        row = self.transition(policy, live)
+        with phase("write"):
+            self.buffer.write(t, row)
+        return row
+
+    def transition(self, policy: Policy, live: Tensor) -> Rollout:
+        """Step every environment once; returns the transition [N]."""
         began = perf_counter()
         choice = self.act(policy)
         acted = perf_counter()
@@ -72,9 +79,9 @@ class Collector(ABC):
             step = self.env.step(choice.action)
         self.seconds["environment"] += perf_counter() - acted
         self.seconds["acting"] += acted - began
-        done = start = step.done
+        start = step.done
         if step.mask is not None:
-            live, start = live & step.mask, done | (self.start & ~step.mask)
+            live, start = live & step.mask, start | (self.start & ~step.mask)
         row = Rollout(
             obs=self.obs,
             hidden_state=self.hidden_state,
@@ -89,10 +96,8 @@ class Collector(ABC):
             extra={} if step.life_lost is None else {LIFE_LOST: step.life_lost},
             channels=step.channels or {},
         )
-        with phase("write"):
-            self.buffer.write(t, row)
         self.obs, self.hidden_state, self.start = step.obs, choice.hidden_state, start
-        return done
+        return row
 
     def _act(self, policy: Policy) -> PolicyOutput:
         """Sample an action for the current observation of each environment."""
@@ -164,5 +169,5 @@ class EpisodeCollector(Collector):
             if t and t % self.poll == 0 and not bool(live.any()):
                 self.buffer.mask_from(t)
                 break
-            live = live & ~self.step(t, policy, live)
+            live = live & ~self.step(t, policy, live).done
         return self.buffer.read()

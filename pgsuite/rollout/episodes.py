@@ -28,14 +28,15 @@ class EpisodeTracker:
     def update(self, rollout: Rollout) -> tuple[Tensor, ...]:
         """Returns, lengths and then the sums of each channel, each [T, N], in the cells where an episode finished; the
         length is zero in all others.  Nothing is read back to the host."""
-        going = (~rollout.start).double()
-        returns = accumulate(self.reward, rollout.reward.double(), going)
-        lengths = accumulate(self.length, rollout.mask, going)
-        sums = [
-            accumulate(x, rollout.channels[name].where(rollout.mask, 0.0), going) for name, x in self.channels.items()
-        ]
+        channels = [rollout.channels[name].where(rollout.mask, 0.0) for name in self.channels]
+        added = torch.stack([x.double() for x in (rollout.reward, rollout.mask, *channels)], 1)
+        sofar = [self.reward, self.length, *self.channels.values()]
+        sums = accumulate(torch.stack(sofar), added, (~rollout.start).double().unsqueeze(1))
+        for x, last in zip(sofar, sums[-1], strict=True):
+            x.copy_(last)
+        returns, lengths, *others = sums.unbind(1)
         finished = rollout.done & rollout.mask
-        return returns, lengths.where(finished, 0.0), *sums
+        return returns, lengths.where(finished, 0.0), *others
 
     def state_dict(self) -> dict[str, Any]:
         return {"reward": self.reward.clone(), "length": self.length.clone()} | {
@@ -50,9 +51,10 @@ class EpisodeTracker:
 
 
 def accumulate(sofar: Tensor, x: Tensor, going: Tensor) -> Tensor:
-    """The sums [T, N] of x [T, N] since the start of each episode, continued from ``sofar`` [N], which becomes the last
-    row.  ``going`` [T, N] is zero where an episode starts and one elsewhere."""
-    sums = torch.empty_like(going)
-    for t in range(len(going)):
-        sums[t] = sofar.mul_(going[t]).add_(x[t])
-    return sums
+    """The sums [T, ...] of x [T, ...] since the start of each episode, continued from ``sofar`` [...].  ``going``
+    [T, ...] is zero where an episode starts and one elsewhere."""
+    sums = []
+    for added, goes in zip(x.unbind(), going.unbind(), strict=True):
+        sofar = torch.addcmul(added, sofar, goes)
+        sums.append(sofar)
+    return torch.stack(sums)

@@ -34,7 +34,7 @@ class Task(ABC):
     default.  Costs, and rewards that are learned apart, are its ``channels``.
 
     So that a task can be compiled and captured, its code must not read tensors back to the host and must not make
-    shapes that depend on data, unless its back end is on the host.
+    shapes that depend on data, unless its back end is on the host; what changes from step to step must be tensors.
     """
 
     gymnasium_id: ClassVar[str] = ""  # the equivalent environment of gymnasium, if there is one

@@ -1,0 +1,182 @@
+"""Rollouts of tasks in torch as one graph, which repeats a step of policy and task without Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from torch import Generator, Tensor
+from torch.overrides import TorchFunctionMode
+
+from pgsuite.envs.task_env import TaskEnv
+from pgsuite.envs.tasks import Task
+from pgsuite.execution.loops import Loop, as_written, warn_of
+from pgsuite.functional.trust_region import map_tensors, tensors
+from pgsuite.nn.policy import Policy, PolicyOutput
+from pgsuite.rollout import Collector, StepCollector
+from pgsuite.types import Rollout, map_obs
+
+WHAT = "a rollout as a whole, and compiles its steps"
+Draw = Callable[[Generator], Tensor]
+
+
+class Acting(Protocol):
+    """Acting with random numbers that are given."""
+
+    def distribution(self, policy: Policy) -> Any:
+        """An action distribution, for the shape of its noise; None if it is not reparameterized."""
+        ...
+
+    def noise(self, policy: Policy) -> Tensor:
+        """The next random numbers."""
+        ...
+
+    def decide(self, policy: Policy, noise: Tensor) -> PolicyOutput:
+        """The decision for the current observations."""
+        ...
+
+
+def is_one_graph(collector: Collector, env: TaskEnv) -> TypeGuard[StepCollector]:
+    """Whether a collector's rollouts can be one graph: those of a task whose whole state is its tensors, on a CPU."""
+    kind = type(env.task)
+    plain = kind.state_dict is Task.state_dict and kind.load_state_dict is Task.load_state_dict
+    plain &= kind.simulate is Task.simulate and type(collector) is StepCollector
+    return plain and env.device.type == "cpu" and not env.task.on_host
+
+
+class Draws(TorchFunctionMode):
+    """Within this mode, what is drawn from a generator is noted, or taken from numbers that were drawn before."""
+
+    def __init__(self, given: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.drawn: list[tuple[Draw, Tensor]] = []  # how to draw, and what was drawn
+        self.given = None if given is None else iter(given)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if not isinstance(generator := kwargs.pop("generator", None), Generator):
+            return func(*args, **kwargs)
+        target = args[0] if args and isinstance(args[0], Tensor) else None  # as in x.uniform_(generator=...)
+        rest = args if target is None else args[1:]
+        if tensors([rest, kwargs]) or (target is not None and not func.__name__.endswith("_")):
+            raise ValueError(f"{func.__name__} draws from a distribution that depends on the state")
+        if self.given is not None:
+            found = next(self.given)
+            return found.clone() if target is None else target.copy_(found)
+        blank = () if target is None else (target.detach().clone(),)
+
+        def draw(generator: Generator) -> Tensor:
+            return func(*(x.clone() for x in blank), *rest, **kwargs, generator=generator)
+
+        self.drawn.append((draw, draw(generator)))
+        found = self.drawn[-1][1]
+        return found.clone() if target is None else target.copy_(found)
+
+
+class CompiledRollout:
+    """``StepCollector.collect`` as one graph per policy: a loop whose body is a step of the policy and of the task.
+
+    Random numbers are drawn outside of the graph, from the same generators and in the same order as by the collector.
+    If torch cannot compile the loop, steps are taken one by one, with a warning.  The graph is compiled anew when a
+    number among the task's attributes has changed since the last rollout.
+    """
+
+    def __init__(self, collector: StepCollector, env: TaskEnv, acting: Acting) -> None:
+        self.collector, self.env, self.acting = collector, env, acting
+        self.loops: dict[Any, tuple[Loop, list[Draw]]] = {}
+        self.impossible = False
+        self.live = torch.ones(env.num_envs, dtype=torch.bool)
+        self.own: Any = None  # the state, in the memory that the graphs read and write
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy) -> Rollout:
+        c = self.collector
+        if not c.started:
+            c.reset(policy)
+        key = policy, c.horizon, *self.numbers().items()
+        if not self.impossible and key not in self.loops:
+            self.compile(policy, key)
+        if self.impossible:
+            return c._collect(policy)
+        loop, draws = self.loops[key]
+        began = perf_counter()
+        first = map_obs(lambda x: x.unsqueeze(0).clone(), c.hidden_state)
+        rows = [[self.acting.noise(policy) for _ in range(c.horizon)]]
+        if draws:
+            with self.env.draws:
+                drawn = [[draw(self.env.generator) for draw in draws] for _ in range(c.horizon)]
+            rows += map(list, zip(*drawn, strict=True))
+        self.write(self.state())
+        found = loop([torch.stack(x) for x in rows])
+        self.put(map_tensors(Tensor.clone, self.own))
+        rollout = Rollout(hidden_state=first, **found)
+        c.buffer.set(rollout)
+        c.seconds["environment"] += perf_counter() - began  # and acting, in one
+        return rollout
+
+    def state(self) -> Any:
+        """Everything that a step reads and writes, beside the policy."""
+        c, env = self.collector, self.env
+        task = {name: x for name, x in vars(env.task).items() if isinstance(x, Tensor)}
+        return c.obs, c.hidden_state, c.start, env.clock, task
+
+    def put(self, state: Any) -> None:
+        """Make these tensors the state."""
+        c, env = self.collector, self.env
+        c.obs, c.hidden_state, c.start, env.clock, task = state
+        vars(env.task).update(task)
+
+    def write(self, state: Any) -> None:
+        """Copy a state to own memory."""
+        for x, new in zip(tensors(self.own), [x.clone() for x in tensors(state)], strict=True):
+            x.copy_(new)
+
+    def numbers(self) -> dict[str, Any]:
+        """The attributes of the task that a graph holds as constants."""
+        return {name: x for name, x in vars(self.env.task).items() if isinstance(x, bool | int | float | str)}
+
+    def compile(self, policy: Policy, key: Any) -> None:
+        c, env, numbers, dist = self.collector, self.env, self.numbers(), self.acting.distribution(policy)
+        before, generator = map_tensors(Tensor.clone, self.state()), env.generator.get_state()
+        attributes = dict(vars(env.task))
+        self.own = self.own or map_tensors(Tensor.clone, before)
+        self.impossible = True
+        if dist is None:
+            return
+        homes = [x.untyped_storage().data_ptr() for x in tensors(self.state()[-1]) if x.numel()]
+        try:
+            if len(set(homes)) < len(homes):
+                raise ValueError(f"attributes of {env.name} share memory")
+            noise, noted = dist.noise(Generator()), Draws()
+            self.step(policy, noise, noted)
+            if self.numbers() != numbers:
+                raise ValueError(f"a step changes an attribute of {env.name} that is not a tensor")
+            rows = [x.expand(c.horizon, *x.shape).contiguous() for x in (noise, *(x for _, x in noted.drawn))]
+            loop = Loop(lambda noise, *drawn: self.step(policy, noise, Draws(drawn[:-1])), rows, ())
+        except Exception as error:  # of whatever kind the task or a tracer raises
+            warn_of(error, WHAT)
+            return
+        finally:
+            vars(env.task).clear()
+            vars(env.task).update(attributes)
+            self.put(before)
+            env.generator.set_state(generator)
+        if loop.compiles(WHAT):
+            self.loops[key] = loop, [draw for draw, _ in noted.drawn]
+            self.impossible = False
+
+    def step(self, policy: Policy, noise: Tensor, draws: Draws) -> dict[str, Any]:
+        """A step from the state in own memory to that of after it; returns the transition."""
+        c, env = self.collector, self.env
+        around, env.draws = env.draws, draws
+        act, c.act.run = c.act.run, lambda policy: self.acting.decide(policy, noise)
+        self.put(self.own)
+        try:
+            with as_written(env.step_task):
+                row = c.transition(policy, self.live).map(Tensor.clone)
+        finally:
+            env.draws, c.act.run = around, act
+        self.write(self.state())
+        return {name: x for name, x in vars(row).items() if name != "hidden_state"}
