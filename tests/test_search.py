@@ -129,17 +129,17 @@ def test_a_callback_ends_a_run_which_goes_on_as_if_nothing_had_been(tmp_path: Pa
 
 
 def inline(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Have runs trained in this process; the overrides of each."""
+    """Have runs trained in this process; the overrides of each, those of runs at once one after the other."""
     trained: list[list[str]] = []
 
     class Executor:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
-        def submit(self, work: Callable[..., Any], overrides: list[str], *rest: Any) -> Future[Any]:
-            trained.append(overrides)
+        def submit(self, work: Callable[..., Any], commands: list[Any], *rest: Any) -> Future[Any]:
+            trained.extend(overrides for overrides, _ in commands)
             future: Future[Any] = Future()
             try:
-                future.set_result(work(overrides, *rest))
+                future.set_result(work(commands, *rest))
             except Exception as error:
                 future.set_exception(error)
             return future
@@ -175,6 +175,28 @@ def test_a_search_goes_on_with_the_trial_that_it_was_in(
     assert "best of 2 trials" in capsys.readouterr().out
     assert "another sweep.space.algo.lr" in sweep(*search, "sweep.space.algo.lr={log: [1e-3, 1e-2]}", steps=96)
     assert "cannot be given" in sweep(*search, "algo.lr=0.5", steps=96)
+
+
+def test_trials_at_once_have_their_own_settings_and_ends(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In groups, the last of which is smaller, of runs that each end as they would alone."""
+    pytest.importorskip("optuna", "4.0")
+    trained, groups = inline(monkeypatch), []
+    together = workers.train_together
+    monkeypatch.setattr(workers, "train_together", lambda commands: groups.append(len(commands)) or together(commands))
+    search = ["sweep=search", "algo=ppo", "~tuned", "~sweep/space", "sweep.space.algo.lr={log: [1e-4, 1e-2]}"]
+    search += ["sweep.space.algo.clip={choice: [0.1, 0.2]}", "algo.minibatches=2", "algo.target_kl=0.1"]
+    search += ["sweep.jobs=1", "sweep.at_once=2", "sweep.trials=3", "env.max_episode_steps=10"]
+    assert sweep(*search, steps=96) == 0
+    found = json.loads(Path("runs/search/ppo-CartPole/sweep.json").read_text())["trials"]
+    for trial in found:
+        run = pgsuite.Run(Path(f"runs/search/ppo-CartPole/trial-{trial['number']:03d}"))
+        assert run.summary["return_mean"] == trial["value"] and run.summary["steps"] == 96
+        assert run.config["algo"]["lr"] == trial["values"]["algo.lr"] and run.config["algo"]["early_stop"] == "masked"
+    assert groups == [2] and len(trained) == len(found) == 3 and len({x["values"]["algo.lr"] for x in found}) == 3
+    assert "best of 3 trials" in capsys.readouterr().out
+    assert sweep(*search, "sweep.trials=3", steps=96) == 0 and len(trained) == 3
 
 
 @pytest.mark.long
@@ -286,9 +308,11 @@ def test_a_copied_member_draws_its_own_random_numbers_once() -> None:
     assert len(reseeded) == 3
 
 
-def test_what_a_population_cannot_vary_is_refused(sweep: Any) -> None:
+def test_what_a_sweep_cannot_vary_is_refused(sweep: Any) -> None:
     message = sweep("sweep=population", "algo=ppo", "sweep.space.clip_obs={log: [1, 10]}", steps=32)
     assert "numbers of the method" in message and "sweep.space.clip_obs=null leaves it out" in message
+    message = sweep("sweep=search", "algo=ppo", "sweep.at_once=2", steps=32)
+    assert "differ in real numbers of the method alone, and sweep.space.algo.epochs is none" in message
     assert "goes without seeds=" in sweep("sweep=population", "algo=ppo", "seeds=3", steps=32)
     assert not Path("runs").exists()
 
@@ -358,11 +382,13 @@ def kill_after(folder: Path, arguments: list[str], events: int, number: int = si
     process.communicate()
 
 
-@pytest.mark.long
-def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", mostly_long([1, 2, 3]))
+def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, at_once: int) -> None:
+    """Also if its members are trained at once, in groups that are not all as large."""
     arguments = ["algo=a2c", "env=CartPole", "sweep=population", "sweep.size=3", "sweep.turns=3", "num_envs=4"]
     arguments += ["horizon=16", "total_steps=2400", "checkpoint.every=200", "evaluation.every=700"]
     arguments += ["evaluation.episodes=2"]
+    arguments += [f"sweep.at_once={at_once}"]
     for name in ("left alone", "killed"):
         (tmp_path / name).mkdir()
     finish(tmp_path / "left alone", arguments)

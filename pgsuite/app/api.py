@@ -27,6 +27,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from pgsuite import distributed
 from pgsuite.app import cli, schema
+from pgsuite.app.build import to_dict
 from pgsuite.app.evaluate import EvaluateConfig, evaluate_policy
 from pgsuite.app.policy_io import Actor, restore
 from pgsuite.app.train import Outcome, summary_of
@@ -199,6 +200,20 @@ def train_with(overrides: Sequence[str], callbacks: Sequence[Callback] = ()) -> 
         return run_training(cfg, hydra, resume_with=_resume_call, callbacks=tuple(callbacks))
 
     return _trained(overrides, work)
+
+
+def train_together(
+    commands: Sequence[tuple[Sequence[str], Sequence[Callback]]],
+) -> list[Outcome | UserError]:
+    """Train runs at once in this process, each with overrides of the command line, which give its directory, and
+    callbacks; returns how each of them ended.  Raises UserError where they cannot be trained at once."""
+    from pgsuite.app.many import run_together
+
+    runs = []
+    for overrides, callbacks in commands:
+        with composed(overrides) as (cfg, hydra):
+            runs.append((to_dict(cfg), Path(hydra.runtime.output_dir), callbacks))
+    return _trained(commands[0][0], lambda _, hydra: run_together(runs, hydra))
 
 
 def _trained(overrides: Sequence[str], work: Callable[[DictConfig, HydraConf], T]) -> T:

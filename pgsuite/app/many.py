@@ -6,7 +6,7 @@ import copy
 import itertools
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ from pgsuite.nn.layers import Convolutions
 from pgsuite.training import callbacks, checkpoint
 from pgsuite.training.recovery import Recovery
 from pgsuite.training.run_lock import RunLock
+from pgsuite.training.trainer import Callback
 from pgsuite.trust import sign
 
 # Settings of how a method computes, not of what: the only choice that several runs can make together.
@@ -66,24 +67,69 @@ def run_many(cfg: DictConfig, hydra: HydraConf) -> list[Outcome]:
     made = Path(hydra.runtime.output_dir)
     with ExitStack() as stack:
         stack.callback(remove_empty, made, *made.parents[:2])  # Hydra created it; the runs have their own
-        return _run_many(cfg, hydra, stack)
-
-
-def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outcome]:
-    recipes.refuse_unknown(hydra)
-    console = callbacks.console()
-    say: Callable[[str], None] = console.print
-    whole = to_dict(cfg)
-    for name, value in TOGETHER.items():
-        without_effect = name == "early_stop" and whole["algo"].get("target_kl") is None
-        if whole["algo"].get(name, value) != value and not without_effect:
+        recipes.refuse_unknown(hydra)
+        say: Callable[[str], None] = callbacks.console().print
+        whole = to_dict(cfg)
+        for name, value in how_together(whole).items():
             whole["algo"][name] = value
             say(f"algo.{name}={value}, which gives the same results, for runs at once")
-    configs = expanded(whole)
-    runs = [parse_run_config(config) for config, _ in configs]
-    _refuse(runs[0])
-    places = _places(hydra, configs, stack, say)
-    folders, labels = [place.folder for place in places], [label for _, label in configs]
+        configs = expanded(whole)
+        runs = [parse_run_config(config) for config, _ in configs]
+        _refuse(runs[0])
+        members = [
+            Member(run, config, label, _place(hydra, config, label, f"-s{runs[0].seed}", stack, say))
+            for run, (config, label) in zip(runs, configs, strict=True)
+        ]
+        outcomes = _train(hydra, whole, members, say)
+    if failed := [(x.label, why) for x, why in zip(members, outcomes, strict=True) if isinstance(why, UserError)]:
+        raise UserError("; ".join(f"{label} ended: {error}" for label, error in failed))
+    return [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+
+
+def run_together(
+    runs: Sequence[tuple[dict[str, Any], Path, Sequence[Callback]]], hydra: HydraConf
+) -> list[Outcome | UserError]:
+    """Train runs at once whose settings differ in numbers of the method, each in its directory and with callbacks of
+    its own; returns how each of them ended.  ``hydra`` is the node of the first.  Raises UserError where they cannot be
+    trained at once."""
+    say: Callable[[str], None] = callbacks.console().print
+    with ExitStack() as stack:
+        parsed = [parse_run_config(config) for config, *_ in runs]
+        _refuse(parsed[0])
+        members = []
+        for run, (config, folder, parts) in zip(parsed, runs, strict=True):
+            lock = RunLock()
+            stack.callback(_leave, folder, lock)
+            members.append(Member(run, config, folder.name, _held(hydra, config, folder, lock, say), parts))
+        return _train(hydra, runs[0][0], members, say)
+
+
+@dataclass
+class Member:
+    """One of several runs."""
+
+    run: Run
+    config: dict[str, Any]
+    label: str
+    place: Place
+    parts: Sequence[Callback] = ()  # in addition to those of the configuration
+
+
+def how_together(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the method that runs at once must have, and do not have."""
+    algo = config["algo"]
+    without_effect = {"early_stop"} if algo.get("target_kl") is None else set()
+    return {
+        name: value for name, value in TOGETHER.items() if algo.get(name, value) != value and name not in without_effect
+    }
+
+
+def _train(
+    hydra: HydraConf, whole: dict[str, Any], members: list[Member], say: Callable[[str], None]
+) -> list[Outcome | UserError]:
+    """Train runs in the directories that they hold; returns how each ended."""
+    console = callbacks.console()
+    places, labels, runs = [x.place for x in members], [x.label for x in members], [x.run for x in members]
     if all(place.is_finished(run.total_steps) for place, run in zip(places, runs, strict=True)):
         say(f"{counted(len(runs), 'run')} at once: all steps are made")
         return [Outcome(place.folder, place.steps) for place in places]
@@ -93,11 +139,12 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     given = [override.lstrip("+").partition("=")[0] for override in hydra.overrides.task]
     refuse_unused(runs[0], many.algorithm, given)
     env, trainers = many.env, many.trainers
-    for trainer, run, (config, label), place in zip(trainers, runs, configs, places, strict=True):
+    for trainer, run, member in zip(trainers, runs, members, strict=True):
 
-        def tell(line: str, label: str = label) -> None:
+        def tell(line: str, label: str = member.label) -> None:
             say(f"{label}: {line}")
 
+        place, config = member.place, member.config
         folder, before = place.folder, place.before
         choices = before.state["choices"] if before else dict(hydra.runtime.choices)
         config = config | {"resume": None, "trust": False}
@@ -111,7 +158,7 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
             there = set(folder.iterdir())
             try:
                 begun = before.steps if before else None
-                found = recorders(trainer, run, place.lock, folder, facts, begun, console)
+                found = recorders(trainer, run, place.lock, folder, facts, begun, console, member.parts)
             except UserError:
                 if before is None:
                     for path in set(folder.iterdir()) - there:
@@ -124,8 +171,7 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
     many.progress = callbacks.ProgressBar(console)
     for line in (*describe(trainers[0], runs[0]), recipe_line(hydra, dict(hydra.runtime.choices))):
         say(line)
-    labels = ", ".join(label for _, label in configs[:3]) + ", ..." * (len(configs) > 3)
-    say(f"{counted(len(runs), 'run')} at once: {labels}")
+    say(f"{counted(len(runs), 'run')} at once: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}")
     with answering_signals(many):
         try:
             many.fit()
@@ -134,25 +180,24 @@ def _run_many(cfg: DictConfig, hydra: HydraConf, stack: ExitStack) -> list[Outco
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
-    for trainer, folder in zip(trainers, folders, strict=True):
+    for trainer, place in zip(trainers, places, strict=True):
         if trainer.ended_early and trainer.steps < trainer.total_steps:
-            way = f"go on with: {command('train')} resume={short(folder)}"
+            way = f"go on with: {command('train')} resume={short(place.folder)}"
             say(f"{trainer.ended_early} at {trainer.steps:,} steps, saved; {way}")
     if many.stop and any(trainer.steps < trainer.total_steps for trainer in trainers):
         reached = f"{signal.Signals(many.stop).name} at {many.steps:,} steps of {counted(len(runs), 'run')}, saved"
         say(f"{reached}; go on with the same command and resume=auto")
     returns = [trainer.return_mean for trainer in trainers if trainer.steps >= trainer.total_steps]
     if returns:
-        seconds = many.seconds["total"]
+        seconds, home = many.seconds["total"], short(places[0].folder.parent)
         say(
             f"return {fmean(returns):,.1f} +- {pstdev(returns):,.1f} over {counted(len(returns), 'run')} | "
-            f"{many.steps:,} steps in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {short(folders[0].parent)}"
+            f"{many.steps:,} steps in {seconds:,.1f} s ({many.steps / seconds:,.0f}/s) | {home}"
         )
-    if many.failures:
-        raise UserError("; ".join(f"{configs[s][1]} ended: {error}" for s, error in many.failures.items()))
     return [
-        Outcome(folder, x.steps, 0 if x.ended_early or x.steps >= x.total_steps else many.stop, x.ended_early)
-        for x, folder in zip(trainers, folders, strict=True)
+        many.failures.get(s)
+        or Outcome(place.folder, x.steps, 0 if x.ended_early or x.steps >= x.total_steps else many.stop, x.ended_early)
+        for s, (x, place) in enumerate(zip(trainers, places, strict=True))
     ]
 
 
@@ -287,25 +332,28 @@ class Place:
         return self.steps >= total_steps and finished(self.folder)
 
 
-def _places(
-    hydra: HydraConf, configs: list[tuple[dict[str, Any], str]], stack: ExitStack, say: Callable[[str], None]
-) -> list[Place]:
-    """Make and hold the directory of each run: beside the one that is named by the time, or within the given one.  With
-    ``resume=auto`` it is that of the newest run with equal settings; how far each of them is may differ."""
-    home, first = Path(hydra.runtime.output_dir), f"-s{configs[0][0]['seed']}"
-    found = []
-    for config, label in configs:
-        lock, folder = RunLock(), home if named_by_time(hydra) else home / label
-        before = newest_like(config, hydra, folder, lock, say) if config["resume"] == "auto" else None
-        if before is not None:
-            folder = before.folder
-        elif named_by_time(hydra):
-            head, _, tail = home.name.rpartition(first)
-            folder = lock.claim(home.parent / f"{head}-{label}{tail}")
-        else:
-            lock.take(folder)
-            if holds_another(folder, config):
-                raise UserError(f"{folder} already holds a run: go on with resume=auto, or give another hydra.run.dir=")
-        stack.callback(_leave, folder, lock)
-        found.append(Place(folder, lock, before))
-    return found
+def _place(
+    hydra: HydraConf, config: dict[str, Any], label: str, first: str, stack: ExitStack, say: Callable[[str], None]
+) -> Place:
+    """Make and hold the directory of one of several runs: beside the one that is named by the time, whose name has the
+    seed of the ``first`` run, or within the given one.  With ``resume=auto`` it is that of the newest run with equal
+    settings."""
+    home, lock = Path(hydra.runtime.output_dir), RunLock()
+    place = _held(hydra, config, home if named_by_time(hydra) else home / label, lock, say)
+    if place.before is None and named_by_time(hydra):
+        head, _, tail = home.name.rpartition(first)
+        place.folder = lock.claim(home.parent / f"{head}-{label}{tail}")
+    stack.callback(_leave, place.folder, lock)
+    return place
+
+
+def _held(hydra: HydraConf, config: dict[str, Any], folder: Path, lock: RunLock, say: Callable[[str], None]) -> Place:
+    """Hold the directory of a run, which is to be resumed if there is one with equal settings and ``resume=auto``."""
+    before = newest_like(config, hydra, folder, lock, say) if config["resume"] == "auto" else None
+    if before is not None:
+        return Place(before.folder, lock, before)
+    if not named_by_time(hydra):
+        lock.take(folder)
+        if holds_another(folder, config):
+            raise UserError(f"{folder} already holds a run: go on with resume=auto, or give another hydra.run.dir=")
+    return Place(folder, lock)

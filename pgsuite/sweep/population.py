@@ -26,7 +26,7 @@ from pgsuite.app.train import Outcome, remove_empty, short
 from pgsuite.errors import UserError, command, counted
 from pgsuite.settings import Fraction, Range
 from pgsuite.sweep.search import spelled
-from pgsuite.sweep.workers import ASKED, Plan, Pool, SettingsSweep, first
+from pgsuite.sweep.workers import ASKED, Ended, Job, Plan, Pool, SettingsSweep, first
 from pgsuite.training import checkpoint
 from pgsuite.training.run_lock import CONFIG
 from pgsuite.training.trainer import Callback, Report, Trainer
@@ -78,7 +78,8 @@ class Population(SettingsSweep):
                     f"a population varies numbers of the method while it trains, and sweep.space.{name} is none: "
                     f"sweep.space.{name}=null leaves it out"
                 )
-        own = {f"sweep.{name}": getattr(self, name) for name in ("size", "turns", "exploit", "resample", "factor")}
+        names = ("size", "turns", "exploit", "resample", "factor", "at_once")
+        own = {f"sweep.{name}": getattr(self, name) for name in names}
         record = plan.record("population", **own)
         turns: list[list[dict[str, Any]]] = record.setdefault("turns", [])
         if turns:
@@ -135,19 +136,21 @@ class Population(SettingsSweep):
         for earlier in range(turn):  # all that continues from them has been copied
             _reduce(_folder(plan, earlier, 0).parent)
         waiting = [i for i, member in enumerate(members) if "return" not in member]
-        going: dict[Future[Outcome], int] = {}
+        going: dict[Future[list[Ended]], list[int]] = {}
         while True:
             while waiting and len(going) < self.jobs and not pool.asked:
-                i = waiting.pop(0)
-                folder, member = _folder(plan, turn, i), members[i]
-                folder.parent.mkdir(exist_ok=True)
-                apart = 0 if member["from"] in (None, i) else i + 1
-                part = Turn(begin=begins[i], end=steps * (turn + 1) // self.turns, apart=apart)
-                going[pool.submit(_seeded(plan, i), folder, member["values"], [part])] = i
+                chosen, waiting = waiting[: self.at_once], waiting[self.at_once :]
+                jobs = []
+                for i in chosen:
+                    folder, member = _folder(plan, turn, i), members[i]
+                    folder.parent.mkdir(exist_ok=True)
+                    apart = 0 if member["from"] in (None, i) else i + 1
+                    part = Turn(begin=begins[i], end=steps * (turn + 1) // self.turns, apart=apart)
+                    jobs.append(Job(_seeded(plan, i), folder, member["values"], [part]))
+                going[pool.submit(jobs)] = chosen
             if not going:
                 break
-            for future, outcome in first(going):
-                i = going.pop(future)
+            for i, outcome in first(going):
                 if isinstance(outcome, Outcome) and (outcome.stopped or outcome.ended_early == ASKED):
                     continue
                 member = members[i]
@@ -157,9 +160,9 @@ class Population(SettingsSweep):
                 else:
                     member["return"] = None
                     how = f"failed: {outcome}"
-                plan.write(record)
                 lineage = f" from {member['from']}" if member["from"] not in (None, i) else ""
                 plan.say(f"turn {turn + 1} of {self.turns}, member {i}{lineage}: {how} | {spelled(member['values'])}")
+            plan.write(record)  # of runs at once together, so that they go on together
 
     def _conclude(self, members: list[dict[str, Any]], plan: Plan) -> float | None:
         done = [i for i, member in enumerate(members) if member["return"] is not None]

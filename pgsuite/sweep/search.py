@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pgsuite import seeding
 from pgsuite.app.recipes import written
-from pgsuite.app.train import Outcome, objective, short
+from pgsuite.app.train import objective, short
 from pgsuite.errors import UserError, command, counted, install
 from pgsuite.settings import Count, Fraction, Natural
 from pgsuite.sweep.space import Dimension
-from pgsuite.sweep.workers import ASKED, Plan, Pool, SettingsSweep, first
+from pgsuite.sweep.workers import ASKED, Ended, Job, Plan, Pool, SettingsSweep, first
 from pgsuite.training.callbacks import Evaluate
 from pgsuite.training.trainer import Callback, Report, Trainer
 
@@ -127,19 +127,19 @@ class Search(SettingsSweep):
             ended = len(begun) - len(left)
             plan.say(f"{ended} of {counted(count, 'trial')} ended, {len(left)} to go on where they were")
         failures: list[str] = []
-        going: dict[Future[Outcome], int] = {}
+        going: dict[Future[list[Ended]], list[int]] = {}
         asked = len(begun)
         while True:
             while not pool.asked and len(going) < self.jobs and (left or asked < count):
-                if left:
-                    number = left.pop(0)
-                else:
-                    number, asked = self._ask(study, plan), asked + 1
-                going[self._submit(study, number, plan, pool)] = number
+                numbers, left = left[: self.at_once], left[self.at_once :]
+                while len(numbers) < self.at_once and asked < count:
+                    numbers.append(self._ask(study, plan))
+                    asked += 1
+                going[pool.submit([self._job(study, number, plan) for number in numbers])] = numbers
             if not going:
                 break
-            for future, outcome in first(going):
-                self._tell(study, going.pop(future), outcome, plan)
+            for number, outcome in first(going):
+                self._tell(study, number, outcome, plan)
                 plan.write(record | self._told(study, plan))
                 failures += [outcome] if isinstance(outcome, str) else []
             ended = [t for t in study.trials if t.state.is_finished()]
@@ -162,12 +162,12 @@ class Search(SettingsSweep):
         except ImportError as error:
             raise UserError(f"sweep.sampler=cmaes needs cmaes: {install('search')}") from error
 
-    def _submit(self, study: Any, number: int, plan: Plan, pool: Pool) -> Future[Outcome]:
+    def _job(self, study: Any, number: int, plan: Plan) -> Job:
         folder = plan.folder / f"trial-{number:03d}"
         prune = Prune(folder=plan.folder, number=number, pruning=self.pruning, warmup=self.warmup, startup=self.startup)
-        return pool.submit(plan, folder, _values(study.trials[number], plan), [prune])
+        return Job(plan, folder, _values(study.trials[number], plan), [prune])
 
-    def _tell(self, study: Any, number: int, outcome: Outcome | str, plan: Plan) -> None:
+    def _tell(self, study: Any, number: int, outcome: Ended, plan: Plan) -> None:
         """Tell the study how a trial ended, and print it.  A trial that was asked to stop has not ended."""
         trial, states = study.trials[number], load_optuna().trial.TrialState
         if isinstance(outcome, str):

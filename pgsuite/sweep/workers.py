@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pgsuite.app.api import override, train_with
+from pgsuite.app.api import override, train_together, train_with
+from pgsuite.app.many import how_together
 from pgsuite.app.recipes import flat
 from pgsuite.app.resume import identity
 from pgsuite.app.sweeps import Command, Sweep, cores_each
@@ -30,6 +31,7 @@ from pgsuite.training import callbacks
 from pgsuite.training.run_lock import RunLock
 from pgsuite.training.trainer import Callback, Report, Trainer
 
+Ended = Outcome | str  # how a run ended: with its outcome, or why it failed
 RECORD = "sweep.json"  # by which the directory of a search or a population is known
 ASKED = "asked to stop"
 
@@ -80,6 +82,16 @@ class Plan:
         write_text(self.folder / RECORD, json.dumps(record) + "\n")
 
 
+@dataclass
+class Job:
+    """A run of a sweep."""
+
+    plan: Plan
+    folder: Path
+    values: dict[str, Any]  # of what varies
+    parts: Sequence[Callback]
+
+
 class Pool:
     """Worker processes, which end at once when this process does, however it ends."""
 
@@ -98,38 +110,44 @@ class Pool:
         self.number = number
         self.event.set()
 
-    def submit(self, plan: Plan, folder: Path, values: dict[str, Any], parts: Sequence[Callback]) -> Future[Outcome]:
-        """Have a run trained in a directory, from its last checkpoint if it has one, with these values of what varies;
-        what it prints is in a file beside the directory."""
-        overrides = [*plan.given(values), *plan.threads, override("hydra.run.dir", str(folder)), "resume=auto"]
-        return self.executor.submit(train_one, overrides, folder.with_suffix(".log"), list(parts))
+    def submit(self, jobs: Sequence[Job]) -> Future[list[Ended]]:
+        """Have runs trained, at once if they are several, each from its last checkpoint if it has one; what they print
+        is in a file beside the directory of the first."""
+        given = []
+        for job in jobs:
+            own = [override("hydra.run.dir", str(job.folder)), "resume=auto"]
+            given.append(([*job.plan.given(job.values), *job.plan.threads, *own], list(job.parts)))
+        return self.executor.submit(train, given, jobs[0].folder.with_suffix(".log"))
 
     def close(self) -> None:
         self.event.set()
         self.executor.shutdown(cancel_futures=True)
 
 
-def first(futures: Iterable[Future[Outcome]]) -> list[tuple[Future[Outcome], Outcome | str]]:
-    """Those that are done, of which there is at least one: with their outcome, or why they failed.  Raises UserError if
-    a worker process was lost."""
-    found: list[tuple[Future[Outcome], Outcome | str]] = []
-    for future in wait(list(futures), return_when=FIRST_COMPLETED).done:
+def first(going: dict[Future[list[Ended]], list[int]]) -> list[tuple[int, Ended]]:
+    """Take from ``going`` what is done, of which there is at least one: the numbers of runs, each with its outcome, or
+    why it failed.  Raises UserError if a worker process was lost."""
+    found: list[tuple[int, Ended]] = []
+    for future in wait(list(going), return_when=FIRST_COMPLETED).done:
+        numbers = going.pop(future)
         try:
-            found.append((future, future.result()))
+            found += zip(numbers, future.result(), strict=True)
         except BrokenProcessPool as error:
             why = "a worker process was lost, perhaps for want of memory"
             raise UserError(f"{why}: the same command goes on, also with another sweep.jobs=") from error
         except UserError as error:
-            found.append((future, str(error)))
+            found += [(number, str(error)) for number in numbers]
         except Exception as error:
-            found.append((future, reason(error)))
+            found += [(number, reason(error)) for number in numbers]
     return found
 
 
-def train_one(overrides: Sequence[str], log: Path, parts: Sequence[Callback]) -> Outcome:
-    """Train one run in this process, and print to a file."""
+def train(commands: Sequence[tuple[list[str], list[Callback]]], log: Path) -> list[Ended]:
+    """Train runs in this process, and print to a file."""
+    commands = [(overrides, [*parts, StopIfAsked()]) for overrides, parts in commands]
     with log.open("a") as file, redirect_stdout(file):
-        return train_with(overrides, [*parts, StopIfAsked()])
+        outcomes = train_together(commands) if len(commands) > 1 else [train_with(*commands[0])]
+    return [str(x) if isinstance(x, UserError) else x for x in outcomes]
 
 
 _event: Any = None  # in a worker, set when the sweep was asked to stop
@@ -163,7 +181,8 @@ def _end_with_parent() -> None:
 class SettingsSweep(Sweep):
     """A sweep over ranges of settings."""
 
-    jobs: Count = 2  # runs at a time, each in a process
+    jobs: Count = 2  # processes at a time
+    at_once: Count = 1  # runs that a process trains at once, as seeds=16 does; of these, only numbers may vary
     space: dict[str, Any] = field(
         default_factory=dict
     )  # ranges of settings, as sweep.space.algo.lr={log: [1e-5, 1e-2]}
@@ -186,6 +205,15 @@ class SettingsSweep(Sweep):
             is_schedule = isinstance(flat(config)[name], dict)  # whose form is given, and its size varied
             if not is_schedule and any(x.lstrip("+~").partition("=")[0] == name for x in given):
                 raise UserError(f"{name} is varied, so it cannot be given: leave it out, or sweep.space.{name}=null")
+        if self.at_once > 1:
+            for name, x in plan.space.items():
+                is_number = x.kind in ("uniform", "log") or all(isinstance(value, float) for value in x.values)
+                if not (is_number and name.startswith("algo.")):
+                    raise UserError(
+                        f"sweep.at_once={self.at_once} trains runs at once, which differ in real numbers of the method "
+                        f"alone, and sweep.space.{name} is none: sweep.space.{name}=null leaves it out"
+                    )
+            plan.overrides += [f"algo.{name}={value}" for name, value in how_together(config).items()]
         lock = RunLock()
         lock.take(plan.folder)
         try:
