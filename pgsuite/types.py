@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,14 +83,6 @@ class Experience:
     def __getitem__(self, index: Any) -> Self:
         return self.map(lambda x: x[index])
 
-    def pieces(self, count: int, dim: int) -> list[Self]:
-        """Up to ``count`` consecutive parts along a dimension, which differ in size by at most one; views."""
-        if count == 1:
-            return [self]
-        size = leaves(getattr(self, fields(self)[0].name))[0].shape[dim]
-        bounds = torch.arange(size).tensor_split(min(count, size))
-        return [self.map(lambda x, i=i: x.narrow(dim, int(i[0]), len(i))) for i in bounds]
-
 
 @dataclass(frozen=True)
 class Rollout(Experience):
@@ -145,6 +137,9 @@ class Batch(Experience):
         logp, value, advantage, target = (x.where(r.mask, 0.0) for x in (r.logp, value, advantage, target))
         channels = {name: x["advantage"].where(r.mask, 0.0) for name, x in r.estimates.items()}
         return cls(r.obs, r.hidden_state, r.start, r.action, logp, value, advantage, target, r.mask, r.extra, channels)
+
+
+Cells = TypeVar("Cells", bound=Rollout | Batch)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

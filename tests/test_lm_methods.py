@@ -14,9 +14,11 @@ from toys import mostly_long
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
 from pgsuite.algorithms.estimators import GRPO, RLOO, MonteCarlo
 from pgsuite.functional import objectives, trust_region
+from pgsuite.nn.policy import log_prob
 from pgsuite.nn.stateless import functional_in_parameters
 from pgsuite.rlhf.env import LanguageEnv
 from pgsuite.rlhf.generation import Generated
+from pgsuite.rlhf.policy import PROMPT, REAL
 from pgsuite.types import Rollout, masked_mean
 
 RESPONSES = ["", "a", "b", "aa", "ab", "ba", "bb"]
@@ -361,3 +363,30 @@ def test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory(way: s
     same = metrics.keys() - ({"entropy"} if way == "reinforce" else set())
     assert all(torch.allclose(metrics[name], others[name], atol=1e-8) for name in same)
     assert max(wide) == 32 and (way == "npg" or max(narrow) <= 11)
+
+
+def test_pieces_are_of_similar_lengths_and_have_no_padding_that_none_needs() -> None:
+    """Every real cell is in one of them, with its text."""
+    env = world(32, samples=4)
+    algorithm = build(A2C, env)
+    r = collector(env).collect(algorithm.policy)
+    body, whole = algorithm.policy.body, len(r.mask) + r.hidden_state[PROMPT].shape[-1]
+    lengths = r.mask.sum(0) + r.hidden_state[REAL][0].sum(-1)
+    assert len(set(lengths.tolist())) > 4
+    parts = body.pieces(r, 4)
+    assert sorted(i for index, _ in parts for i in index.tolist()) == list(range(32))
+    least, cells = 0, 0
+    for index, part in parts:
+        rows, texts = len(part.mask), torch.cat([part.hidden_state[PROMPT][0].T, part.obs])
+        assert part.mask[-1].any() and part.hidden_state[REAL][0, :, 0].any()
+        assert least <= lengths[index].min() and (least := int(lengths[index].max()))
+        assert torch.equal(part.action, r.action[:rows, index]) and not r.mask[rows:, index].any()
+        before = torch.cat([r.hidden_state[PROMPT][0].T, r.obs])[-len(r.mask) - len(texts) + rows :][: len(texts)]
+        assert torch.equal(texts, before[:, index])
+        cells += texts.numel()
+    assert cells < whole * 32
+    assert algorithm.host_sync_reason is None
+    algorithm.micro_batches = 4
+    assert algorithm.host_sync_reason and "reads the lengths" in algorithm.host_sync_reason
+    logp = log_prob(algorithm.policy, r, 4)
+    assert logp.shape == r.logp.shape and torch.allclose(logp[r.mask], r.logp[r.mask], atol=1e-5)

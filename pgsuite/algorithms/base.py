@@ -204,7 +204,8 @@ class Algorithm(Scheduled, ABC):
     @property
     def host_sync_reason(self) -> str | None:
         """Why an update reads from the device, and the setting that avoids it; None if it does not."""
-        return next(filter(None, (optimizer.host_sync_reason for optimizer in self.optimizers)), None)
+        pieces = self.policy.body.pieces_sync_reason if self.micro_batches > 1 else None
+        return pieces or next(filter(None, (optimizer.host_sync_reason for optimizer in self.optimizers)), None)
 
     @property
     def scheduled(self) -> dict[str, Scheduled]:
@@ -237,8 +238,7 @@ class Algorithm(Scheduled, ABC):
         if self.micro_batches == 1:
             return optimizer.step(objective, *seen)
         *others, batch = seen
-        axis = batch.logp.ndim - 1  # columns of [T, N], cells of [B]
-        pieces = batch.pieces(self.micro_batches, axis)
+        pieces = [part for _, part in self.policy.body.pieces(batch, self.micro_batches)]
         sizes = [x.mask.sum() if mean == "cells" else torch.ones_like(x.mask[0]).sum() for x in pieces]
         size = distributed.mean(torch.stack(sizes).to(batch.logp.dtype))
         weights = (size / size.sum().clamp(min=1.0)).unbind()

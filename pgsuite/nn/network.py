@@ -15,7 +15,7 @@ from pgsuite.nn.layers import BLOCKS, Block, Convolutions, Joined, Norm, linear
 from pgsuite.nn.memory_transformer import WindowTransformer
 from pgsuite.nn.normalize import Standardize, is_image
 from pgsuite.nn.recurrent import RECURRENCES, Memory
-from pgsuite.types import ACTION_MASK, PRIVILEGED, HiddenState, Obs, Rollout, leaves, map_obs
+from pgsuite.types import ACTION_MASK, PRIVILEGED, Cells, HiddenState, Obs, Rollout, leaves, map_obs
 
 
 class PolicyInput(Protocol):
@@ -62,6 +62,7 @@ class Body(nn.Module):
 
     sequential = False  # whether its input must be complete columns [T, N] in time order
     carries = False  # whether its hidden state persists from one rollout to the next
+    pieces_sync_reason: str | None = None  # what ``pieces`` reads back to the host, and the setting that avoids it
 
     def __init__(self, obs_norm: Standardize, name: str, size: int, shape: str = "") -> None:
         super().__init__()
@@ -87,6 +88,16 @@ class Body(nn.Module):
             features.append(row)
             after.append(state[self.name])
         return torch.stack(features), {self.name: torch.stack(after)}
+
+    def pieces(self, seen: Cells, count: int) -> list[tuple[Tensor, Cells]]:
+        """Up to ``count`` parts of the columns of [T, N] cells, or of [B] cells, each with their indices.  A part may
+        lack last rows that are masked in all of its columns."""
+        dim, size, found = seen.logp.ndim - 1, seen.logp.shape[-1], []
+        for index in torch.arange(size).tensor_split(min(count, size)):
+            first, length = int(index[0]), len(index)
+            part = seen.map(lambda x, first=first, length=length: x.narrow(dim, first, length))
+            found.append((index.to(seen.logp.device), part))
+        return found
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         """Features [..., size] of single observations [..., *O], each with a hidden state before it, and the hidden

@@ -113,9 +113,17 @@ class Policy(Network):
 
 
 def log_prob(policy: Policy, seen: Rollout | Batch, pieces: int = 1) -> Tensor:
-    """Log-probabilities [...] of the actions, computed for so many parts of the columns one after the other."""
-    found = [policy.dist(part).log_prob(part.action) for part in seen.pieces(pieces, seen.logp.ndim - 1)]
-    return found[0] if pieces == 1 else torch.cat(found, -1)
+    """Log-probabilities [...] of the actions, computed for so many parts of the columns one after the other; those of
+    masked cells are of no meaning."""
+    if pieces == 1:
+        return policy.dist(seen).log_prob(seen.action)
+    order, found = [], []
+    for index, part in policy.body.pieces(seen, pieces):
+        logp = policy.dist(part).log_prob(part.action)
+        missing = len(seen.logp) - len(logp) if logp.ndim > 1 else 0
+        order.append(index)
+        found.append(nn.functional.pad(logp, (0, 0, 0, missing)) if missing else logp)
+    return torch.cat(found, -1).index_select(-1, torch.cat(order).argsort())
 
 
 class PastPolicy:

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,7 +27,7 @@ from pgsuite.nn.policy import Policy
 from pgsuite.nn.transformer import SEEN, Transformer, look
 from pgsuite.nn.transformer import LanguageModel as TrainedModel
 from pgsuite.settings import Natural, Positive, Range
-from pgsuite.types import HiddenState, Obs, Rollout
+from pgsuite.types import Cells, HiddenState, Obs, Rollout
 
 FILE = "model.pt"  # in a directory that scripts/pretrain.py wrote
 ADAPTER = "lora_"  # in the names of adapters
@@ -46,6 +46,7 @@ class TokenBody(Body):
     """
 
     sequential = True
+    pieces_sync_reason = "algo.micro_batches reads the lengths of texts, to put similar ones together: give 1"
 
     def __init__(self, transformer: Transformer | Pretrained, obs_norm: Standardize, name: str = "policy") -> None:
         super().__init__(obs_norm, name, transformer.size, transformer.shape)
@@ -58,6 +59,22 @@ class TokenBody(Body):
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         tokens, real = whole_texts(seen.obs, started(seen.start), seen.hidden_state)
         return self.features(tokens, real)[-len(seen.obs) :], {}
+
+    def pieces(self, seen: Cells, count: int) -> list[tuple[Tensor, Cells]]:
+        """As of other bodies, of texts of similar lengths, each part only as wide and as high as its longest prompt and
+        response: padding is then computed for few of them.  Reads the lengths from the device."""
+        first = {name: x[:1] for name, x in seen.hidden_state.items()}
+        length = seen.mask.sum(0) + (first[REAL][0].sum(-1) if REAL in first else 0)
+        found = []
+        for index in length.argsort().tensor_split(min(count, len(length))):
+            part = replace(seen, hidden_state=first).map(lambda x, index=index: x.index_select(1, index))
+            rows = int((part.mask.any(1) * torch.arange(1, len(part.mask) + 1, device=index.device)).max())
+            part = part[: max(1, rows)]
+            if PROMPT in first:
+                padding = int((part.hidden_state[REAL].any(1).cumsum(-1) == 0).sum())
+                part = replace(part, hidden_state={name: x[..., padding:] for name, x in part.hidden_state.items()})
+            found.append((index, part))
+        return found
 
     def step(self, obs: Obs, hidden_state: HiddenState, start: Tensor) -> tuple[Tensor, HiddenState]:
         cache = {key.removeprefix(f"{self.name}."): x for key, x in hidden_state.items()}
