@@ -809,8 +809,8 @@ MUTATIONS = [
     fault(
         "the minibatches of the graph of an epoch are not drawn from the generator of the run",
         "execution/loops.py",
-        "columns=a.sequential, generator=a.generator)",
-        "columns=a.sequential)",
+        "partition(size, parts, device, self.algorithm.generator)",
+        "partition(size, parts, device)",
         "execution::test_the_steps_of_an_epoch_are_one_graph[False]",
     ),
     fault(

@@ -49,7 +49,7 @@ class CompiledFit:
         exclusive: Callable[[], None] = lambda: None,
         over: Callable[..., Any] = lambda function, *args: function(*args),
     ) -> None:
-        self.algorithm, self.exclusive, self.over = algorithm, exclusive, over
+        self.algorithm, self.exclusive, self.over, self.columns = algorithm, exclusive, over, algorithm.sequential
         self.loops: dict[Any, Loop | None] = {}
         self.call: Callable[..., Metrics] = self._call  # with the tensors of all runs
 
@@ -93,26 +93,26 @@ class CompiledFit:
     def indices(self, batch: Batch, epochs: int, parts: int) -> Tensor:
         """The indices of each minibatch, in the order of the steps [epochs parts, ...]; without meaning for one part,
         which is the whole batch."""
-        a, device = self.algorithm, batch.logp.device
+        device, columns = batch.logp.device, self.columns
         if parts == 1:
             return torch.zeros(epochs, 1, dtype=torch.long, device=device)
 
-        def draw(batch: Batch) -> Tensor:
-            horizon, num_envs = batch.logp.shape
-            check_split(horizon, num_envs, parts, columns=a.sequential)
-            cells = batch if a.sequential else batch.map(lambda x: x.flatten(0, 1))
-            drawn = [partition(cells, parts, columns=a.sequential, generator=a.generator) for _ in range(epochs)]
+        def draw(logp: Tensor) -> Tensor:
+            horizon, num_envs = logp.shape
+            check_split(horizon, num_envs, parts, columns=columns)
+            size = num_envs if columns else horizon * num_envs
+            drawn = [partition(size, parts, device, self.algorithm.generator) for _ in range(epochs)]
             return torch.stack([index for each in drawn for index in each], -2)
 
-        found = self.over(draw, batch)
+        found = self.over(draw, batch.logp)
         return found.movedim(-2, 0).contiguous()
 
     def step(
         self, optimizer: Optimizer, objective: Objective, given: Sequence[Any], batch: Batch, index: Tensor | None
     ) -> Metrics:
         a = self.algorithm
-        batch = batch if a.sequential else batch.map(lambda x: x.flatten(0, 1))
-        part = batch if index is None else select(batch, index, columns=a.sequential)
+        batch = batch if self.columns else batch.map(lambda x: x.flatten(0, 1))
+        part = batch if index is None else select(batch, index, columns=self.columns)
         return a.gradient_step(optimizer, objective, *given, a.prepared(part))
 
 

@@ -30,15 +30,13 @@ def minibatches(batch: Batch, count: int, *, columns: bool, generator: Generator
     if count == 1:
         yield batch
         return
-    for index in partition(batch, count, columns=columns, generator=generator):
+    for index in partition(batch.logp.shape[int(columns)], count, batch.logp.device, generator):
         yield select(batch, index, columns=columns)
 
 
-def partition(batch: Batch, count: int, *, columns: bool, generator: Generator | None = None) -> Sequence[Tensor]:
-    """The indices of the cells [B] of ``count`` random minibatches, or of the columns of [T, N]."""
-    size = batch.logp.shape[int(columns)]
-    order = torch.randperm(size, generator=generator, device=batch.logp.device)
-    return order.split(size // count)
+def partition(size: int, count: int, device: torch.device, generator: Generator | None = None) -> Sequence[Tensor]:
+    """The numbers below ``size``, of cells or columns, of ``count`` random minibatches."""
+    return torch.randperm(size, generator=generator, device=device).split(size // count)
 
 
 def select(batch: Batch, index: Tensor, *, columns: bool) -> Batch:
