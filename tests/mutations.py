@@ -611,8 +611,8 @@ MUTATIONS = [
     fault(
         "minibatches are not shuffled anew",
         "rollout/minibatches.py",
-        "order = torch.randperm(size, generator=generator, device=batch.logp.device)",
-        "order = torch.arange(size)",
+        "torch.randperm(size, generator=generator, device=device)",
+        "torch.arange(size)",
         "rollout::test_every_epoch_is_shuffled_anew",
     ),
     fault(
@@ -739,7 +739,7 @@ MUTATIONS = [
     fault(
         "minibatches are drawn on the CPU",
         "rollout/minibatches.py",
-        "torch.randperm(size, generator=generator, device=batch.logp.device)",
+        "torch.randperm(size, generator=generator, device=device)",
         "torch.randperm(size, generator=generator)",
         "device::test_settings_leave_iterations_on_the_device[adaptive]",
     ),
@@ -944,6 +944,13 @@ MUTATIONS = [
         "weights = (size / size.sum().clamp(min=1.0)).unbind()",
         "weights = torch.full_like(size, 1 / len(size)).unbind()",
         "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
+    ),
+    fault(
+        "texts are put in pieces as they come",
+        "rlhf/policy.py",
+        "length.argsort().tensor_split",
+        "torch.arange(len(length)).tensor_split",
+        "lm_methods::test_pieces_are_of_similar_lengths_and_have_no_padding_that_none_needs",
     ),
     fault(
         "advantages are standardized within the pieces of a step",
