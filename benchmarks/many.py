@@ -2,6 +2,7 @@
 
     python benchmarks/many.py cartpole [--seeds 1 4 16 64 256] [--rounds 3] [--jax PYTHON]
     python benchmarks/many.py halfcheetah [--seeds 10] [--rounds 3]
+    python benchmarks/many.py cartpole --docs
 
 ``cartpole`` is PureJaxRL's workload: PPO with 4 environments x 128 steps, 4 epochs of 4 minibatches, networks of two
 layers of 64 tanh each.  ``halfcheetah`` is the recipe ppo-HalfCheetah.  Every measurement is a process of its own with
@@ -12,8 +13,8 @@ Contenders: ``single``, a run as the command trains it alone, as written and com
 as written and compiled; ``processes``, two single runs side by side, each of which has a core; and ``jax``, jax_peer.py
 vmapped over as many seeds, by the Python of an environment that has jax and optax.
 
-Results are appended to benchmarks/results/many/<workload>.jsonl, a line for each measurement; at the end, the table of
-all lines is printed.
+Results are appended to benchmarks/results/many/<workload>.jsonl, a line for each measurement, and the table of all
+lines is printed; ``--docs`` puts it into docs/howto/many-runs.md.
 """
 
 # pyright: reportMissingImports=false
@@ -129,7 +130,12 @@ def table(lines: list[dict[str, Any]]) -> str:
     for (kind, runs, how), found in speeds.items():
         speed = statistics.median(found)
         start = statistics.median(setups[kind, runs, how])
-        rows.append(f"| {kind}, {how} | {runs} | {speed:,.0f} | {speed / alone:.1f} | {start:.1f} |")
+        kind = kind if kind == how else f"{kind}, {how}"
+        rows.append(f"| {kind} | {runs} | {speed:,.0f} | {speed / alone:.1f} | {start:.1f} |")
+    loads, commits = [x["load"] for x in lines], ", ".join(sorted({x["commit"] for x in lines}))
+    rounds = max(map(len, speeds.values()))
+    said = f"Rounds: {rounds}. Load of the machine: {min(loads):.0f} to {max(loads):.0f}. Commit: {commits}."
+    rows += ["", said]
     return "\n".join(rows)
 
 
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jax", help="the Python of an environment with jax and optax")
+    parser.add_argument("--docs", action="store_true", help="measure nothing, and write the page")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -148,10 +155,14 @@ def main() -> None:
         print(json.dumps(result), flush=True)
         return
     seeds = args.seeds or {"cartpole": [1, 4, 16, 64, 256], "halfcheetah": [10]}[args.workload]
-    from record import source  # which jax's environment need not have
+    from record import source, write_table  # which jax's environment need not have
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{args.workload}.jsonl"
+    if args.docs:
+        found = table([json.loads(line) for line in path.read_text().splitlines()])
+        write_table("docs/howto/many-runs.md", f"many.py {args.workload} --docs", found)
+        return
     about = source()
     about["command"] = about["command"].replace(f"--jax {args.jax}", "--jax PYTHON")
     with path.open("a") as file:
