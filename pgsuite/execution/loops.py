@@ -39,8 +39,9 @@ class CompiledFit:
     outside of the graph, from the same generator and in the same order as in ``Algorithm.fit``.  If torch cannot
     compile the loop, gradient steps are called one by one, with a warning.
 
-    ``exclusive`` is called before a trace and returns once no other thread runs.  ``over`` calls a function of the
-    algorithm's objects: for several runs, on tensors with a leading axis of runs.
+    ``exclusive`` is called before a trace and returns once no other thread runs.  For several runs, ``over`` calls a
+    function of the algorithm's objects on tensors with a leading axis of runs, and ``around`` makes a function of such
+    tensors one that is called with those of a single run.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class CompiledFit:
         algorithm: Algorithm,
         exclusive: Callable[[], None] = lambda: None,
         over: Callable[..., Any] = lambda function, *args: function(*args),
+        around: Callable[[Callable[..., Metrics]], Callable[..., Metrics]] = lambda function: function,
     ) -> None:
         self.algorithm, self.exclusive, self.over, self.columns = algorithm, exclusive, over, algorithm.sequential
         self.loops: dict[Any, Loop | None] = {}
-        self.call: Callable[..., Metrics] = self._call  # with the tensors of all runs
+        self.call = around(self._call)
 
     def __call__(
         self, optimizer: Optimizer, objective: Objective, given: tuple[Any, ...], batch: Batch, epochs: int, parts: int

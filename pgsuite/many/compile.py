@@ -106,9 +106,7 @@ def compile_many(many: ManyTrainer) -> None:
     for optimizer in many.algorithm.optimizers:
         optimizer.gradient_step.run = apart(many.stack, optimizer.gradient_step)
     if loops(many.algorithm, many.env.device):
-        fit = CompiledFit(many.algorithm, over=many.stack)
-        fit.call = Apart(fit.call).__call__
-        many.algorithm.fit.run = fit.__call__
+        many.algorithm.fit.run = CompiledFit(many.algorithm, over=many.stack, around=Apart).__call__
     for critic in many.algorithm.critics:
         if not critic.sequential:
             critic.values_and_next_values.run = apart(many.stack, critic.values_and_next_values)
