@@ -138,12 +138,20 @@ class Shares(Pendulum):
         self.wind, self.age = torch.zeros(2, num_envs, dtype=self.dtype).unbind()
 
 
-@pytest.mark.parametrize("kind", [Reads, Depends, Counts, Shares])
+REFUSED = {
+    Reads: r"test_compiled_rollouts.py:\d+: torch cannot compile .* a tensor is read back to the host",
+    Depends: r"test_compiled_rollouts.py:\d+: torch cannot compile .* normal draws from a distribution that depends on",
+    Counts: "a step changes an attribute of Pendulum-v1 that is not a tensor",
+    Shares: "attributes of Pendulum-v1 share memory",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_what_one_graph_cannot_hold_is_collected_step_by_step(kind: type[Pendulum]) -> None:
     (eager, ours), (algorithm, graphed) = (collecting(kind(max_episode_steps=5), {}, how) for how in HOW)
     graphed.env.step_task.reset()  # torch.compile refuses some of them, and counts again for each number
     for i in range(2):
-        with nullcontext() if i else pytest.warns(UserWarning, match="cannot compile a rollout as a whole"):
+        with nullcontext() if i else pytest.warns(UserWarning, match=REFUSED[kind]):
             found = graphed.collect(algorithm.policy)
         wanted = ours.collect(eager.policy)
         assert same(wanted.obs, found.obs) and same(wanted.reward, found.reward)

@@ -14,6 +14,7 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 
 from pgsuite.algorithms.base import Algorithm
+from pgsuite.errors import place
 from pgsuite.execution.graph_split import signature, traced
 from pgsuite.execution.torch_private import compile_loop, make_fx, scan_op, tree_unflatten
 from pgsuite.kernel import Kernel
@@ -137,9 +138,10 @@ def as_written(*kernels: Kernel[..., Any]) -> Iterator[None]:
 
 
 def warn_of(error: Exception, what: str) -> None:
-    """Warn that torch cannot compile something."""
-    why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    warnings.warn(f"torch cannot compile {what}: {why}", stacklevel=4)
+    """Warn that torch cannot compile something, with the user's own line that is in the way, if there is one."""
+    words = str(error).strip().partition("\n")[0]
+    why = "a tensor is read back to the host" if "_local_scalar_dense" in words else f"{type(error).__name__}: {words}"
+    warnings.warn(f"{place(error)}torch cannot compile {what}: {why}", stacklevel=4)
 
 
 class Loop:
