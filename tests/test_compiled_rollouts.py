@@ -149,7 +149,6 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_one_graph_cannot_hold_is_collected_step_by_step(kind: type[Pendulum]) -> None:
     (eager, ours), (algorithm, graphed) = (collecting(kind(max_episode_steps=5), {}, how) for how in HOW)
-    graphed.env.step_task.reset()  # torch.compile refuses some of them, and counts again for each number
     for i in range(2):
         with nullcontext() if i else pytest.warns(UserWarning, match=REFUSED[kind]):
             found = graphed.collect(algorithm.policy)

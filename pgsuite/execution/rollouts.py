@@ -18,7 +18,7 @@ from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector, StepCollector
 from pgsuite.types import Rollout, map_obs
 
-WHAT = "a rollout as a whole, and compiles its steps"
+WHAT = "a rollout as a whole, and takes the task's steps as written"
 Draw = Callable[[Generator], Tensor]
 
 
@@ -79,7 +79,7 @@ class CompiledRollout:
     """``StepCollector.collect`` as one graph per policy: a loop whose body is a step of the policy and of the task.
 
     Random numbers are drawn outside of the graph, from the same generators and in the same order as by the collector.
-    If torch cannot compile the loop, steps are taken one by one, with a warning.  The graph is compiled anew when a
+    If the loop cannot be made, steps are taken one by one, with a warning.  The graph is compiled anew when a
     number among the task's attributes has changed since the last rollout.
     """
 
@@ -157,6 +157,7 @@ class CompiledRollout:
             loop = Loop(lambda noise, *drawn: self.step(policy, noise, Draws(drawn[:-1])), rows, ())
         except Exception as error:  # of whatever kind the task or a tracer raises
             warn_of(error, WHAT)
+            env.step_task.reset()  # which could be no graph for the same reason
             return
         finally:
             vars(env.task).clear()
