@@ -77,16 +77,8 @@ class PPO(A2C):
         return self.fit(self.optimizer, self.loss, (), batch, 1, self.minibatches)
 
     def prepared(self, batch: Batch) -> Batch:
-        if self.micro_batches > 1 and self.normalize_advantage == "minibatch":  # as a whole, before it is in pieces
-            batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
-        return batch
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return super().loss(self.standardized(batch))
-
-    def standardized(self, batch: Batch) -> Batch:
-        """A minibatch with standardized advantages, where these are standardized by minibatch."""
-        if self.normalize_advantage == "minibatch" and self.micro_batches == 1:
+        """With standardized advantages, if these are standardized by minibatch."""
+        if self.normalize_advantage == "minibatch":
             batch = replace(batch, advantage=standardize(batch.advantage, batch.mask))
         return batch
 

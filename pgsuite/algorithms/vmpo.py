@@ -44,7 +44,6 @@ class VMPO(PPO):
         return super().learn(rollout)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        batch = self.standardized(batch)
         dist, prediction = self.evaluate(batch)
         logp, (temperature, kl_coef) = dist.log_prob(batch.action), self.multipliers()
         weight, log_mean = self.weights(batch, temperature)
