@@ -954,9 +954,9 @@ MUTATIONS = [
     ),
     fault(
         "advantages are standardized within the pieces of a step",
-        "algorithms/ppo.py",
-        'if self.normalize_advantage == "minibatch" and self.micro_batches == 1:',
-        'if self.normalize_advantage == "minibatch":',
+        "algorithms/base.py",
+        "pieces = [part for _, part in self.policy.body.pieces(batch, self.micro_batches)]",
+        "pieces = [self.prepared(part) for _, part in self.policy.body.pieces(batch, self.micro_batches)]",
         "lm_methods::test_a_step_in_pieces_is_the_step_of_the_whole_with_a_piece_in_memory[ppo]",
     ),
     fault(
