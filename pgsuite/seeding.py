@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -25,3 +28,24 @@ def number(seed: int, stream: str) -> int:
 def of_process(seed: int, rank: int) -> int:
     """The seed of what differs between processes.  The first keeps the one given, and so draws what it would alone."""
     return number(seed, f"process {rank}") if rank else seed
+
+
+def in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch writes to its first argument, by its name."""
+    return func.__name__.endswith("_") and not func.__name__.endswith("__")
+
+
+class DrawingMode(TorchFunctionMode):
+    """Within this mode, ``draw`` replaces functions that draw from generators of a ``kind``."""
+
+    kind: type[torch.Generator] = torch.Generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if not isinstance(kwargs.get("generator"), self.kind):
+            return func(*args, **kwargs)
+        return self.draw(func, kwargs.pop("generator"), args, kwargs)
+
+    def draw(self, func: Any, generator: Any, args: Any, kwargs: dict[str, Any], /) -> Any:
+        """What func(*args, **kwargs, generator=generator) returns."""
+        raise NotImplementedError

@@ -406,6 +406,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["algo.estimator={kl: 1}"], "PPO.estimator must be of class Estimator, got {'kl': 1}"),
     (["~algo"], "~algo: it cannot be left out, only chosen, as in algo=ppo"),
     (["~env"], "~env: it cannot be left out, only chosen, as in env=HalfCheetah"),
+    (["~algo.lr"], "algo.lr: a setting cannot be taken away, only given another value"),
     (["seeds=0"], "seeds must be a whole number at least 1 or null, got 0"),
     (["tuned=null"], "tuned=null: a group takes the name of one of its choices, as in algo=ppo"),
     (["policy=[0]"], "policy=[0]: a group takes the name of one of its choices, as in algo=ppo: one of: language_mod"),

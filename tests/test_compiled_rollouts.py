@@ -138,11 +138,19 @@ class Shares(Pendulum):
         self.wind, self.age = torch.zeros(2, num_envs, dtype=self.dtype).unbind()
 
 
+class DrawsGlobally(Pendulum):
+    """Draws from torch's own stream, whose numbers a graph would draw in another order."""
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        return super().advance(action + 0 * torch.rand_like(action))
+
+
 REFUSED = {
     Reads: r"test_compiled_rollouts.py:\d+: torch cannot compile .* a tensor is read back to the host",
     Depends: r"test_compiled_rollouts.py:\d+: torch cannot compile .* normal draws from a distribution that depends on",
     Counts: "a step changes an attribute of Pendulum-v1 that is not a tensor",
     Shares: "attributes of Pendulum-v1 share memory",
+    DrawsGlobally: "rand_like.default draws from the global random stream: draw from the generator of reset",
 }
 
 

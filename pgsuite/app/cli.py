@@ -271,4 +271,6 @@ def _value(error: OmegaConfBaseException) -> str:
         where = f" in {parent}" if parent else ""
         return f"no setting {name!r}{where}; {closest(name, options)}"
     first = str(error.msg or error).splitlines()[0]
+    if "does not support deletion" in first:
+        first = "a setting cannot be taken away, only given another value"
     return f"{key}: {first}" if key else first

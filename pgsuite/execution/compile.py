@@ -17,8 +17,9 @@ from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced
 from pgsuite.execution.loops import CompiledFit, loops
-from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
+from pgsuite.execution.rollouts import CompiledRollout, Draw, in_a_row, is_one_graph
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
+from pgsuite.functional.trust_region import map_tensors
 from pgsuite.nn.distributions import Distribution, Reparameterized
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector
@@ -102,6 +103,7 @@ class CompiledActing:
         self.collector, self.act = collector, collector.act.run
         self.dist: Distribution | None = None
         self.choose = Compiled(self._choose)
+        self.ahead: dict[int, Draw] = {}
 
     def _choose(self, policy: Policy, obs: Any, hidden_state: Any, start: Tensor, noise: Tensor) -> PolicyOutput:
         return policy.choose(obs, hidden_state, start, lambda d: d.from_noise(noise))  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,7 +112,7 @@ class CompiledActing:
     def __call__(self, policy: Policy) -> PolicyOutput:
         if self.distribution(policy) is None:
             return self.act(policy)
-        return self.choose(policy, *self.seen(), self.noise(policy))
+        return self.choose(policy, *self.seen(), self.noise(policy, 1)[0])
 
     def seen(self) -> tuple[Any, Any, Any]:
         c = self.collector
@@ -123,8 +125,13 @@ class CompiledActing:
             self.dist = policy.distribution(policy.body.step(obs, hidden_state, start)[0], obs)
         return self.dist if isinstance(self.dist, Reparameterized) else None
 
-    def noise(self, policy: Policy) -> Tensor:
-        return self.distribution(policy).noise(self.collector.generator)
+    def noise(self, policy: Policy, count: int) -> Tensor:
+        """The random numbers of the next ``count`` decisions, [count, ...]."""
+        if count not in self.ahead:
+            dist = self.distribution(policy)
+            many = map_tensors(lambda x: x.expand(count, *x.shape).contiguous(), dist)
+            self.ahead[count] = in_a_row(dist.noise, many.noise, count, self.collector.env.device)
+        return self.ahead[count](generator=self.collector.generator)
 
     def decide(self, policy: Policy, noise: Tensor) -> PolicyOutput:
         """The decision for the current observations, not compiled."""

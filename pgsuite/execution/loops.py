@@ -1,4 +1,4 @@
-"""Loops as one graph, which repeats its body without Python: the gradient steps of a fit."""
+"""Loops as one graph, which repeats its body without Python: the gradient steps of a fit, the steps of a rollout."""
 
 from __future__ import annotations
 

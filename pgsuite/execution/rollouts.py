@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Generator, Tensor
-from torch.overrides import TorchFunctionMode
 
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Task
@@ -16,10 +17,26 @@ from pgsuite.execution.loops import Loop, as_written, warn_of
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector, StepCollector
+from pgsuite.seeding import DrawingMode, in_place
 from pgsuite.types import Rollout, map_obs
 
 WHAT = "a rollout as a whole, and takes the task's steps as written"
-Draw = Callable[[Generator], Tensor]
+SEEDED = torch.Tag.nondeterministic_seeded  # of an operation that draws random numbers
+Draw = Callable[..., Tensor]  # of a keyword: generator
+
+
+def in_a_row(one: Draw, at_once: Draw | None, count: int, device: torch.device) -> Draw:
+    """What draws ``count`` times as ``one`` does, [count, ...]: ``at_once`` if it gives the same numbers, which few
+    normal ones are not."""
+
+    def each(generator: Generator) -> Tensor:
+        return torch.stack([one(generator=generator) for _ in range(count)])
+
+    if at_once is None:
+        return each
+    first, second = (Generator(device).manual_seed(0) for _ in range(2))
+    same = torch.equal(each(first), at_once(generator=second)) and torch.equal(first.get_state(), second.get_state())
+    return at_once if same else each
 
 
 class Acting(Protocol):
@@ -29,8 +46,8 @@ class Acting(Protocol):
         """An action distribution, for the shape of its noise; None if it is not reparameterized."""
         ...
 
-    def noise(self, policy: Policy) -> Tensor:
-        """The next random numbers."""
+    def noise(self, policy: Policy, count: int) -> Tensor:
+        """The random numbers of the next ``count`` decisions, [count, ...]."""
         ...
 
     def decide(self, policy: Policy, noise: Tensor) -> PolicyOutput:
@@ -46,7 +63,7 @@ def is_one_graph(collector: Collector, env: TaskEnv) -> TypeGuard[StepCollector]
     return plain and env.device.type == "cpu" and not env.task.on_host
 
 
-class Draws(TorchFunctionMode):
+class Draws(DrawingMode):
     """Within this mode, what is drawn from a generator is noted, or taken from numbers that were drawn before."""
 
     def __init__(self, given: Sequence[Tensor] | None = None) -> None:
@@ -54,25 +71,34 @@ class Draws(TorchFunctionMode):
         self.drawn: list[tuple[Draw, Tensor]] = []  # how to draw, and what was drawn
         self.given = None if given is None else iter(given)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if not isinstance(generator := kwargs.pop("generator", None), Generator):
-            return func(*args, **kwargs)
+    def draw(self, func: Any, generator: Generator, args: Any, kwargs: dict[str, Any]) -> Any:
         target = args[0] if args and isinstance(args[0], Tensor) else None  # as in x.uniform_(generator=...)
         rest = args if target is None else args[1:]
-        if tensors([rest, kwargs]) or (target is not None and not func.__name__.endswith("_")):
+        if tensors([rest, kwargs]) or (target is not None and not in_place(func)):
             raise ValueError(f"{func.__name__} draws from a distribution that depends on the state")
-        if self.given is not None:
+        if self.given is None:
+            draw = partial(func, *rest, **kwargs) if target is None else Filled(func, rest, kwargs, target)
+            self.drawn.append((draw, draw(generator=generator)))
+            found = self.drawn[-1][1]
+        else:
             found = next(self.given)
-            return found.clone() if target is None else target.copy_(found)
-        blank = () if target is None else (target.detach().clone(),)
-
-        def draw(generator: Generator) -> Tensor:
-            return func(*(x.clone() for x in blank), *rest, **kwargs, generator=generator)
-
-        self.drawn.append((draw, draw(generator)))
-        found = self.drawn[-1][1]
         return found.clone() if target is None else target.copy_(found)
+
+
+@dataclass
+class Filled:
+    """Draws as func(x, *args, **options, generator=...) does, which fills x in place."""
+
+    func: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    like: Tensor
+
+    def __call__(self, generator: Generator) -> Tensor:
+        return self.func(torch.empty_like(self.like), *self.args, **self.options, generator=generator)
+
+    def times(self, count: int) -> Filled:
+        return replace(self, like=self.like.expand(count, *self.like.shape).contiguous())
 
 
 class CompiledRollout:
@@ -85,7 +111,7 @@ class CompiledRollout:
 
     def __init__(self, collector: StepCollector, env: TaskEnv, acting: Acting) -> None:
         self.collector, self.env, self.acting = collector, env, acting
-        self.loops: dict[Any, tuple[Loop, list[Draw]]] = {}
+        self.loops: dict[Any, tuple[Loop, Callable[..., list[Tensor]]]] = {}
         self.impossible = False
         self.live = torch.ones(env.num_envs, dtype=torch.bool)
         self.own: Any = None  # the state, in the memory that the graphs read and write
@@ -103,13 +129,11 @@ class CompiledRollout:
         loop, draws = self.loops[key]
         began = perf_counter()
         first = map_obs(lambda x: x.unsqueeze(0).clone(), c.hidden_state)
-        rows = [[self.acting.noise(policy) for _ in range(c.horizon)]]
-        if draws:
-            with self.env.draws:
-                drawn = [[draw(self.env.generator) for draw in draws] for _ in range(c.horizon)]
-            rows += map(list, zip(*drawn, strict=True))
+        with self.env.draws:
+            drawn = draws(generator=self.env.generator)
+        rows = [self.acting.noise(policy, c.horizon), *drawn]
         self.write(self.state())
-        found = loop([torch.stack(x) for x in rows])
+        found = loop(rows)
         self.put(map_tensors(Tensor.clone, self.own))
         rollout = Rollout(hidden_state=first, **found)
         c.buffer.set(rollout)
@@ -155,6 +179,8 @@ class CompiledRollout:
                 raise ValueError(f"a step changes an attribute of {env.name} that is not a tensor")
             rows = [x.expand(c.horizon, *x.shape).contiguous() for x in (noise, *(x for _, x in noted.drawn))]
             loop = Loop(lambda noise, *drawn: self.step(policy, noise, Draws(drawn[:-1])), rows, ())
+            if drawing := [x.target for x in loop.graph.graph.nodes if SEEDED in getattr(x.target, "tags", ())]:
+                raise ValueError(f"{drawing[0]} draws from the global random stream: draw from the generator of reset")
         except Exception as error:  # of whatever kind the task or a tracer raises
             warn_of(error, WHAT)
             env.step_task.reset()  # which could be no graph for the same reason
@@ -165,8 +191,22 @@ class CompiledRollout:
             self.put(before)
             env.generator.set_state(generator)
         if loop.compiles(WHAT):
-            self.loops[key] = loop, [draw for draw, _ in noted.drawn]
+            self.loops[key] = loop, self.rows([draw for draw, _ in noted.drawn])
             self.impossible = False
+
+    def rows(self, draws: Sequence[Draw]) -> Callable[..., list[Tensor]]:
+        """What makes these draws in every step of a rollout, one step after the other: each [T, ...]."""
+        count, device, kind = self.collector.horizon, self.env.device, type(self.env.generator)
+        if len(draws) == 1:
+            ahead = draws[0].times(count) if isinstance(draws[0], Filled) and kind is Generator else None
+            draw = in_a_row(draws[0], ahead, count, device)
+            return lambda generator: [draw(generator=generator)]
+
+        def each(generator: Generator) -> list[Tensor]:
+            steps = [[draw(generator=generator) for draw in draws] for _ in range(count)]
+            return [torch.stack(x) for x in zip(*steps, strict=True)]
+
+        return each
 
     def step(self, policy: Policy, noise: Tensor, draws: Draws) -> dict[str, Any]:
         """A step from the state in own memory to that of after it; returns the transition."""

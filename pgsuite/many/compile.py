@@ -72,10 +72,10 @@ class CompiledJointActing(CompiledActing):
             self.dist = map_tensors(lambda x: x.expand(self.joint.env.count, *x.shape).contiguous(), one)
         return self.dist if isinstance(self.dist, Reparameterized) else None
 
-    def noise(self, policy: Policy) -> Tensor:
+    def noise(self, policy: Policy, count: int) -> Tensor:
         self.joint.generators.drawing = self.joint.env.running
         with self.draws:  # depends on the shape of the parameters only, not on their values
-            return self.distribution(policy).noise(self.joint.generators)
+            return torch.stack([self.distribution(policy).noise(self.joint.generators) for _ in range(count)])
 
     def _choose(self, policy: Policy, obs: Any, hidden_state: Any, start: Tensor, noise: Tensor) -> PolicyOutput:
         found: PolicyOutput = self.joint.stack(super()._choose, policy, obs, hidden_state, start, noise)

@@ -18,7 +18,8 @@ from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Task
 from pgsuite.errors import counted
 from pgsuite.functional.trust_region import map_tensors, tensors
-from pgsuite.many.stack import DrawingMode, Generators, in_place
+from pgsuite.many.stack import Generators
+from pgsuite.seeding import DrawingMode, in_place
 from pgsuite.types import Obs, Step, map_obs
 
 
@@ -113,6 +114,8 @@ class SideBySide(JointEnv):
 class RowDraws(DrawingMode):
     """Within this mode, each run draws its rows of what is drawn from ``Generators`` [S N, ...] by its own generator,
     as it would alone; those that are not ``drawing`` draw nothing."""
+
+    kind = Generators
 
     def __init__(self, count: int, each: int) -> None:
         super().__init__()

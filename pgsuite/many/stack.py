@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.overrides import TorchFunctionMode
 
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.execution.cuda_graphs import inside, is_number
 from pgsuite.execution.cuda_graphs import owner as owner_of
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
+from pgsuite.seeding import DrawingMode, in_place
 
 
 @dataclass
@@ -101,29 +101,11 @@ def is_sequential(
     return torch.equal(at_once, torch.stack(each)) and torch.equal(one.get_state(), two.get_state())
 
 
-def in_place(func: Callable[..., Any]) -> bool:
-    return func.__name__.endswith("_") and not func.__name__.endswith("__")
-
-
-class DrawingMode(TorchFunctionMode):
-    """Within this mode, ``draw`` replaces functions that draw from ``Generators``."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        generators = kwargs.get("generator")
-        if not isinstance(generators, Generators):
-            return func(*args, **kwargs)
-        del kwargs["generator"]
-        return self.draw(func, generators, args, kwargs)
-
-    def draw(self, func: Any, generators: Generators, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What func(*args, **kwargs, generator=generators) returns."""
-        raise NotImplementedError
-
-
 class Draws(DrawingMode):
     """Within this mode, what is drawn from ``Generators`` under vmap is drawn by each run from its own generator, as it
     would be alone."""
+
+    kind = Generators
 
     def __init__(self, anchor: Tensor) -> None:
         super().__init__()

@@ -93,8 +93,11 @@ class TensorBoard(Logger):
             mean, std = scalars["episode/return"], scalars["episode/return_std"]
             scalars |= {f"{self.returns}/lower": mean - std, f"{self.returns}/upper": mean + std}
         scalars |= {f"{self.returns}/{name}": scalars[tag] for tag, name in RETURNS.items() if tag in scalars}
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, steps)
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        # One event for all: each event is handed to a thread and waited for, which takes longer than a small update.
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self.writer._get_file_writer().add_summary(Summary(value=values), steps)
         self.writer.flush()
         self.steps = steps
 
