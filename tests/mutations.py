@@ -61,6 +61,13 @@ MUTATIONS = [
         "estimators::test_no_bootstrap_is_taken_from_a_terminal_state",
     ),
     fault(
+        "a scan by doubling forgets part of its decay",
+        ESTIMATORS,
+        "decay = torch.cat([decay[:width], decay[width:] * decay[:-width]])",
+        "decay = torch.cat([decay[:width], decay[width:]])",
+        "estimators::test_a_scan_is_its_recurrence",
+    ),
+    fault(
         "gae crosses into the next episode",
         ESTIMATORS,
         "reverse_scan(delta, gamma * lam * (~done).to(delta.dtype))",
@@ -521,8 +528,8 @@ MUTATIONS = [
     fault(
         "the discounted return runs on into the next episode",
         "nn/normalize.py",
-        "decay, sums, sofar = gamma * (~start).to(reward.dtype),",
-        "decay, sums, sofar = gamma * torch.ones_like(reward),",
+        "scan(reward, gamma * (~start).to(reward.dtype), self.discounted_return)",
+        "scan(reward, gamma * torch.ones_like(reward), self.discounted_return)",
         "normalize::test_reward_scale_is_the_deviation_of_discounted_returns_across_rollouts",
     ),
     fault(
@@ -816,8 +823,8 @@ MUTATIONS = [
     fault(
         "the draws of a compiled rollout are not those of the environments' generator",
         "execution/rollouts.py",
-        "draw(self.env.generator) for draw in draws]",
-        "draw(Generator()) for draw in draws]",
+        "drawn = draws(generator=self.env.generator)",
+        "drawn = draws(generator=Generator())",
         "compiled_rollouts::test_a_rollout_of_a_task_is_one_graph[CartPole-]",
     ),
     fault(

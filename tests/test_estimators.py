@@ -84,6 +84,21 @@ def picked(case: dict[str, Any], *names: str) -> list[Any]:
     return [case[name] for name in names]
 
 
+@pytest.mark.parametrize(("steps", "row"), [(1, (2,)), (31, (2,)), (32, (3, 2)), (33, (4,)), (100, (1,)), (40, (300,))])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_scan_is_its_recurrence(steps: int, row: tuple[int, ...], begun: bool) -> None:
+    """By loop and by doubling, with decays that are zero where an episode starts and that broadcast."""
+    torch.manual_seed(steps)
+    x, first = torch.randn(steps, *row, dtype=torch.float64), torch.randn(row, dtype=torch.float64)
+    decay = torch.rand(steps, *row[:-1], 1, dtype=torch.float64) * (torch.rand(steps, *row[:-1], 1) > 0.1)
+    y, wanted = first if begun else torch.zeros(row, dtype=torch.float64), []
+    for t in range(steps):
+        y = x[t] + decay[t] * y
+        wanted.append(y)
+    found = est.scan(x, decay, first if begun else None)
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-12, atol=1e-12)
+
+
 @given(cases(), st.integers(1, 9))
 def test_every_estimator_is_the_sum_it_says(case: dict[str, Any], n: int) -> None:
     r, nv, terminated, done = picked(case, "reward", "next_value", "terminated", "done")

@@ -13,8 +13,8 @@ from pgsuite.algorithms.base import ActorCritic
 from pgsuite.algorithms.channels import Channel, Channels
 from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.trpo import TRPO
+from pgsuite.functional.estimators import scan
 from pgsuite.nn.optim import make_optimizer
-from pgsuite.rollout.episodes import accumulate
 from pgsuite.settings import NonNegative, Positive
 from pgsuite.types import Batch, Metrics, Rollout, masked_mean
 
@@ -50,7 +50,7 @@ class EpisodeCost(nn.Module):
     def update(self, cost: Tensor, rollout: Rollout) -> None:
         """Estimate from the costs [T, N] of a rollout."""
         going = (~rollout.start).to(cost.dtype)
-        lengths = accumulate(self.running_length, rollout.mask.to(cost.dtype), going)
+        lengths = scan(rollout.mask.to(cost.dtype), going, self.running_length)
         self.running_length.copy_(lengths[-1])
         done = rollout.done & rollout.mask
         ended = distributed.total(done.sum().to(cost.dtype))

@@ -15,13 +15,31 @@ from pgsuite import distributed
 Discount = float | Tensor
 
 
+def scan(x: Tensor, decay: Tensor, first: Tensor | None = None) -> Tensor:
+    """y[t] = x[t] + decay[t] * y[t - 1], of x and decay [T, ...] and y[-1] = first [...], by default zero.
+
+    Many short rows are combined by doubling (Hillis and Steele, 1986), in log2 T operations in place of T.
+    """
+    steps = len(x)
+    if steps < 32 or x[0].numel() > 256:  # measured on a CPU
+        y, out = torch.zeros_like(x[0]) if first is None else first, []
+        for now, kept in zip(x.unbind(), decay.unbind(), strict=True):
+            y = torch.addcmul(now, kept, y)
+            out.append(y)
+        return torch.stack(out)
+    if first is not None:
+        x = torch.cat([torch.addcmul(x[:1], decay[:1], first.unsqueeze(0)), x[1:]])
+    width = 1  # of the sums [t - width + 1, t] in x[t], and of the products in decay[t]
+    while width < steps:
+        x = torch.cat([x[:width], torch.addcmul(x[width:], decay[width:], x[:-width])])
+        decay = torch.cat([decay[:width], decay[width:] * decay[:-width]])
+        width *= 2
+    return x
+
+
 def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
     """y[t] = x[t] + decay[t] * y[t + 1], with y[T] = 0."""
-    y, out = torch.zeros_like(x[0]), []
-    for now, kept in zip(reversed(x.unbind()), reversed(decay.unbind()), strict=True):
-        y = torch.addcmul(now, kept, y)
-        out.append(y)
-    return torch.stack(out[::-1])
+    return scan(x.flip(0), decay.flip(0)).flip(0)
 
 
 def reward_to_go(reward: Tensor, done: Tensor, *, gamma: Discount) -> Tensor:

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pgsuite import distributed
+from pgsuite.functional.estimators import scan
 from pgsuite.nn.layers import SCREEN
 from pgsuite.types import ACTION_MASK, Obs, moments
 
@@ -132,12 +133,9 @@ class RewardScale(nn.Module):
     @torch.no_grad()
     def update(self, reward: Tensor, start: Tensor, mask: Tensor, gamma: float) -> None:
         """Include a rollout's rewards, with episode starts and mask, each [T, N], discounted by gamma."""
-        decay, sums, sofar = gamma * (~start).to(reward.dtype), [], self.discounted_return
-        for new, kept in zip(reward.unbind(), decay.unbind(), strict=True):
-            sofar = torch.addcmul(new, kept, sofar)
-            sums.append(sofar)
-        self.discounted_return.copy_(sofar)
-        self.moments.update(torch.stack(sums), mask)
+        sums = scan(reward, gamma * (~start).to(reward.dtype), self.discounted_return)
+        self.discounted_return.copy_(sums[-1])
+        self.moments.update(sums, mask)
 
 
 class ClipReward(RewardScale):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgsuite.functional.estimators import scan
 from pgsuite.types import Rollout
 
 
@@ -31,7 +32,7 @@ class EpisodeTracker:
         channels = [rollout.channels[name].where(rollout.mask, 0.0) for name in self.channels]
         added = torch.stack([x.double() for x in (rollout.reward, rollout.mask, *channels)], 1)
         sofar = [self.reward, self.length, *self.channels.values()]
-        sums = accumulate(torch.stack(sofar), added, (~rollout.start).double().unsqueeze(1))
+        sums = scan(added, (~rollout.start).double().unsqueeze(1), torch.stack(sofar))
         for x, last in zip(sofar, sums[-1], strict=True):
             x.copy_(last)
         returns, lengths, *others = sums.unbind(1)
@@ -48,13 +49,3 @@ class EpisodeTracker:
         self.length.copy_(state["length"])
         for name, x in self.channels.items():
             x.copy_(state[f"channels.{name}"])
-
-
-def accumulate(sofar: Tensor, x: Tensor, going: Tensor) -> Tensor:
-    """The sums [T, ...] of x [T, ...] since the start of each episode, continued from ``sofar`` [...].  ``going``
-    [T, ...] is zero where an episode starts and one elsewhere."""
-    sums = []
-    for added, goes in zip(x.unbind(), going.unbind(), strict=True):
-        sofar = torch.addcmul(added, sofar, goes)
-        sums.append(sofar)
-    return torch.stack(sums)
