@@ -330,9 +330,11 @@ def test_every_part_of_a_method_may_be_that_of_many_runs(part: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cls", [PPO, TRPO])
-def test_compiled_runs_are_those_alone(cls: type[Algorithm]) -> None:
-    alone, many = both(cls, "CartPole")
+@pytest.mark.parametrize(
+    ("cls", "settings"), [(PPO, {}), (TRPO, {}), (TRPO, {"critic_minibatches": 1}), (PPO, {"minibatches": 1})]
+)
+def test_compiled_runs_are_those_alone(cls: type[Algorithm], settings: dict[str, Any]) -> None:
+    alone, many = both(cls, "CartPole", **settings)
     compile_many(many)
     check_alike(alone, many, 3, 1e-8)
 

@@ -97,10 +97,10 @@ class CompiledFit:
         """The indices of each minibatch, in the order of the steps [epochs parts, ...]; without meaning for one part,
         which is the whole batch."""
         device, columns = batch.logp.device, self.columns
-        if parts == 1:
-            return torch.zeros(epochs, 1, dtype=torch.long, device=device)
 
         def draw(logp: Tensor) -> Tensor:
+            if parts == 1:
+                return torch.zeros(epochs, 1, dtype=torch.long, device=device)
             horizon, num_envs = logp.shape
             check_split(horizon, num_envs, parts, columns=columns)
             size = num_envs if columns else horizon * num_envs
