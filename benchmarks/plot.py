@@ -22,9 +22,11 @@ COLUMNS = 4
 def draw(out: Path) -> None:
     """One panel an environment: mean over seeds, with a band of one standard deviation."""
     results = load()
-    rows = -(-(len(ENVIRONMENTS) + 1) // COLUMNS)  # one place more, for the legend
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(3.3 * COLUMNS, 2.7 * rows), squeeze=False)
-    for panel, env in zip(axes.flat, ENVIRONMENTS, strict=False):
+    environments = [env for env in ENVIRONMENTS if any(results.get(f"{env}/{method}") for method in METHODS)]
+    rows = -(-(len(environments) + 1) // COLUMNS)  # one place more, for the legend
+    size = 3.3 * COLUMNS, 2.7 * rows
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    for panel, env in zip(axes.flat, environments, strict=False):
         for method in METHODS:
             runs = results.get(f"{env}/{method}", [])
             if not runs:
@@ -39,13 +41,12 @@ def draw(out: Path) -> None:
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in axes.flat[len(ENVIRONMENTS) :]:
+    for panel in axes.flat[len(environments) :]:
         panel.set_axis_off()
     lines = [Line2D([], [], color=COLORS[method], label=method.upper()) for method in METHODS]
-    axes.flat[len(ENVIRONMENTS)].legend(handles=lines, frameon=False, loc="center", fontsize="large")
+    axes.flat[len(environments)].legend(handles=lines, frameon=False, loc="center", fontsize="large")
     figure.supxlabel("environment steps")
     figure.supylabel("return of training episodes")
-    figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     print(out)
