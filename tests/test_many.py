@@ -339,6 +339,15 @@ def test_compiled_runs_are_those_alone(cls: type[Algorithm], settings: dict[str,
     check_alike(alone, many, 3, 1e-8)
 
 
+def test_gradient_steps_through_time_are_not_compiled() -> None:
+    """They would be unrolled, and take minutes."""
+    _, many = both(PPO, "CartPole", "gru")
+    steps = [x.gradient_step for x in many.algorithm.optimizers]
+    before = [*(step.run for step in steps), many.algorithm.fit.run]
+    compile_many(many)
+    assert [*(step.run for step in steps), many.algorithm.fit.run] == before
+
+
 def run(*arguments: str) -> list[Path]:
     """Train on the command line, in this process, and return the run directories."""
     before = sys.argv

@@ -26,11 +26,16 @@ aten: Any = torch.ops.aten
 Seen = tuple[tuple[Any, ...], Batch, Tensor | None]  # what is given beside a batch [T, N], the batch, a mask of steps
 
 
+def remembers(algorithm: Algorithm) -> bool:
+    """Whether a gradient step, as a graph, would be a recurrence unrolled through time."""
+    return any(network.body.carries for network in (algorithm.policy, *algorithm.critics))
+
+
 def loops(algorithm: Algorithm, device: torch.device) -> bool:
-    """Whether the fits of an algorithm can be loops: not if a step reads from the host, which also launches what a GPU
-    does, nor if a recurrence would be unrolled through time."""
-    memory = any(network.body.carries for network in (algorithm.policy, *algorithm.critics))
-    return device.type == "cpu" and not memory and not any(x.host_sync_reason for x in algorithm.optimizers)
+    """Whether the fits of an algorithm can be loops: not with memory, nor if a step reads from the host, which also
+    launches what a GPU does."""
+    reads = any(x.host_sync_reason for x in algorithm.optimizers)
+    return device.type == "cpu" and not remembers(algorithm) and not reads
 
 
 class CompiledFit:
