@@ -205,7 +205,8 @@ def table() -> str:
     lines = [f"| | {' | '.join(method.upper() for method in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     for env in ENVIRONMENTS:
         row = [_short(found[key]) if key in found else "-" for key in (f"{env}/{method}" for method in METHODS)]
-        lines += [f"| {env} | {' | '.join(row)} |"] if any(cell != "-" for cell in row) else []
+        if any(cell != "-" for cell in row):
+            lines.append(f"| {env} | {' | '.join(row)} |")
     lines += [
         "",
         counts(found),

@@ -30,6 +30,13 @@ def of_process(seed: int, rank: int) -> int:
     return number(seed, f"process {rank}") if rank else seed
 
 
+def draw_alike(one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], device: torch.device) -> bool:
+    """Whether two functions of a keyword ``generator`` draw the same numbers, and leave it in the same state."""
+    first, second = (torch.Generator(device).manual_seed(0) for _ in range(2))
+    same = torch.equal(one(generator=first), other(generator=second))
+    return same and torch.equal(first.get_state(), second.get_state())
+
+
 def in_place(func: Callable[..., Any]) -> bool:
     """Whether a function of torch writes to its first argument, by its name."""
     return func.__name__.endswith("_") and not func.__name__.endswith("__")

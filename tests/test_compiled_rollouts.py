@@ -16,6 +16,7 @@ from pgsuite.algorithms import A2C
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Acrobot, CartPole, Cruise, MountainCarContinuous, Pendulum, Task, TMaze
 from pgsuite.execution.modes import execute
+from pgsuite.execution.rollouts import Filled, in_a_row
 from pgsuite.functional.trust_region import tensors
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -96,6 +97,18 @@ def test_a_rollout_of_a_task_is_one_graph(task: Task, look: dict[str, Any]) -> N
                 for x in parameters:
                     x.mul_(0.9)  # in place, as an update does
     assert not called
+
+
+@pytest.mark.parametrize("size", [3, 16])
+@pytest.mark.parametrize("name", ["uniform_", "exponential_", "normal_"])
+def test_numbers_drawn_at_once_are_those_drawn_one_after_the_other(name: str, size: int) -> None:
+    """Or they are not drawn at once, as three normal ones."""
+    one = Filled(getattr(Tensor, name), (), {}, torch.empty(size))
+    at_once, (first, second) = one.times(6), (Generator().manual_seed(1) for _ in range(2))
+    draw = in_a_row(one, at_once, 6, torch.device("cpu"))
+    wanted = torch.stack([one(generator=first) for _ in range(6)])
+    assert torch.equal(draw(generator=second), wanted) and torch.equal(first.get_state(), second.get_state())
+    assert (draw is at_once) == ((name, size) != ("normal_", 3))
 
 
 HOW = ("eager", "compile")

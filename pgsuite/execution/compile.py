@@ -16,7 +16,7 @@ from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced
-from pgsuite.execution.loops import CompiledFit, loops, remembers
+from pgsuite.execution.loops import CompiledFit, has_memory, loops
 from pgsuite.execution.rollouts import CompiledRollout, Draw, in_a_row, is_one_graph
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
 from pgsuite.functional.trust_region import map_tensors
@@ -151,7 +151,7 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     that what compilation holds is not searched for the state of a captured iteration.
     """
     torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
-    if not remembers(algorithm):
+    if not has_memory(algorithm):
         for optimizer in algorithm.optimizers:
             step = optimizer.gradient_step
             step.run = Compiled(step.run, collector.wait).__call__

@@ -26,8 +26,8 @@ aten: Any = torch.ops.aten
 Seen = tuple[tuple[Any, ...], Batch, Tensor | None]  # what is given beside a batch [T, N], the batch, a mask of steps
 
 
-def remembers(algorithm: Algorithm) -> bool:
-    """Whether a gradient step, as a graph, would be a recurrence unrolled through time."""
+def has_memory(algorithm: Algorithm) -> bool:
+    """Whether policy or critics have memory, so that a gradient step as a graph would be unrolled through time."""
     return any(network.body.carries for network in (algorithm.policy, *algorithm.critics))
 
 
@@ -35,7 +35,7 @@ def loops(algorithm: Algorithm, device: torch.device) -> bool:
     """Whether the fits of an algorithm can be loops: not with memory, nor if a step reads from the host, which also
     launches what a GPU does."""
     reads = any(x.host_sync_reason for x in algorithm.optimizers)
-    return device.type == "cpu" and not remembers(algorithm) and not reads
+    return device.type == "cpu" and not has_memory(algorithm) and not reads
 
 
 class CompiledFit:

@@ -17,7 +17,7 @@ from pgsuite.execution.loops import Loop, as_written, warn_of
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector, StepCollector
-from pgsuite.seeding import DrawingMode, in_place
+from pgsuite.seeding import DrawingMode, draw_alike, in_place
 from pgsuite.types import Rollout, map_obs
 
 WHAT = "a rollout as a whole, and takes the task's steps as written"
@@ -25,18 +25,14 @@ SEEDED = torch.Tag.nondeterministic_seeded  # of an operation that draws random 
 Draw = Callable[..., Tensor]  # of a keyword: generator
 
 
-def in_a_row(one: Draw, at_once: Draw | None, count: int, device: torch.device) -> Draw:
+def in_a_row(one: Draw, at_once: Draw, count: int, device: torch.device) -> Draw:
     """What draws ``count`` times as ``one`` does, [count, ...]: ``at_once`` if it gives the same numbers, which few
     normal ones are not."""
 
     def each(generator: Generator) -> Tensor:
         return torch.stack([one(generator=generator) for _ in range(count)])
 
-    if at_once is None:
-        return each
-    first, second = (Generator(device).manual_seed(0) for _ in range(2))
-    same = torch.equal(each(first), at_once(generator=second)) and torch.equal(first.get_state(), second.get_state())
-    return at_once if same else each
+    return at_once if draw_alike(each, at_once, device) else each
 
 
 class Acting(Protocol):
@@ -196,10 +192,9 @@ class CompiledRollout:
 
     def rows(self, draws: Sequence[Draw]) -> Callable[..., list[Tensor]]:
         """What makes these draws in every step of a rollout, one step after the other: each [T, ...]."""
-        count, device, kind = self.collector.horizon, self.env.device, type(self.env.generator)
-        if len(draws) == 1:
-            ahead = draws[0].times(count) if isinstance(draws[0], Filled) and kind is Generator else None
-            draw = in_a_row(draws[0], ahead, count, device)
+        count = self.collector.horizon
+        if len(draws) == 1 and isinstance(draws[0], Filled) and type(self.env.generator) is Generator:
+            draw = in_a_row(draws[0], draws[0].times(count), count, self.env.device)
             return lambda generator: [draw(generator=generator)]
 
         def each(generator: Generator) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch.export import register_dataclass
 
 from pgsuite.execution.compile import Compiled, CompiledActing
 from pgsuite.execution.graph_split import compiled
-from pgsuite.execution.loops import CompiledFit, loops, remembers
+from pgsuite.execution.loops import CompiledFit, has_memory, loops
 from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
@@ -100,10 +100,11 @@ class CompiledJointRollout(CompiledRollout):
 
 
 def compile_many(many: ManyTrainer) -> None:
-    """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps, the loops over minibatches,
-    values, acting, and the torch part of a task's step.  Results agree with eager ones to rounding."""
+    """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps and the loops over minibatches,
+    except with memory, values, acting, and the torch part of a task's step.  Results agree with eager ones to
+    rounding."""
     torch.compiler.reset()
-    if not remembers(many.algorithm):
+    if not has_memory(many.algorithm):
         for optimizer in many.algorithm.optimizers:
             optimizer.gradient_step.run = apart(many.stack, optimizer.gradient_step)
     if loops(many.algorithm, many.env.device):

@@ -20,7 +20,7 @@ from pgsuite.execution.cuda_graphs import inside, is_number
 from pgsuite.execution.cuda_graphs import owner as owner_of
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
-from pgsuite.seeding import DrawingMode, in_place
+from pgsuite.seeding import DrawingMode, draw_alike, in_place
 
 
 @dataclass
@@ -95,10 +95,15 @@ def is_sequential(
 ) -> bool:
     """Whether drawing numbers ``ahead`` at once gives those of drawing them one after the other; torch draws few normal
     numbers in another way than many."""
-    one, two = (Generator(device).manual_seed(0) for _ in range(2))
-    at_once = func(torch.empty((ahead, *shape[1:]), dtype=dtype, device=device), *args, generator=one)
-    each = [func(torch.empty_like(x), *args, generator=two) for x in at_once]
-    return torch.equal(at_once, torch.stack(each)) and torch.equal(one.get_state(), two.get_state())
+
+    def at_once(generator: Generator) -> Tensor:
+        return func(torch.empty((ahead, *shape[1:]), dtype=dtype, device=device), *args, generator=generator)
+
+    def each(generator: Generator) -> Tensor:
+        rows = torch.empty((ahead, *shape[1:]), dtype=dtype, device=device)
+        return torch.stack([func(torch.empty_like(row), *args, generator=generator) for row in rows])
+
+    return draw_alike(each, at_once, device)
 
 
 class Draws(DrawingMode):

@@ -88,13 +88,13 @@ class TensorBoard(Logger):
             self.writer.add_custom_scalars(drawn)
 
     def write(self, steps: int, scalars: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
         scalars = dict(scalars)
         if {"episode/return", "episode/return_std"} <= scalars.keys():
             mean, std = scalars["episode/return"], scalars["episode/return_std"]
             scalars |= {f"{self.returns}/lower": mean - std, f"{self.returns}/upper": mean + std}
         scalars |= {f"{self.returns}/{name}": scalars[tag] for tag, name in RETURNS.items() if tag in scalars}
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
         # One event for all: each event is handed to a thread and waited for, which takes longer than a small update.
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self.writer._get_file_writer().add_summary(Summary(value=values), steps)
