@@ -814,6 +814,13 @@ MUTATIONS = [
         "execution::test_the_steps_of_an_epoch_are_one_graph[False]",
     ),
     fault(
+        "a part of a tensor is at its beginning in the graph of a loop",
+        "execution/loops.py",
+        "(view, 0, first, first + x.numel())",
+        "(view, 0, 0, x.numel())",
+        "execution::test_a_loop_holds_a_tensor_in_its_own_shape_and_views_of_it_in_its_memory",
+    ),
+    fault(
         "the minibatches of the graph of an epoch are not drawn from the generator of the run",
         "execution/loops.py",
         "partition(size, parts, device, self.algorithm.generator)",

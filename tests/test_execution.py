@@ -169,6 +169,53 @@ def test_the_steps_of_an_epoch_are_one_graph(fails: bool, monkeypatch: pytest.Mo
             assert torch.allclose(x, two[name], rtol=1e-10, atol=1e-12), name
 
 
+def test_a_loop_holds_a_tensor_in_its_own_shape_and_views_of_it_in_its_memory() -> None:
+    """A step writes to a tensor and reads its row and its transpose; it also writes to a part of another one.  Both are
+    held once, the whole one in its shape: as a vector it would be copied around its own whole."""
+    whole, other = torch.arange(12.0).view(3, 4), torch.arange(6.0)
+    row, transpose, part = whole[1], whole.t(), other[2:5]
+
+    def step(x: Tensor, seen: None) -> Tensor:
+        before = row + x
+        whole.mul_(2)
+        part.add_(x)
+        return before + row + transpose.sum(1) + other.sum()
+
+    wanted = [x.clone() for x in (step(torch.tensor(1.0), None), whole, other)]
+    whole.copy_(torch.arange(12.0).view(3, 4))
+    other.copy_(torch.arange(6.0))
+    module, held = loops.with_inputs(loops.traced(step, (torch.tensor(1.0), None))[0])
+    assert {x.shape for x in held} == {(3, 4), (6,)}
+    whole.copy_(torch.arange(12.0).view(3, 4))
+    other.copy_(torch.arange(6.0))
+    body, carried, results = loops.pure(module, [torch.tensor(1.0)], [], held)
+    assert sorted(carried) == [0, 1] and results == 1
+    assert sum(node.target is loops.aten.slice_scatter.default for node in body.graph.nodes) == 1  # the part
+    new = body(*(held[i] for i in carried), torch.tensor(1.0))
+    found = [new[-1], *(x for x, i in sorted(zip(new, carried, strict=False), key=lambda pair: -held[pair[1]].dim()))]
+    for x, y in zip(wanted, found, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_loop_computes_once_what_it_uses_for_many_and_fuses_the_sum_with_a_bias() -> None:
+    """Adam's correction is a power, which the compiler would compute for every parameter."""
+
+    def step(x: Tensor, steps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias, x, weight) / (1 - 0.9**steps)
+
+    given = torch.randn(32, 8), torch.tensor(3.0), torch.randn(8, 16), torch.randn(16)
+    body = loops.make_fx(step)(*given)
+    loops.store_what_spreads(body)
+    loops.add_apart(body)
+    assert torch.allclose(body(*given), step(*given), rtol=1e-6)
+    targets = [node.target for node in body.graph.nodes]
+    assert loops.aten.mm.default in targets and loops.aten.addmm.default not in targets
+    (quotient,) = body.graph.find_nodes(op="call_function", target=loops.aten.div.Tensor)
+    (product,) = body.graph.find_nodes(op="call_function", target=loops.aten.mm.default)
+    for node in (quotient.args[1], *product.users):
+        assert node.target is loops.aten.as_strided.default
+
+
 class Twice(NPG):
     def update(self, batch: Batch) -> Metrics:
         return super().update(batch) | super().update(batch)

@@ -452,7 +452,7 @@ def test_a_command_whose_run_a_callback_ends_tells_how_it_goes_on(
     ends = ["+callbacks.enough={_target_: test_many.Enough, at: 64, seed: 1}", "seeds=2", "total_steps=192"]
     folders = run(*ends)
     told = capsys.readouterr().out
-    assert "enough at 64 steps, saved; go on with: " in told and "over 1 runs" in told
+    assert "enough at 64 steps, saved; go on with: " in told and "over 1 run |" in told
     assert [pgsuite.Run(folder).summary["steps"] for folder in folders] == [192, 64]
 
 

@@ -23,6 +23,7 @@ from pgsuite.rollout.minibatches import check_split, partition, select
 from pgsuite.types import Batch, Metrics
 
 aten: Any = torch.ops.aten
+SPREAD = 64  # how many times larger a result is than an operand that is stored before
 Seen = tuple[tuple[Any, ...], Batch, Tensor | None]  # what is given beside a batch [T, N], the batch, a mask of steps
 
 
@@ -170,6 +171,8 @@ class Loop:
 
     def compile(self) -> None:
         body, carried, results = pure(self.graph, [x[0] for x in self.rows], self.inputs, self.held)
+        store_what_spreads(body)
+        add_apart(body)
         self.held = [self.held[i] for i in carried] + [x for i, x in enumerate(self.held) if i not in carried]
         graph = repeated(body, len(carried), len(self.rows), len(self.held) - len(carried) + len(self.inputs), results)
         self.run = compile_loop(graph, [*self.rows, *self.held, *self.inputs])
@@ -211,35 +214,46 @@ class MeanLoop(Loop):
 
 
 def with_inputs(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
-    """A graph whose tensors are inputs of it, after the others: one vector for each storage, of which the tensors are
-    views.  Also these vectors.  So a write to one of them is seen by all that share its memory."""
+    """A graph whose tensors are inputs of it, after the others: one for each storage, of which the others with this
+    memory are views.  Also these tensors.  So a write to one of them is seen by all that share its memory."""
     graph = module.graph
-    homes: dict[Any, tuple[Node, Tensor]] = {}
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node in list(graph.nodes):
-        if node.op != "get_attr" or not isinstance(x := getattr(module, node.target), Tensor):
-            continue
-        x = x.detach()
+    nodes = [x for x in graph.nodes if x.op == "get_attr" and isinstance(getattr(module, x.target), Tensor)]
+    held = {node: getattr(module, node.target).detach() for node in nodes}
+    owners: dict[Any, Tensor] = {}
+    for x in held.values():
         storage = x.untyped_storage()
-        key = (storage.data_ptr() or id(x), x.dtype)
+        size = storage.nbytes() // x.element_size()
+        if x.is_contiguous() and x.numel() == size:
+            owners[home_key(x)] = x
+        else:
+            owners.setdefault(home_key(x), x.as_strided((size,), (1,), 0))
+    homes: dict[Any, Node] = {}
+    for node, x in held.items():
+        key = home_key(x)
         if key not in homes:
             with graph.inserting_after(last):
-                last = graph.placeholder(f"held_{len(homes)}")
-            homes[key] = last, x.as_strided((storage.nbytes() // x.element_size(),), (1,), 0)
-        home = homes[key][0]
+                homes[key] = last = graph.placeholder(f"held_{len(homes)}")
+        owner, view = owners[key], homes[key]
         with graph.inserting_before(node):
-            if x.is_contiguous():
-                first = x.storage_offset()
-                view = graph.call_function(aten.slice.Tensor, (home, 0, first, first + x.numel()))
-                view = graph.call_function(aten.view.default, (view, list(x.shape)))
-            else:
-                view = graph.call_function(
-                    aten.as_strided.default, (home, list(x.shape), list(x.stride()), x.storage_offset())
-                )
+            if x.shape != owner.shape or x.stride() != owner.stride():
+                view = graph.call_function(aten.view.default, (view, [-1]))
+                if x.is_contiguous():
+                    first = x.storage_offset()
+                    view = graph.call_function(aten.slice.Tensor, (view, 0, first, first + x.numel()))
+                    view = graph.call_function(aten.view.default, (view, list(x.shape)))
+                else:
+                    about = (list(x.shape), list(x.stride()), x.storage_offset())
+                    view = graph.call_function(aten.as_strided.default, (view, *about))
         node.replace_all_uses_with(view)
         graph.erase_node(node)
     module.recompile()
-    return module, [x for _, x in homes.values()]
+    return module, [owners[key] for key in homes]
+
+
+def home_key(x: Tensor) -> Any:
+    """What tensors have in common that share memory as numbers of one type."""
+    return x.untyped_storage().data_ptr() or id(x), x.dtype
 
 
 def pure(
@@ -271,10 +285,58 @@ def pure(
     graph, copies = Graph(), dict[Node, Node]()
     for node in order:
         copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
     for node in nodes[len(places) : -1]:
         copies[node] = copies[clones[node]] if node in clones else graph.node_copy(node, copies.__getitem__)
-    graph.output([*(copies[ends[i]] for i in written), *(copies[x] for x in results)])
+    # Two ends may be copies of one tensor, as of a state that is also the observation.  Torch would take the copies out
+    # and move the tensor to two places, so each end is computed.
+    new = [graph.call_function(aten.maximum.default, (copies[ends[i]],) * 2) for i in written]
+    graph.output([*new, *(copies[x] for x in results)])
     return GraphModule(whole, graph), written, len(results)
+
+
+def store_what_spreads(body: GraphModule) -> None:
+    """Have what is computed for few numbers and used for many computed once and stored.  The compiler would compute it
+    for each of the many: Adam's corrections of its means, which are powers, for every parameter."""
+    for node in body.graph.nodes:
+        many = size(node) if node.op == "call_function" else 0
+        for x in node.all_input_nodes:
+            if x.op == "call_function" and 0 < SPREAD * size(x) <= many:
+                with body.graph.inserting_before(node):
+                    node.replace_input_with(x, stored(body.graph, x))
+    body.recompile()
+
+
+def stored(graph: Graph, x: Node) -> Node:
+    """The same tensor, which the compiler computes apart from what uses it."""
+    value = x.meta["val"]
+    found = graph.call_function(aten.as_strided.default, (x, list(value.shape), list(value.stride())))
+    found.meta = dict(x.meta)
+    return found
+
+
+def add_apart(body: GraphModule) -> None:
+    """Have biases added after products of matrices, where the compiler fuses the sum with what follows.  As a part of
+    the product it begins with a copy of the bias, which takes half the time of a small one."""
+    graph = body.graph
+    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+        bias, a, b = node.args
+        if node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.mm.default, (a, b))
+            product.meta = dict(node.meta)
+            total = graph.call_function(aten.add.Tensor, (stored(graph, product), bias))
+            total.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+    body.recompile()
+
+
+def size(node: Node) -> int:
+    """The number of elements of a tensor in a graph; 0 for what is none."""
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def repeated(body: GraphModule, carried: int, rows: int, rest: int, results: int) -> GraphModule:

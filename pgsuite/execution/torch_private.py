@@ -23,8 +23,9 @@ __all__ = ["compile_graph", "compile_loop", "make_fx", "scan_op", "tree_flatten"
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A graph of operations, compiled for inputs of these shapes."""
     # Without a ShapeEnv, the on-disk cache of compiled graphs is not consulted.
-    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))):
-        made: Any = inductor.compile(graph, [*inputs])
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(mode)):
+        made: Any = inductor.compile(graph, [mode.from_tensor(x, static_shapes=True) for x in inputs])
     return made
 
 
