@@ -42,6 +42,7 @@ def place(error: BaseException, *, except_for: Sequence[str] | None = None) -> s
     """``my_env.py:41: `` for the innermost frame of an error's traceback in a file of the user's own; empty if there is
     none.  With ``except_for``, files of this package count as well, except for those."""
     found = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    found += [(frame.filename, frame.lineno) for frame in getattr(error, "real_stack", None) or ()]  # torch's compiler
     if isinstance(error, SyntaxError):
         found.append((error.filename or "<unknown>", error.lineno))
 

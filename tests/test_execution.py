@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from toys import PointMass, build, collector, compile_by
 
 from pgsuite import distributed
 from pgsuite.algorithms import A2C, NPG, PPO, TRPO, Algorithm, Reinforce
-from pgsuite.envs import make
+from pgsuite.envs import TaskEnv, make, tasks
+from pgsuite.envs.tasks import Hopper
+from pgsuite.envs.tasks.mujoco import MujocoTask
 from pgsuite.execution import loops
 from pgsuite.execution.compile import Compiled
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature
@@ -356,7 +359,7 @@ def test_a_graph_is_not_taken_for_that_of_another_object_number_or_shape(monkeyp
     """Torch keeps the graphs of all methods of one name together, and decides by what is watched."""
     compile_by("aot_eager", monkeypatch)
     double, triple, shift = Scale(2.0), Scale(3.0), Shift(2.0)
-    sums = [compiled(x.sum) for x in (double, triple, shift)]
+    sums = [compiled(x.sum, "a sum") for x in (double, triple, shift)]
     for _ in range(2):
         assert [float(f(torch.ones(3))) for f in sums] == [6.0, 9.0, 9.0]
     double.factor = 5.0
@@ -418,3 +421,35 @@ def test_classic_tasks_are_one_graph_whatever_their_data(name: str) -> None:
         steps = [env.step(action) for env in envs]
         assert all(torch.equal(x, y) for x, y in zip(*steps, strict=True) if x is not None)
     assert compilations["unique_graphs"] - before == 1
+
+
+@pytest.mark.parametrize("name", [x for x in tasks.__all__ if issubclass(getattr(tasks, x), MujocoTask)])
+def test_a_step_of_a_robot_is_one_graph(name: str) -> None:
+    ours, graphed = envs = [make(name, 2, threads=1) for _ in range(2)]
+    assert isinstance(graphed, TaskEnv)
+    torch.compiler.reset()
+    graphed.step_task.run = torch.compile(graphed.step_task.run, backend="eager", fullgraph=True)
+    assert torch.equal(*(pytree.tree_leaves(env.reset())[0] for env in envs))
+    for action in random_actions(ours, 3):
+        for x, y in zip(*(pytree.tree_leaves(env.step(action)) for env in envs), strict=True):
+            assert x is None or torch.equal(x, y)
+
+
+@dataclass(kw_only=True, eq=False)
+class Named(Hopper):
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        return super().advance(action + self.model.body("torso").id)
+
+
+def test_a_step_that_is_no_graph_runs_as_written_and_its_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by("eager", monkeypatch)
+    envs = [make(Named(max_episode_steps=20), 2, threads=1) for _ in range(2)]
+    algorithms = [build(PPO, env) for env in envs]
+    ours, graphed = (collector(*pair) for pair in zip(algorithms, envs, strict=True))
+    execute(algorithms[1], graphed, "compile")
+    said = r"test_execution.py:\d+: torch cannot compile the task's step, which runs as written: .*Dynamo .*MjModel"
+    with pytest.warns(UserWarning, match=said):
+        found = graphed.collect(algorithms[1].policy)
+    wanted = ours.collect(algorithms[0].policy)
+    for name, x in vars(wanted).items():
+        assert not isinstance(x, Tensor) or torch.equal(x, getattr(found, name)), name

@@ -159,9 +159,11 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
             algorithm.fit.run = CompiledFit(algorithm, collector.wait).__call__
     for critic in algorithm.critics:
         if not critic.sequential:  # a recurrence would be unrolled through time
-            values, sequence = critic.values_and_next_values, compiled(critic.body.sequence)
-            on_cpu = collector.env.device.type == "cpu"  # where reading is free
-            values.run = partial(critic.values_by_need, sequence=sequence) if on_cpu else compiled(values.run)
+            values, what = critic.values_and_next_values, "the critic's pass over a rollout"
+            if collector.env.device.type == "cpu":  # where reading is free
+                values.run = partial(critic.values_by_need, sequence=compiled(critic.body.sequence, what))
+            else:
+                values.run = compiled(values.run, what)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         parallel = ParallelCriticUpdate(algorithm, collector.wait)
         linearize = CompiledLinearization(algorithm.linearize.run, parallel.exclusive)
@@ -174,6 +176,6 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     acting = CompiledActing(stepper)
     stepper.act.run = acting.__call__
     if isinstance(env, TaskEnv):
-        env.step_task.run = compiled(env.step_task.run)
+        env.step_task.run = compiled(env.step_task.run, "the task's step")
         if stepper is collector and is_one_graph(stepper, env):
             collector.collect.run = CompiledRollout(stepper, env, acting).__call__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 
-from pgsuite.execution.torch_private import compile_graph, make_fx, tree_flatten, tree_unflatten
+from pgsuite.errors import place
+from pgsuite.execution.torch_private import (
+    TorchDynamoException,
+    compile_graph,
+    make_fx,
+    tree_flatten,
+    tree_unflatten,
+)
 from pgsuite.types import Experience
 
 UNWATCHED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DICT_NOT_CONTAINS"}
@@ -60,11 +68,32 @@ class TwoStageGraph:
             return compile_graph(first, given), compile_graph(second, [*first(*given), *rest]), nest
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function compiled to one graph.  Guards on its arguments, and on what is reached through them, are kept; guards
-    on global variables, on hooks and on absent names are dropped, since evaluating them took as long as a small graph
-    and none of these changes during a run."""
-    return torch.compile(function, dynamic=False, fullgraph=True, options={"guard_filter_fn": watched})
+def compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A function compiled to one graph; if torch cannot, as it is written, with a warning that names it as ``what``.
+
+    Guards on its arguments, and on what is reached through them, are kept; guards on global variables, on hooks and on
+    absent names are dropped: evaluating them took as long as a small graph, and none of these changes during a run.
+    """
+    graph = torch.compile(function, dynamic=False, fullgraph=True, options={"guard_filter_fn": watched})
+
+    def call(*args: Any) -> Any:
+        nonlocal graph
+        try:
+            return graph(*args)
+        except TorchDynamoException as error:  # before anything was computed
+            warn_of(error, f"{what}, which runs as written")
+            graph = function
+            return function(*args)
+
+    return call
+
+
+def warn_of(error: Exception, what: str) -> None:
+    """Warn that torch cannot compile something, with the user's own line that is in the way, if there is one."""
+    first, _, rest = str(error).strip().partition("\n")
+    words = rest.partition("Explanation: ")[2].partition("\n")[0] or first
+    why = "a tensor is read back to the host" if "_local_scalar_dense" in words else f"{type(error).__name__}: {words}"
+    warnings.warn(f"{place(error)}torch cannot compile {what}: {why}", stacklevel=4)
 
 
 def watched(guards: Sequence[Any]) -> list[bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,7 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 
 from pgsuite.algorithms.base import Algorithm
-from pgsuite.errors import place
-from pgsuite.execution.graph_split import signature, traced
+from pgsuite.execution.graph_split import signature, traced, warn_of
 from pgsuite.execution.torch_private import compile_loop, make_fx, scan_op, tree_unflatten
 from pgsuite.kernel import Kernel
 from pgsuite.nn.optim import Objective, Optimizer
@@ -141,13 +139,6 @@ def as_written(*kernels: Kernel[..., Any]) -> Iterator[None]:
     finally:
         for kernel, run in zip(kernels, before, strict=True):
             kernel.run = run
-
-
-def warn_of(error: Exception, what: str) -> None:
-    """Warn that torch cannot compile something, with the user's own line that is in the way, if there is one."""
-    words = str(error).strip().partition("\n")[0]
-    why = "a tensor is read back to the host" if "_local_scalar_dense" in words else f"{type(error).__name__}: {words}"
-    warnings.warn(f"{place(error)}torch cannot compile {what}: {why}", stacklevel=4)
 
 
 class Loop:

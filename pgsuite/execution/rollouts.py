@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 
 from pgsuite.envs.task_env import TaskEnv
 from pgsuite.envs.tasks import Task
-from pgsuite.execution.loops import Loop, as_written, warn_of
+from pgsuite.execution.graph_split import warn_of
+from pgsuite.execution.loops import Loop, as_written
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import Collector, StepCollector

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch import _inductor as inductor
+from torch._dynamo.exc import TorchDynamoException
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.scan import scan_op
 from torch._inductor import config
@@ -17,7 +18,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["compile_graph", "compile_loop", "make_fx", "scan_op", "tree_flatten", "tree_unflatten"]
+__all__ = [
+    "TorchDynamoException",
+    "compile_graph",
+    "compile_loop",
+    "make_fx",
+    "scan_op",
+    "tree_flatten",
+    "tree_unflatten",
+]
 
 
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -116,6 +116,6 @@ def compile_many(many: ManyTrainer) -> None:
     whole.act.run = acting.__call__
     if isinstance(many.env, SharedTask):
         env = many.env.whole
-        env.step_task.run = compiled(env.step_task.run)
+        env.step_task.run = compiled(env.step_task.run, "the task's step")
         if is_one_graph(whole, env):
             whole.collect.run = CompiledJointRollout(whole, env, acting).__call__

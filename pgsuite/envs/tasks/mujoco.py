@@ -112,7 +112,9 @@ class MujocoTask(Task):
         """Attach the worlds of a simulator, and set the attributes that depend on them."""
         self.physics, self.model = physics, physics.model
         self.num_envs, self.device, self.dtype = physics.num_envs, physics.device, physics.dtype
-        self.dt = self.model.opt.timestep * self.frame_skip  # seconds per step
+        self.timestep = self.model.opt.timestep  # seconds per substep
+        self.dt = self.timestep * self.frame_skip  # seconds per step
+        self.bodies = {self.model.body(i).name: i for i in range(self.model.nbody)}
         self.init_qpos = torch.as_tensor(self.model.qpos0.copy(), device=self.device, dtype=self.dtype)
         low, high = self.model.actuator_ctrlrange.astype(np.float32).T
         self.action_space = spaces.Box(low, high)
@@ -145,8 +147,11 @@ class MujocoTask(Task):
         return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
 
     def body(self, name: str) -> Tensor:
-        """The position of a body [N, 3] one substep ago, which gymnasium uses too."""
-        return self.physics.outputs["xpos"][:, self.model.body(name).id]
+        """The position of a body [N, 3] one substep ago, which gymnasium uses too.  Raises KeyError if there is none of
+        this name."""
+        if name not in self.bodies:
+            raise KeyError(f"no body {name!r} in the model, whose bodies are {', '.join(map(repr, self.bodies))}")
+        return self.physics.outputs["xpos"][:, self.bodies[name]]
 
     def describe(self) -> tuple[str, str]:
         versions = f"gymnasium {gymnasium.__version__} step by step (mujoco {mujoco.__version__})"
@@ -471,7 +476,7 @@ class HumanoidStandup(HumanBody):
     impact_cost_range: tuple[float, float] = (-math.inf, 10.0)  # the contact cost is clipped to it
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        height = self.physics.qpos[:, 2] / self.model.opt.timestep
+        height = self.physics.qpos[:, 2] / self.timestep
         impact = self.contact_cost(self.impact_cost_weight, self.impact_cost_range)
         return height - self.ctrl_cost_weight * action.square().sum(-1) - impact + 1, self.never()
 
