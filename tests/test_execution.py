@@ -4,15 +4,17 @@ import copy
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor as inductor
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from toys import PointMass, build, collector, compile_by
@@ -27,8 +29,9 @@ from pgsuite.execution.compile import Compiled
 from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature
 from pgsuite.execution.modes import execute
 from pgsuite.functional import trust_region as tr
+from pgsuite.nn.network import Features
 from pgsuite.testing import random_actions
-from pgsuite.types import Batch, Metrics
+from pgsuite.types import Batch, Metrics, Obs
 
 CASES: list[tuple[type[Algorithm], dict[str, Any], str]] = [
     (
@@ -278,7 +281,7 @@ def test_what_was_compiled_before_is_found_again() -> None:
         def slope(x: Tensor, weight: torch.nn.Parameter = weight, rate: Tensor = rate) -> Tensor:
             return rate * torch.autograd.grad((x * weight).sin().sum(), weight)[0]
 
-        made = Compiled(slope)
+        made = Compiled(slope, "a slope")
         for _ in range(2):
             assert torch.allclose(made(x), rate * x * (x * weight).cos(), atol=1e-6)
             weight.data.mul_(2)
@@ -312,7 +315,7 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
 
         return along
 
-    two_stage, x = TwoStageGraph(curvature), torch.randn(5)
+    two_stage, x = TwoStageGraph(curvature, "a curvature"), torch.randn(5)
     for at in (x, x + 1):
         along = two_stage(at)
         for v in torch.randn(2, 5):
@@ -453,3 +456,32 @@ def test_a_step_that_is_no_graph_runs_as_written_and_its_line_is_said(monkeypatc
     wanted = ours.collect(algorithms[0].policy)
     for name, x in vars(wanted).items():
         assert not isinstance(x, Tensor) or torch.equal(x, getattr(found, name)), name
+
+
+@pytest.mark.parametrize("algo", [PPO, TRPO])
+def test_a_network_that_is_no_graph_runs_as_written_and_its_line_is_said(
+    algo: type[Algorithm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_by("eager", monkeypatch)
+    encode = Features.encode
+
+    def reads(self: Features, obs: Obs) -> Tensor:
+        features = encode(self, obs)
+        return features if float(features.abs().max()) < 100 else features * 0
+
+    monkeypatch.setattr(Features, "encode", reads)
+    runs = []
+    for how in ("eager", "compile"):
+        env = make("CartPole", 8, max_episode_steps=16)
+        algorithm = build(algo, env)
+        rollouts = collector(algorithm, env)
+        execute(algorithm, rollouts, how)
+        with warnings.catch_warnings(record=True, action="always") as warned:
+            for _ in range(2):
+                algorithm.iterate(rollouts)
+        runs.append(nn.utils.parameters_to_vector(algorithm.policy.parameters()))
+    said = {str(x.message).partition(": torch cannot compile ")[::2] for x in warned if x.category is UserWarning}
+    line = reads.__code__.co_firstlineno + 2
+    assert {Path(where).name for where, _ in said} == {f"test_execution.py:{line}"}
+    assert len(said) == (5 if algo is PPO else 8) and all("read back to the host" in what for _, what in said)
+    assert torch.equal(*runs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,15 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     """Run a task with a named configuration and the overrides of the command line.  Only tasks with ``processes`` may
     run under torchrun.
 
-    Exits with code 1 and one message for mistakes of the user, and with 130 when interrupted.  With HYDRA_FULL_ERROR=1
-    the traceback is shown instead.
+    Exits with code 1 and one message for mistakes of the user, and with 130 when interrupted; warnings are messages
+    too.  With HYDRA_FULL_ERROR=1 tracebacks are shown, and where warnings are raised.
     """
     verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     schema.register()
-    given, stdout = list(sys.argv), sys.stdout
+    given, stdout, formatted = list(sys.argv), sys.stdout, warnings.formatwarning
+    if not verbose:
+        warnings.formatwarning = partial(plain, formatted)
     sys.stdout = console().file
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
     composed = False
@@ -81,7 +84,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             sys.exit(f"error: {shorten(uncomposable(error, sys.argv[1:]))}")
 
     # The task is guarded too, since Hydra prints a line about any exception that passes through it.
-    @functools.wraps(task)
+    @wraps(task)
     def job(cfg: DictConfig) -> Any:
         nonlocal composed
         composed = True
@@ -108,9 +111,14 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     try:
         guarded(together)
     finally:
-        sys.argv[:], sys.stdout = given, stdout
+        sys.argv[:], sys.stdout, warnings.formatwarning = given, stdout, formatted
         if not verbose:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # child processes that start later would show tracebacks
+
+
+def plain(formatted: Callable[..., str], message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning for the user without the line of the package, or of torch, that gives it; others as ``formatted``."""
+    return f"warning: {message}\n" if category is UserWarning else formatted(message, category, *where)
 
 
 def main_with_settings(work: Callable[[Any, Path, Callable[[str], None]], Any], config: str) -> None:

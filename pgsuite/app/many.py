@@ -16,7 +16,7 @@ from typing import Any
 from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 
-from pgsuite import distributed
+from pgsuite import distributed, errors
 from pgsuite.app import recipes
 from pgsuite.app.build import (
     build,
@@ -178,8 +178,8 @@ def _train(
         except (RuntimeError, NotImplementedError) as error:
             if many.steps or "vmap" not in str(error):
                 raise
-            reason = " ".join(str(error).split())
-            raise UserError(f"these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
+            where, reason = errors.place(error), " ".join(str(error).split())
+            raise UserError(f"{where}these runs cannot be trained at once: {reason}; {ONE_BY_ONE}") from error
     for trainer, place in zip(trainers, places, strict=True):
         if trainer.ended_early and trainer.steps < trainer.total_steps:
             way = f"go on with: {command('train')} resume={short(place.folder)}"

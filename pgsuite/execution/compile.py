@@ -15,7 +15,7 @@ from pgsuite.algorithms import NPG
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
-from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced
+from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced, warn_of
 from pgsuite.execution.loops import CompiledFit, has_memory, loops
 from pgsuite.execution.rollouts import CompiledRollout, Draw, in_a_row, is_one_graph
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
@@ -32,22 +32,31 @@ class Compiled:
     """A function of nests of tensors, autograd included, as one compiled graph per input signature.
 
     Tracing records the operations of forward and backward alike, so the compiler fuses them with one another, and no
-    autograd runs afterwards.  Arguments other than tensors are compiled in as constants.  ``exclusive`` is called
-    before a trace and returns once no other thread runs: torch's tracing state is global to the process.
+    autograd runs afterwards.  Arguments other than tensors are compiled in as constants.  What torch cannot compile
+    runs as it is written, with a warning that names it as ``what``.  ``exclusive`` is called before a trace and returns
+    once no other thread runs: torch's tracing state is global to the process.
     """
 
-    def __init__(self, function: Callable[..., Any], exclusive: Callable[[], None] = lambda: None) -> None:
-        self.function, self.exclusive = function, exclusive
+    def __init__(self, function: Callable[..., Any], what: str, exclusive: Callable[[], None] = lambda: None) -> None:
+        self.function, self.what, self.exclusive = function, what, exclusive
         self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
+        self.possible = True
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
         key, inputs = signature(args)
-        if key not in self.graphs:
+        if key not in self.graphs and self.possible:
             self.exclusive()
+            try:
+                with torch.enable_grad():
+                    graph, nest = traced(self.function, args)
+                self.graphs[key] = compile_graph(graph, inputs), nest
+            except Exception as error:  # of whatever kind the user's parts, a tracer or a compiler raises
+                warn_of(error, f"{self.what}, which runs as written")
+                self.possible = False
+        if not self.possible:
             with torch.enable_grad():
-                graph, nest = traced(self.function, args)
-            self.graphs[key] = compile_graph(graph, inputs), nest
+                return self.function(*args)
         graph, nest = self.graphs[key]
         return tree_unflatten(graph(*inputs), nest)
 
@@ -57,9 +66,9 @@ class CompiledLinearization:
     graphs.  Conjugate gradient calls the graph of the Fisher product and is not unrolled itself."""
 
     def __init__(self, linearize: Callable[..., LocalModel], exclusive: Callable[[], None]) -> None:
-        self.numbers = Compiled(lambda *seen: linearize(*seen)[:2], exclusive)
-        self.product = TwoStageGraph(lambda *seen: linearize(*seen).product, exclusive)
-        self.evaluate_step = TwoStageGraph(lambda *seen: linearize(*seen).evaluate_step, exclusive)
+        self.numbers = Compiled(lambda *seen: linearize(*seen)[:2], "the policy gradient", exclusive)
+        self.product = TwoStageGraph(lambda *seen: linearize(*seen).product, "the Fisher product", exclusive)
+        self.evaluate_step = TwoStageGraph(lambda *seen: linearize(*seen).evaluate_step, "the line search", exclusive)
 
     def __call__(self, start: Tensor, batch: Batch) -> LocalModel:
         gradient, entropy = self.numbers(start, batch)
@@ -102,7 +111,7 @@ class CompiledActing:
     def __init__(self, collector: Collector) -> None:
         self.collector, self.act = collector, collector.act.run
         self.dist: Distribution | None = None
-        self.choose = Compiled(self._choose)
+        self.choose = Compiled(self._choose, "the choice of actions")
         self.ahead: dict[int, Draw] = {}
 
     def _choose(self, policy: Policy, obs: Any, hidden_state: Any, start: Tensor, noise: Tensor) -> PolicyOutput:
@@ -154,7 +163,7 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     if not has_memory(algorithm):
         for optimizer in algorithm.optimizers:
             step = optimizer.gradient_step
-            step.run = Compiled(step.run, collector.wait).__call__
+            step.run = Compiled(step.run, "a gradient step", collector.wait).__call__
         if loops(algorithm, collector.env.device):
             algorithm.fit.run = CompiledFit(algorithm, collector.wait).__call__
     for critic in algorithm.critics:

@@ -29,15 +29,17 @@ class TwoStageGraph:
 
     The first graph computes everything that depends on the early arguments only, and runs once for all calls with the
     same early arguments; the second runs in each call.  Tracing records the operations of autograd too, so
-    differentiation that needs no late argument happens in the first graph.
+    differentiation that needs no late argument happens in the first graph.  What torch cannot compile runs as it is
+    written, with a warning that names it as ``what``.
     """
 
     def __init__(
-        self, function: Callable[..., Callable[..., Any]], exclusive: Callable[[], None] = lambda: None
+        self, function: Callable[..., Callable[..., Any]], what: str, exclusive: Callable[[], None] = lambda: None
     ) -> None:
         """``exclusive`` is called before a trace, and returns once no other thread runs."""
-        self.function, self.exclusive = function, exclusive
+        self.function, self.what, self.exclusive = function, what, exclusive
         self.graphs: dict[Any, tuple[Callable[..., Any], Callable[..., Any], Any]] = {}
+        self.possible = True
 
     def __call__(self, *early: Any) -> Callable[..., Any]:
         about, given = signature(early)
@@ -46,8 +48,15 @@ class TwoStageGraph:
         def later(*late: Any) -> Any:
             shapes, inputs = signature(late)
             key = about, shapes
-            if key not in self.graphs:
-                self.graphs[key] = self.trace(early, late)
+            if key not in self.graphs and self.possible:
+                try:
+                    self.graphs[key] = self.trace(early, late)
+                except Exception as error:  # of whatever kind the user's parts, a tracer or a compiler raises
+                    warn_of(error, f"{self.what}, which runs as written")
+                    self.possible = False
+            if not self.possible:
+                with torch.enable_grad():
+                    return self.function(*early)(*late)
             first, second, nest = self.graphs[key]
             with torch.no_grad():
                 if shapes not in kept:
@@ -92,7 +101,8 @@ def warn_of(error: Exception, what: str) -> None:
     """Warn that torch cannot compile something, with the user's own line that is in the way, if there is one."""
     first, _, rest = str(error).strip().partition("\n")
     words = rest.partition("Explanation: ")[2].partition("\n")[0] or first
-    why = "a tensor is read back to the host" if "_local_scalar_dense" in words else f"{type(error).__name__}: {words}"
+    reads = "_local_scalar_dense" in words or "data-dependent" in words
+    why = "a tensor is read back to the host" if reads else f"{type(error).__name__}: {words}"
     warnings.warn(f"{place(error)}torch cannot compile {what}: {why}", stacklevel=4)
 
 

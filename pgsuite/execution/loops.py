@@ -21,6 +21,7 @@ from pgsuite.rollout.minibatches import check_split, partition, select
 from pgsuite.types import Batch, Metrics
 
 aten: Any = torch.ops.aten
+WHAT = "an epoch as a whole, and compiles its steps"  # where the loop cannot be made
 SPREAD = 64  # how many times larger a result is than an operand that is stored before
 Seen = tuple[tuple[Any, ...], Batch, Tensor | None]  # what is given beside a batch [T, N], the batch, a mask of steps
 
@@ -83,19 +84,28 @@ class CompiledFit:
         def over(index: Tensor, seen: Any = seen) -> Metrics:
             return self.over(step, index, seen)
 
-        before = optimizer.skip_mask
+        before, loop, new = optimizer.skip_mask, None, key not in self.loops
         try:
-            with torch.enable_grad():
-                if key in self.loops:
-                    return mean([over(index) for index in indices])
-                self.exclusive()
-                with as_written(optimizer.gradient_step):  # neither compiled nor taken in pieces
-                    loop = MeanLoop(over, [indices], seen)
-                    found = mean([loop.first, *(over(index) for index in indices[1:])])
+            # The first fit is neither compiled nor taken in pieces.
+            with torch.enable_grad(), as_written(*[optimizer.gradient_step] * new):
+                if new:
+                    loop = self.loop(over, indices, seen)
+                taken = [loop.first] if loop else []
+                found = mean([*taken, *(over(index) for index in indices[len(taken) :])])
         finally:
             optimizer.skip_mask = before
-        self.loops[key] = loop if loop.compiles("an epoch as a whole, and compiles its steps") else None
+        if new:
+            self.loops[key] = loop if loop and loop.compiles(WHAT) else None
         return found
+
+    def loop(self, step: Callable[..., Metrics], indices: Tensor, seen: Seen) -> MeanLoop | None:
+        """The loop of a gradient step, which is taken; None, with a warning, if it cannot be traced."""
+        self.exclusive()
+        try:
+            return MeanLoop(step, [indices], seen)
+        except Exception as error:  # of whatever kind the user's parts or a tracer raises
+            warn_of(error, WHAT)
+            return None
 
     def indices(self, batch: Batch, epochs: int, parts: int) -> Tensor:
         """The indices of each minibatch, in the order of the steps [epochs parts, ...]; without meaning for one part,

@@ -48,7 +48,7 @@ class Apart:
 
 def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
     """A kernel of the first run that, called under vmap, runs for all runs as one compiled graph."""
-    return Apart(Compiled(lambda *args: stack(kernel.function, *args))).__call__
+    return Apart(Compiled(lambda *args: stack(kernel.function, *args), kernel.name)).__call__
 
 
 class CompiledJointActing(CompiledActing):
