@@ -331,7 +331,14 @@ def test_every_part_of_a_method_may_be_that_of_many_runs(part: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("cls", "settings"), [(PPO, {}), (TRPO, {}), (TRPO, {"critic_minibatches": 1}), (PPO, {"minibatches": 1})]
+    ("cls", "settings"),
+    [
+        (PPO, {}),
+        (TRPO, {}),
+        (TRPO, {"critic_minibatches": 1}),
+        (PPO, {"minibatches": 1}),
+        (NPG, {"damping": {"linear": [0.1, 1.0]}}),
+    ],
 )
 def test_compiled_runs_are_those_alone(cls: type[Algorithm], settings: dict[str, Any]) -> None:
     alone, many = both(cls, "CartPole", **settings)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
+from pgsuite.algorithms import NPG
+from pgsuite.algorithms.npg import LocalModel
 from pgsuite.execution.compile import Compiled, CompiledActing
-from pgsuite.execution.graph_split import compiled
+from pgsuite.execution.graph_split import TwoStageGraph, compiled
 from pgsuite.execution.loops import CompiledFit, has_memory, loops
 from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
 from pgsuite.functional import autodiff
@@ -23,7 +25,7 @@ from pgsuite.many.trainer import ManyTrainer
 from pgsuite.nn.distributions import Reparameterized
 from pgsuite.nn.policy import Policy, PolicyOutput
 from pgsuite.rollout import StepCollector
-from pgsuite.types import Rollout, map_obs
+from pgsuite.types import Batch, Rollout, map_obs
 
 register_dataclass(Rollout)  # tracing then treats a rollout as a nest of its tensors
 
@@ -49,6 +51,38 @@ class Apart:
 def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
     """A kernel of the first run that, called under vmap, runs for all runs as one compiled graph."""
     return Apart(Compiled(lambda *args: stack(kernel.function, *args), kernel.name)).__call__
+
+
+class CompiledJointLinearization:
+    """The local models of all runs, called under vmap by each; as ``CompiledLinearization`` otherwise."""
+
+    def __init__(self, stack: Stack, linearize: Callable[[Tensor, Batch], LocalModel]) -> None:
+        def later(part: Callable[[LocalModel], Callable[[Tensor], Any]]) -> Callable[..., Callable[[Tensor], Any]]:
+            def of_one(start: Tensor, batch: Batch, x: Tensor) -> Any:
+                return part(linearize(start, batch))(x)
+
+            return lambda *seen: lambda x: stack(of_one, *seen, x)
+
+        of_all = Compiled(lambda *seen: stack(lambda *s: linearize(*s)[:2], *seen), "the policy gradient")
+        self.numbers = Apart(of_all)
+        self.product = TwoStageGraph(later(lambda model: model.product), "the Fisher product")
+        self.evaluate_step = TwoStageGraph(later(lambda model: model.evaluate_step), "the line search")
+
+    def __call__(self, start: Tensor, batch: Batch) -> LocalModel:
+        gradient, entropy = self.numbers(start, batch)
+        product, evaluate_step = (self.at(x, start, batch) for x in (self.product, self.evaluate_step))
+        return LocalModel(gradient, entropy, product, evaluate_step)
+
+    def at(self, graph: TwoStageGraph, *seen: Any) -> Callable[[Tensor], Any]:
+        """What the graph's second stage computes of a tensor, with the first computed once."""
+        stages: list[Callable[..., Any]] = []
+
+        def of_all(*args: Any) -> Any:
+            if not stages:
+                stages.append(graph(*args[:-1]))
+            return stages[0](args[-1])
+
+        return lambda x: Apart(of_all)(*seen, x)
 
 
 class CompiledJointActing(CompiledActing):
@@ -101,8 +135,8 @@ class CompiledJointRollout(CompiledRollout):
 
 def compile_many(many: ManyTrainer) -> None:
     """Replace the ``run`` of kernels by compiled functions of all runs: gradient steps and the loops over minibatches,
-    except with memory, values, acting, and the torch part of a task's step.  Results agree with eager ones to
-    rounding."""
+    except with memory, values, natural gradient steps, acting, and the torch part of a task's step.  Results agree with
+    eager ones to rounding."""
     torch.compiler.reset()
     if not has_memory(many.algorithm):
         for optimizer in many.algorithm.optimizers:
@@ -112,6 +146,9 @@ def compile_many(many: ManyTrainer) -> None:
     for critic in many.algorithm.critics:
         if not critic.sequential:
             critic.values_and_next_values.run = apart(many.stack, critic.values_and_next_values)
+    algorithm = many.algorithm
+    if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
+        algorithm.linearize.run = CompiledJointLinearization(many.stack, algorithm.linearize.function).__call__
     acting, whole = CompiledJointActing(many.collector), many.collector.whole
     whole.act.run = acting.__call__
     if isinstance(many.env, SharedTask):
