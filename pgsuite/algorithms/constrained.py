@@ -130,7 +130,7 @@ class Lagrangian(Constrained):
         rollout = super().preprocess(rollout)
         self.price_optimizer.step(self.price.loss, self.episodes.cost - self.cost_limit)
         with torch.no_grad():
-            self.price.value.clamp_(min=0.0)
+            self.price.value.relu_()
         return rollout
 
     def combine(self, advantage: Tensor, channels: dict[str, Tensor], mask: Tensor) -> Tensor:
