@@ -23,7 +23,7 @@ def draw(out: Path) -> None:
     """One panel an environment: mean over seeds, with a band of one standard deviation."""
     results = load()
     environments = [env for env in ENVIRONMENTS if any(results.get(f"{env}/{method}") for method in METHODS)]
-    rows = -(-(len(environments) + 1) // COLUMNS)  # one place more, for the legend
+    rows = -(-len(environments) // COLUMNS)
     size = 3.3 * COLUMNS, 2.7 * rows
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for panel, env in zip(axes.flat, environments, strict=False):
@@ -44,7 +44,7 @@ def draw(out: Path) -> None:
     for panel in axes.flat[len(environments) :]:
         panel.set_axis_off()
     lines = [Line2D([], [], color=COLORS[method], label=method.upper()) for method in METHODS]
-    axes.flat[len(environments)].legend(handles=lines, frameon=False, loc="center", fontsize="large")
+    figure.legend(handles=lines, frameon=False, loc="outside upper center", ncols=len(lines), fontsize="large")
     figure.supxlabel("environment steps")
     figure.supylabel("return of training episodes")
     out.parent.mkdir(parents=True, exist_ok=True)
