@@ -471,8 +471,8 @@ def test_bad_input_gets_one_message_and_leaves_nothing(command: Cli, arguments: 
 
 def test_a_warning_is_a_message_without_the_line_that_gives_it() -> None:
     given = UserWarning, "pgsuite/kernel.py", 31, "return self.run()"
-    assert cli.plain(warnings.formatwarning, "mine.py:3: no graph", *given) == "warning: mine.py:3: no graph\n"
-    assert "kernel.py:31" in cli.plain(warnings.formatwarning, "old", DeprecationWarning, *given[1:])
+    assert cli.format_warning(warnings.formatwarning, "mine.py:3: no graph", *given) == "warning: mine.py:3: no graph\n"
+    assert "kernel.py:31" in cli.format_warning(warnings.formatwarning, "old", DeprecationWarning, *given[1:])
 
 
 def test_a_broken_environment_stops_the_run_with_its_state_saved(command: Cli) -> None:

@@ -322,7 +322,7 @@ def test_a_staged_function_computes_once_what_its_later_arguments_say_nothing_of
             found = along(v)
             assert torch.allclose(found["product"], -at.sin() * v, atol=1e-6)
             assert torch.allclose(found["written"], at.sigmoid() * v, atol=1e-6)
-    assert len(two_stage.graphs) == 1
+    assert len(two_stage.graphs.made) == 1
     assert ran == [True, False, False] * 2
 
 
@@ -436,6 +436,12 @@ def test_a_step_of_a_robot_is_one_graph(name: str) -> None:
     for action in random_actions(ours, 3):
         for x, y in zip(*(pytree.tree_leaves(env.step(action)) for env in envs), strict=True):
             assert x is None or torch.equal(x, y)
+
+
+def test_a_body_that_the_model_lacks_is_named_beside_those_that_it_has() -> None:
+    task = make("Hopper", 1, threads=1).task  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KeyError, match="no body 'tors' in the model, whose bodies are 'world', 'torso'"):
+        task.body("tors")
 
 
 @dataclass(kw_only=True, eq=False)

@@ -59,7 +59,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
     schema.register()
     given, stdout, formatted = list(sys.argv), sys.stdout, warnings.formatwarning
     if not verbose:
-        warnings.formatwarning = partial(plain, formatted)
+        warnings.formatwarning = partial(format_warning, formatted)
     sys.stdout = console().file
     sys.argv[1:] = [part for argument in sys.argv[1:] for part in replacing(argument)]
     composed = False
@@ -116,7 +116,7 @@ def main(task: Callable[[DictConfig], Any], config: str, *, processes: bool = Fa
             os.environ.pop("HYDRA_FULL_ERROR", None)  # child processes that start later would show tracebacks
 
 
-def plain(formatted: Callable[..., str], message: Warning | str, category: type[Warning], *where: Any) -> str:
+def format_warning(formatted: Callable[..., str], message: Warning | str, category: type[Warning], *where: Any) -> str:
     """A warning for the user without the line of the package, or of torch, that gives it; others as ``formatted``."""
     return f"warning: {message}\n" if category is UserWarning else formatted(message, category, *where)
 

@@ -15,7 +15,7 @@ from pgsuite.algorithms import NPG
 from pgsuite.algorithms.base import Algorithm
 from pgsuite.algorithms.npg import LocalModel
 from pgsuite.envs import TaskEnv
-from pgsuite.execution.graph_split import TwoStageGraph, compiled, signature, traced, warn_of
+from pgsuite.execution.graph_split import Graphs, TwoStageGraph, compiled, signature, traced
 from pgsuite.execution.loops import CompiledFit, has_memory, loops
 from pgsuite.execution.rollouts import CompiledRollout, Draw, in_a_row, is_one_graph
 from pgsuite.execution.torch_private import compile_graph, tree_unflatten
@@ -32,40 +32,36 @@ class Compiled:
     """A function of nests of tensors, autograd included, as one compiled graph per input signature.
 
     Tracing records the operations of forward and backward alike, so the compiler fuses them with one another, and no
-    autograd runs afterwards.  Arguments other than tensors are compiled in as constants.  What torch cannot compile
-    runs as it is written, with a warning that names it as ``what``.  ``exclusive`` is called before a trace and returns
-    once no other thread runs: torch's tracing state is global to the process.
+    autograd runs afterwards.  Arguments other than tensors are compiled in as constants.  ``what`` is for
+    ``Graphs``.  ``exclusive`` is called before a trace and returns once no other thread runs: torch's tracing state is
+    global to the process.
     """
 
     def __init__(self, function: Callable[..., Any], what: str, exclusive: Callable[[], None] = lambda: None) -> None:
-        self.function, self.what, self.exclusive = function, what, exclusive
-        self.graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
-        self.possible = True
+        self.function, self.graphs, self.exclusive = function, Graphs(what), exclusive
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
         key, inputs = signature(args)
-        if key not in self.graphs and self.possible:
-            self.exclusive()
-            try:
-                with torch.enable_grad():
-                    graph, nest = traced(self.function, args)
-                self.graphs[key] = compile_graph(graph, inputs), nest
-            except Exception as error:  # of whatever kind the user's parts, a tracer or a compiler raises
-                warn_of(error, f"{self.what}, which runs as written")
-                self.possible = False
-        if not self.possible:
+        made = self.graphs.find(key, lambda: self.compile(args, inputs))
+        if made is None:
             with torch.enable_grad():
                 return self.function(*args)
-        graph, nest = self.graphs[key]
+        graph, nest = made
         return tree_unflatten(graph(*inputs), nest)
+
+    def compile(self, args: Any, inputs: list[Tensor]) -> tuple[Callable[..., Any], Any]:
+        self.exclusive()
+        with torch.enable_grad():
+            graph, nest = traced(self.function, args)
+        return compile_graph(graph, inputs), nest
 
 
 class CompiledLinearization:
     """The local model of a natural gradient step, with its gradient, Fisher product and step evaluation in separate
     graphs.  Conjugate gradient calls the graph of the Fisher product and is not unrolled itself."""
 
-    def __init__(self, linearize: Callable[..., LocalModel], exclusive: Callable[[], None]) -> None:
+    def __init__(self, linearize: Callable[..., LocalModel], exclusive: Callable[[], None] = lambda: None) -> None:
         self.numbers = Compiled(lambda *seen: linearize(*seen)[:2], "the policy gradient", exclusive)
         self.product = TwoStageGraph(lambda *seen: linearize(*seen).product, "the Fisher product", exclusive)
         self.evaluate_step = TwoStageGraph(lambda *seen: linearize(*seen).evaluate_step, "the line search", exclusive)

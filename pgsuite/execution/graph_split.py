@@ -24,22 +24,37 @@ from pgsuite.types import Experience
 UNWATCHED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "DICT_NOT_CONTAINS"}
 
 
+class Graphs:
+    """The compiled graphs of a function by input signature.  Once torch could not make one there are none, and the
+    function runs as it is written, with a warning that names it as ``what``."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.made, self.possible = what, dict[Any, Any](), True
+
+    def find(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The graph of a signature, which ``make()`` makes if it is new; None if the function runs as written."""
+        if key not in self.made and self.possible:
+            try:
+                self.made[key] = make()
+            except Exception as error:  # of whatever kind the user's parts, a tracer or a compiler raises
+                warn_of(error, f"{self.what}, which runs as written")
+                self.possible = False
+        return self.made[key] if self.possible else None
+
+
 class TwoStageGraph:
     """``function(*early)(*late)``, of nests of tensors, as two compiled graphs per pair of signatures.
 
     The first graph computes everything that depends on the early arguments only, and runs once for all calls with the
     same early arguments; the second runs in each call.  Tracing records the operations of autograd too, so
-    differentiation that needs no late argument happens in the first graph.  What torch cannot compile runs as it is
-    written, with a warning that names it as ``what``.
+    differentiation that needs no late argument happens in the first graph.
     """
 
     def __init__(
         self, function: Callable[..., Callable[..., Any]], what: str, exclusive: Callable[[], None] = lambda: None
     ) -> None:
-        """``exclusive`` is called before a trace, and returns once no other thread runs."""
-        self.function, self.what, self.exclusive = function, what, exclusive
-        self.graphs: dict[Any, tuple[Callable[..., Any], Callable[..., Any], Any]] = {}
-        self.possible = True
+        """``what`` is for ``Graphs``; ``exclusive`` is called before a trace, and returns once no other thread runs."""
+        self.function, self.graphs, self.exclusive = function, Graphs(what), exclusive
 
     def __call__(self, *early: Any) -> Callable[..., Any]:
         about, given = signature(early)
@@ -47,17 +62,13 @@ class TwoStageGraph:
 
         def later(*late: Any) -> Any:
             shapes, inputs = signature(late)
-            key = about, shapes
-            if key not in self.graphs and self.possible:
-                try:
-                    self.graphs[key] = self.trace(early, late)
-                except Exception as error:  # of whatever kind the user's parts, a tracer or a compiler raises
-                    warn_of(error, f"{self.what}, which runs as written")
-                    self.possible = False
-            if not self.possible:
+            made = self.graphs.find((about, shapes), lambda: self.trace(early, late))
+            if made is None:
                 with torch.enable_grad():
-                    return self.function(*early)(*late)
-            first, second, nest = self.graphs[key]
+                    if None not in kept:
+                        kept[None] = self.function(*early)
+                    return kept[None](*late)
+            first, second, nest = made
             with torch.no_grad():
                 if shapes not in kept:
                     kept[shapes] = first(*given)

@@ -87,7 +87,7 @@ class CompiledFit:
         before, loop, new = optimizer.skip_mask, None, key not in self.loops
         try:
             # The first fit is neither compiled nor taken in pieces.
-            with torch.enable_grad(), as_written(*[optimizer.gradient_step] * new):
+            with torch.enable_grad(), as_written(*([optimizer.gradient_step] if new else [])):
                 if new:
                     loop = self.loop(over, indices, seen)
                 taken = [loop.first] if loop else []

@@ -11,7 +11,7 @@ from torch.export import register_dataclass
 
 from pgsuite.algorithms import NPG
 from pgsuite.algorithms.npg import LocalModel
-from pgsuite.execution.compile import Compiled, CompiledActing
+from pgsuite.execution.compile import Compiled, CompiledActing, CompiledLinearization
 from pgsuite.execution.graph_split import TwoStageGraph, compiled
 from pgsuite.execution.loops import CompiledFit, has_memory, loops
 from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
@@ -53,23 +53,21 @@ def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
     return Apart(Compiled(lambda *args: stack(kernel.function, *args), kernel.name)).__call__
 
 
-class CompiledJointLinearization:
-    """The local models of all runs, called under vmap by each; as ``CompiledLinearization`` otherwise."""
+class CompiledJointLinearization(CompiledLinearization):
+    """The local models of all runs; called under vmap."""
 
     def __init__(self, stack: Stack, linearize: Callable[[Tensor, Batch], LocalModel]) -> None:
-        def later(part: Callable[[LocalModel], Callable[[Tensor], Any]]) -> Callable[..., Callable[[Tensor], Any]]:
-            def of_one(start: Tensor, batch: Batch, x: Tensor) -> Any:
-                return part(linearize(start, batch))(x)
+        def of_all(start: Tensor, batch: Batch) -> LocalModel:
+            def at(part: Callable[[LocalModel], Callable[[Tensor], Any]]) -> Callable[[Tensor], Any]:
+                return lambda x: stack(lambda s, b, x: part(linearize(s, b))(x), start, batch, x)
 
-            return lambda *seen: lambda x: stack(of_one, *seen, x)
+            gradient, entropy = stack(lambda s, b: linearize(s, b)[:2], start, batch)
+            return LocalModel(gradient, entropy, at(lambda m: m.product), at(lambda m: m.evaluate_step))
 
-        of_all = Compiled(lambda *seen: stack(lambda *s: linearize(*s)[:2], *seen), "the policy gradient")
-        self.numbers = Apart(of_all)
-        self.product = TwoStageGraph(later(lambda model: model.product), "the Fisher product")
-        self.evaluate_step = TwoStageGraph(later(lambda model: model.evaluate_step), "the line search")
+        super().__init__(of_all)
 
     def __call__(self, start: Tensor, batch: Batch) -> LocalModel:
-        gradient, entropy = self.numbers(start, batch)
+        gradient, entropy = Apart(self.numbers)(start, batch)
         product, evaluate_step = (self.at(x, start, batch) for x in (self.product, self.evaluate_step))
         return LocalModel(gradient, entropy, product, evaluate_step)
 
@@ -138,15 +136,15 @@ def compile_many(many: ManyTrainer) -> None:
     except with memory, values, natural gradient steps, acting, and the torch part of a task's step.  Results agree with
     eager ones to rounding."""
     torch.compiler.reset()
-    if not has_memory(many.algorithm):
-        for optimizer in many.algorithm.optimizers:
+    algorithm = many.algorithm
+    if not has_memory(algorithm):
+        for optimizer in algorithm.optimizers:
             optimizer.gradient_step.run = apart(many.stack, optimizer.gradient_step)
-    if loops(many.algorithm, many.env.device):
-        many.algorithm.fit.run = CompiledFit(many.algorithm, over=many.stack, around=Apart).__call__
-    for critic in many.algorithm.critics:
+    if loops(algorithm, many.env.device):
+        algorithm.fit.run = CompiledFit(algorithm, over=many.stack, around=Apart).__call__
+    for critic in algorithm.critics:
         if not critic.sequential:
             critic.values_and_next_values.run = apart(many.stack, critic.values_and_next_values)
-    algorithm = many.algorithm
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         algorithm.linearize.run = CompiledJointLinearization(many.stack, algorithm.linearize.function).__call__
     acting, whole = CompiledJointActing(many.collector), many.collector.whole
