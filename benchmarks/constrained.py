@@ -80,7 +80,7 @@ def settings(task: str, method: str, seed: int, steps: int) -> list[str]:
     if not (ROOT / "configs" / "tuned" / f"{recipe}.yaml").exists():
         recipe = f"{RECIPES[method]}-mujoco"
     cruise = [*CRUISE, *(CRUISE_PPO if method == "ppo_lagrangian" else [])]
-    own = cruise if task == "Cruise" else [f"tuned={recipe}", "algo.cost_limit=25"]
+    own = cruise if task == "Cruise" else [f"tuned={recipe}", "algo.cost_limit=25", "execution=compile"]
     steps = STEPS.get(task, steps)
     episodes = 200 if task == "Cruise" else 10
     told = [f"evaluation.every={steps}", f"evaluation.episodes={episodes}", "env_threads=1"]
