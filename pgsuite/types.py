@@ -110,7 +110,7 @@ class Rollout(Experience):
     def finite(self) -> Tensor:
         """Whether actions, rewards, channels and next observations are finite in all real cells: [] bool."""
         parts = (self.action, self.reward, *self.channels.values(), *leaves(self.next_obs))
-        return torch.stack([(finite_cells(x, self.mask) | ~self.mask).all() for x in parts]).all()
+        return (torch.stack([finite_cells(x, self.mask) for x in parts]).all(0) | ~self.mask).all()
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,10 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the real cells of all processes."""
+    """Mean and variance of x [...] or [K, ...] over the real cells of all processes: [] or [K]."""
     mean = distributed.mean(masked_mean(x, mask))
-    return mean, distributed.mean(masked_mean((x - mean) ** 2, mask))
+    centred = x - mean.view(*mean.shape, *[1] * mask.ndim)
+    return mean, distributed.mean(masked_mean(centred**2, mask))
 
 
 def standardize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
@@ -166,7 +167,8 @@ def standardize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(target - value) / Var(target): one for a perfect critic, zero for a constant prediction."""
-    return 1 - moments(target - value, mask)[1] / moments(target, mask)[1].clamp(min=1e-8)
+    left, total = moments(torch.stack([target - value, target]), mask)[1]
+    return 1 - left / total.clamp(min=1e-8)
 
 
 def masked_means(cells: Metrics, mask: Tensor) -> Metrics:

@@ -61,10 +61,17 @@ MUTATIONS = [
         "estimators::test_no_bootstrap_is_taken_from_a_terminal_state",
     ),
     fault(
+        "a scan by doubling adds the last row to the first",
+        ESTIMATORS,
+        "decay = torch.cat([torch.zeros_like(decay[:1]), decay[1:]])",
+        "decay = decay.clone()",
+        "estimators::test_a_scan_is_its_recurrence",
+    ),
+    fault(
         "a scan by doubling forgets part of its decay",
         ESTIMATORS,
-        "decay = torch.cat([decay[:width], decay[width:] * decay[:-width]])",
-        "decay = torch.cat([decay[:width], decay[width:]])",
+        "decay = decay * decay.roll(width // 2, 0)",
+        "decay = decay.roll(0, 0)",
         "estimators::test_a_scan_is_its_recurrence",
     ),
     fault(
@@ -331,15 +338,15 @@ MUTATIONS = [
     fault(
         "PPO never stops for the KL",
         "algorithms/ppo.py",
-        '(distributed.mean(epochs[-1]["kl"]) > self.target_kl)',
-        '(distributed.mean(epochs[-1]["kl"]) < -self.target_kl)',
+        '(distributed.mean(updates[-1]["kl"]) > self.target_kl)',
+        '(distributed.mean(updates[-1]["kl"]) < -self.target_kl)',
         "algorithms::test_ppo_stops_early_when_it_strays",
     ),
     fault(
         "advantages are not computed anew",
         "algorithms/ppo.py",
-        "batch = self.compute_advantages(rollout) if epochs and self.recompute_advantage else batch",
-        "batch = self.compute_advantages(rollout) if epochs and self.recompute_advantage and False else batch",
+        "batch = self.compute_advantages(rollout) if updates and self.recompute_advantage else batch",
+        "batch = self.compute_advantages(rollout) if updates and self.recompute_advantage and False else batch",
         "algorithms::test_credit_is_assigned_anew_before_each_epoch_where_asked",
     ),
     fault(
@@ -542,8 +549,8 @@ MUTATIONS = [
     fault(
         "explained variance is of the prediction",
         "types.py",
-        "return 1 - moments(target - value, mask)[1]",
-        "return 1 - moments(value, mask)[1]",
+        "torch.stack([target - value, target])",
+        "torch.stack([value, target])",
         "normalize::test_explained_variance_of_perfect_and_constant_critics",
     ),
     # Networks and optimizers: torch's.

@@ -58,23 +58,29 @@ class PPO(A2C):
 
     def learn(self, rollout: Rollout) -> Metrics:
         """Compute advantages and run the epochs, until the last one or until the mean KL exceeds ``target_kl``."""
-        batch, epochs = self.compute_advantages(rollout), []
+        batch, updates = self.compute_advantages(rollout), []
         stopped = torch.zeros_like(batch.mask[0, 0])
-        while len(epochs) < self.epochs:
-            if epochs and self.target_kl is not None:
-                stopped = stopped | (distributed.mean(epochs[-1]["kl"]) > self.target_kl)
+        for _ in range(0, self.epochs, self.epochs_at_once):
+            if updates and self.target_kl is not None:
+                stopped = stopped | (distributed.mean(updates[-1]["kl"]) > self.target_kl)
                 if self.early_stop == "read" and bool(stopped):
                     break
-            batch = self.compute_advantages(rollout) if epochs and self.recompute_advantage else batch
+            batch = self.compute_advantages(rollout) if updates and self.recompute_advantage else batch
             self.optimizer.skip_mask = stopped if self.early_stop == "masked" else None
             with phase("update"):
-                epochs.append(self.update(batch) | {"epochs": ~stopped})
-        live = torch.stack([metrics.pop("epochs") for metrics in epochs])
-        return average(epochs, live) | {"epochs": live.sum(dtype=batch.logp.dtype)} | self.metrics(batch)
+                updates.append(self.update(batch) | {"epochs": ~stopped})
+        live = torch.stack([metrics.pop("epochs") for metrics in updates])
+        epochs = self.epochs_at_once * live.sum(dtype=batch.logp.dtype)
+        return average(updates, live) | {"epochs": epochs} | self.metrics(batch)
+
+    @property
+    def epochs_at_once(self) -> int:
+        """Epochs of one update: all of them if nothing is decided or computed between two."""
+        return self.epochs if self.target_kl is None and not self.recompute_advantage else 1
 
     def update(self, batch: Batch) -> Metrics:
-        """One epoch: a gradient step on each minibatch."""
-        return self.fit(self.optimizer, self.loss, (), batch, 1, self.minibatches)
+        """Epochs on a batch: a gradient step on each minibatch."""
+        return self.fit(self.optimizer, self.loss, (), batch, self.epochs_at_once, self.minibatches)
 
     def prepared(self, batch: Batch) -> Batch:
         """With standardized advantages, if these are standardized by minibatch."""

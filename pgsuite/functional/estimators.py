@@ -29,11 +29,11 @@ def scan(x: Tensor, decay: Tensor, first: Tensor | None = None) -> Tensor:
         return torch.stack(out)
     if first is not None:
         x = torch.cat([torch.addcmul(x[:1], decay[:1], first.unsqueeze(0)), x[1:]])
-    width = 1  # of the sums [t - width + 1, t] in x[t], and of the products in decay[t]
+    decay = torch.cat([torch.zeros_like(decay[:1]), decay[1:]])  # so what rolls around is multiplied by zero
+    x, width = torch.addcmul(x, decay, x.roll(1, 0)), 2  # of the sums [t - width + 1, t] in x[t]
     while width < steps:
-        x = torch.cat([x[:width], torch.addcmul(x[width:], decay[width:], x[:-width])])
-        decay = torch.cat([decay[:width], decay[width:] * decay[:-width]])
-        width *= 2
+        decay = decay * decay.roll(width // 2, 0)  # the products of as many
+        x, width = torch.addcmul(x, decay, x.roll(width, 0)), 2 * width
     return x
 
 

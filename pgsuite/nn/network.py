@@ -125,8 +125,9 @@ class Body(nn.Module):
         else:
             cells = max(1, LARGEST_PASS // max(1, sum(x[0, 0].numel() for x in leaves(rollout.obs))))
             rows = max(1, cells // rollout.start.shape[1])
-            parts = [sequence(rollout[t : t + rows])[0] for t in range(0, len(rollout.start), rows)]
-            features, after = torch.cat(parts), {}
+            steps = len(rollout.start)
+            parts = [sequence(rollout[t : t + rows])[0] for t in range(0, steps, rows)] if steps > rows else []
+            features, after = torch.cat(parts) if parts else sequence(rollout)[0], {}
         anew = rollout.truncated.clone()
         anew[-1] = True
         index = anew.nonzero(as_tuple=True)
