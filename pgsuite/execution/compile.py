@@ -132,11 +132,14 @@ class CompiledActing:
 
     def noise(self, policy: Policy, count: int) -> Tensor:
         """The random numbers of the next ``count`` decisions, [count, ...]."""
+        return self.draw(self.distribution(policy), count)(generator=self.collector.generator)
+
+    def draw(self, dist: Any, count: int) -> Draw:
+        """How to draw noise for a distribution ``count`` times."""
         if count not in self.ahead:
-            dist = self.distribution(policy)
             many = map_tensors(lambda x: x.expand(count, *x.shape).contiguous(), dist)
             self.ahead[count] = in_a_row(dist.noise, many.noise, count, self.collector.env.device)
-        return self.ahead[count](generator=self.collector.generator)
+        return self.ahead[count]
 
     def decide(self, policy: Policy, noise: Tensor) -> PolicyOutput:
         """The decision for the current observations, not compiled."""

@@ -193,16 +193,20 @@ class CompiledRollout:
 
     def rows(self, draws: Sequence[Draw]) -> Callable[..., list[Tensor]]:
         """What makes these draws in every step of a rollout, one step after the other: each [T, ...]."""
-        count = self.collector.horizon
-        if len(draws) == 1 and isinstance(draws[0], Filled) and type(self.env.generator) is Generator:
-            draw = in_a_row(draws[0], draws[0].times(count), count, self.env.device)
-            return lambda generator: [draw(generator=generator)]
+        if len(draws) == 1 and isinstance(draws[0], Filled):
+            return self.rows_of(draws[0])
 
         def each(generator: Generator) -> list[Tensor]:
-            steps = [[draw(generator=generator) for draw in draws] for _ in range(count)]
+            steps = [[draw(generator=generator) for draw in draws] for _ in range(self.collector.horizon)]
             return [torch.stack(x) for x in zip(*steps, strict=True)]
 
         return each
+
+    def rows_of(self, draw: Filled) -> Callable[..., list[Tensor]]:
+        """The same of a single draw in every step."""
+        count = self.collector.horizon
+        rows = in_a_row(draw, draw.times(count), count, self.env.device)
+        return lambda generator: [rows(generator=generator)]
 
     def step(self, policy: Policy, noise: Tensor, draws: Draws) -> dict[str, Any]:
         """A step from the state in own memory to that of after it; returns the transition."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pgsuite.algorithms.npg import LocalModel
 from pgsuite.execution.compile import Compiled, CompiledActing, CompiledLinearization
 from pgsuite.execution.graph_split import TwoStageGraph, compiled
 from pgsuite.execution.loops import CompiledFit, has_memory, loops
-from pgsuite.execution.rollouts import CompiledRollout, is_one_graph
+from pgsuite.execution.rollouts import CompiledRollout, Filled, in_a_row, is_one_graph
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.kernel import Kernel
@@ -105,9 +106,14 @@ class CompiledJointActing(CompiledActing):
         return self.dist if isinstance(self.dist, Reparameterized) else None
 
     def noise(self, policy: Policy, count: int) -> Tensor:
-        self.joint.generators.drawing = self.joint.env.running
-        with self.draws:  # depends on the shape of the parameters only, not on their values
-            return torch.stack([self.distribution(policy).noise(self.joint.generators) for _ in range(count)])
+        generators, running = self.joint.generators, self.joint.env.running
+        dist = self.distribution(policy)  # noise depends on the shape of the parameters only, not on their values
+        if all(running):
+            draw = self.draw(map_tensors(lambda x: x[0], dist), count)
+            return torch.stack([draw(generator=mine) for mine in generators.each], 1)
+        generators.drawing = running
+        with self.draws:
+            return torch.stack([dist.noise(generators) for _ in range(count)])
 
     def _choose(self, policy: Policy, obs: Any, hidden_state: Any, start: Tensor, noise: Tensor) -> PolicyOutput:
         found: PolicyOutput = self.joint.stack(super()._choose, policy, obs, hidden_state, start, noise)
@@ -126,9 +132,13 @@ class CompiledJointRollout(CompiledRollout):
     def __call__(self, policy: Policy) -> Rollout:
         if not all(self.joint.live):
             return self.collector._collect(policy)
-        generators = self.env.generator
-        generators.drawing, generators.ahead = self.joint.running, self.collector.horizon
+        self.env.generator.drawing = self.joint.running
         return super().__call__(policy)
+
+    def rows_of(self, draw: Filled) -> Callable[..., list[Tensor]]:
+        count, mine = self.collector.horizon, replace(draw, like=draw.like[: self.joint.each])
+        rows = in_a_row(mine, mine.times(count), count, self.env.device)
+        return lambda generator: [torch.cat([rows(generator=each) for each in generator.each], 1)]
 
 
 def compile_many(many: ManyTrainer) -> None:
