@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pgsuite.algorithms.reference import Reference
 from pgsuite.app.train import main
 from pgsuite.envs.base import NotFiniteError
 from pgsuite.functional.trust_region import tensors
-from pgsuite.many.compile import compile_many
+from pgsuite.many.compile import CompiledJointValues, compile_many
 from pgsuite.many.env import JointTaskEnv, RowDraws, SharedTask, SideBySide
 from pgsuite.many.stack import Generators
 from pgsuite.many.trainer import ManyTrainer
@@ -344,6 +344,24 @@ def test_compiled_runs_are_those_alone(cls: type[Algorithm], settings: dict[str,
     alone, many = both(cls, "CartPole", **settings)
     compile_many(many)
     check_alike(alone, many, 3, 1e-8)
+
+
+@pytest.mark.parametrize("truncated", [0.0, 0.1, 1.0])
+def test_values_of_all_runs_are_those_of_both_passes(truncated: float) -> None:
+    """Whatever episodes are truncated; the values of terminal successors are arbitrary."""
+    _, many = both(PPO, "CartPole")
+    critic: Any = vars(many.algorithm)["critic"]
+    rollout = many.collector.collect(many.algorithm.policy)
+    cut = torch.rand(rollout.truncated.shape, generator=torch.Generator().manual_seed(0)) < truncated
+    cut[0] = False  # one run has none
+    after = torch.where((cut | rollout.truncated)[..., None], rollout.next_obs + 1, rollout.next_obs)
+    rollout = replace(rollout, truncated=cut | rollout.truncated, next_obs=after)
+    expected = many.stack(lambda seen: critic.read_both(seen, *critic.body.successors(seen)), rollout)
+    by_need = CompiledJointValues(many.stack, critic)
+    by_need.graph = by_need.graph.function  # pyright: ignore[reportAttributeAccessIssue]
+    value, next_value = many.stack(by_need, rollout)
+    assert torch.allclose(value, expected[0])
+    assert torch.allclose(next_value[~rollout.terminated], expected[1][~rollout.terminated])
 
 
 def test_gradient_steps_through_time_are_not_compiled() -> None:

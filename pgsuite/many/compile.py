@@ -24,7 +24,7 @@ from pgsuite.many.env import JointTaskEnv, RowDraws, SharedTask
 from pgsuite.many.stack import Stack
 from pgsuite.many.trainer import ManyTrainer
 from pgsuite.nn.distributions import Reparameterized
-from pgsuite.nn.policy import Policy, PolicyOutput
+from pgsuite.nn.policy import Critic, Policy, PolicyOutput
 from pgsuite.rollout import StepCollector
 from pgsuite.types import Batch, Rollout, map_obs
 
@@ -52,6 +52,35 @@ class Apart:
 def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
     """A kernel of the first run that, called under vmap, runs for all runs as one compiled graph."""
     return Apart(Compiled(lambda *args: stack(kernel.function, *args), kernel.name)).__call__
+
+
+class CompiledJointValues:
+    """A critic's values [T, N] of each observation and of its true successor, called under vmap.  A successor that is
+    the next observation is not computed again, as in ``Body.successors_by_need``; those of terminal successors are
+    arbitrary."""
+
+    def __init__(self, stack: Stack, critic: Critic) -> None:
+        def of_run(rollout: Rollout, cells: Tensor) -> tuple[Tensor, Tensor]:
+            value = critic.read(critic.body.sequence(rollout)[0])
+            obs = map_obs(lambda x: x.flatten(0, 1)[cells], rollout.next_obs)
+            anew = critic.read(critic.body.step(obs, {}, torch.zeros_like(cells, dtype=torch.bool))[0])
+            return value, value.roll(-1, 0).flatten().scatter(0, cells, anew).view_as(value)
+
+        self.graph = Compiled(lambda *seen: stack(of_run, *seen), "the critic's pass over a rollout")
+        self.call = Apart(self.of_all)
+
+    def __call__(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        return self.call(rollout)
+
+    def of_all(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Of the tensors of all runs.  So that few graphs are compiled, the number of cells [S, K] whose successors are
+        computed is doubled until it suffices for each run."""
+        anew = rollout.truncated.clone()
+        anew[:, -1] = True
+        most, count = int(anew.sum((1, 2)).max()), anew.shape[2]
+        while count < most:
+            count *= 2
+        return self.graph(rollout, anew.flatten(1).int().topk(min(count, anew[0].numel())).indices)
 
 
 class CompiledJointLinearization(CompiledLinearization):
@@ -153,8 +182,11 @@ def compile_many(many: ManyTrainer) -> None:
     if loops(algorithm, many.env.device):
         algorithm.fit.run = CompiledFit(algorithm, over=many.stack, around=Apart).__call__
     for critic in algorithm.critics:
-        if not critic.sequential:
-            critic.values_and_next_values.run = apart(many.stack, critic.values_and_next_values)
+        values, plain = critic.values_and_next_values, type(critic).read_both is Critic.read_both
+        if not critic.sequential and plain and many.env.device.type == "cpu":  # where reading is free
+            values.run = CompiledJointValues(many.stack, critic).__call__
+        elif not critic.sequential:
+            values.run = apart(many.stack, values)
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         algorithm.linearize.run = CompiledJointLinearization(many.stack, algorithm.linearize.function).__call__
     acting, whole = CompiledJointActing(many.collector), many.collector.whole

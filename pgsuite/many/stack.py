@@ -228,7 +228,7 @@ class Stack:
             id(x.values): x.values.detach() for x in self.slots if "._buffers." in x.name or "._parameters." in x.name
         }
         found = [x.reshape(self.count, -1) for x in found.values() if x.is_floating_point() and x.numel()]
-        return torch.stack([x.isfinite().all(1) for x in found]).all(0)
+        return torch.stack([torch.linalg.vector_norm(x, torch.inf, 1) for x in found]).isfinite().all(0)
 
     def within(self, name: str) -> Stack:
         """This stack with only what is in the part of this dotted name."""
