@@ -157,11 +157,12 @@ class Algorithm(Scheduled, ABC):
         """Adapt coefficients and adaptive schedules to the KL of this update; the metrics are that KL and the present
         value of every schedule."""
         metrics: Metrics = {} if self.reference is None else self.reference.adapt(rollout)
-        if adaptive := [schedule for part in self.scheduled.values() for schedule in part.adaptive]:
+        scheduled = self.scheduled
+        if adaptive := [schedule for part in scheduled.values() for schedule in part.adaptive]:
             metrics["kl"] = kl = self.kl_from_behavior(rollout)
             for schedule in adaptive:
                 schedule.react(kl)
-        for prefix, part in self.scheduled.items():
+        for prefix, part in scheduled.items():
             metrics |= {f"{prefix}{name}": schedule.value.clone() for name, schedule in part.schedules.items()}
         return metrics
 

@@ -241,8 +241,8 @@ class Trainer:
         did."""
         rollout = self.collector.buffer.read()
         nonfinite = ~(rollout.finite() & self.algorithm.finite())
-        values = [x.double() for x in (*metrics.values(), rollout.mask.sum(), nonfinite)]
-        return torch.cat([torch.stack(values), *(x.flatten() for x in self.tracker.update(rollout))])
+        values = torch.stack([*metrics.values(), rollout.mask.sum().double(), nonfinite])
+        return torch.cat([values, *(x.flatten() for x in self.tracker.update(rollout))])
 
     @property
     def kernels(self) -> dict[str, Kernel[..., Any]]:
