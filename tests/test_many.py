@@ -391,9 +391,9 @@ def test_each_run_has_the_directory_of_a_single_one(
     """It is evaluated, loaded, resumed and reported as one, of its own settings and seed."""
     monkeypatch.chdir(tmp_path)
     batch = "algo.lr=batch(1e-3,3e-4)"
-    folders = run("total_steps=64", "seed=3", batch, "evaluation.every=64", "evaluation.episodes=1")
-    assert [folder.name for folder in folders] == ["s3-lr0.0003", "s3-lr0.001"]
-    parts = [pgsuite.Run(folder) for folder in folders]
+    folders = run("total_steps=64", "seed=3..4", batch, "evaluation.every=64", "evaluation.episodes=1")
+    assert [folder.name for folder in folders] == ["s3-lr0.0003", "s3-lr0.001", "s4-lr0.0003", "s4-lr0.001"]
+    parts = [pgsuite.Run(folder) for folder in folders[:2]]
     settings = [(x.config["seed"], x.config["algo"]["lr"], x.config["seeds"], x.config["batch"]) for x in parts]
     assert settings == [(3, 3e-4, None, {}), (3, 1e-3, None, {})]
     assert all(x.summary["status"] == "finished" and x.summary["steps"] == 64 for x in parts)

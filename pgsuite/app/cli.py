@@ -163,8 +163,11 @@ def _one_of_many(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 def replacing(argument: str) -> list[str]:
     """The override, preceded by one with null if its value is a dictionary, so that a schedule or component replaces
-    that of the recipe; Hydra would merge the two."""
+    that of the recipe; Hydra would merge the two.  seed=0..15 and batch(...) as what they are short for."""
     setting, given, value = argument.partition("=")
+    if setting == "seed" and (ends := re.fullmatch(r"(\d+)\.\.(\d+)", value)):
+        first, last = map(int, ends.groups())
+        return [f"seed={first}", f"seeds={last - first + 1}"]
     if value.startswith("batch(") and value.endswith(")"):
         return [f"+batch.{setting}=[{value[6:-1]}]"]
     return (
