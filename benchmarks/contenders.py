@@ -149,10 +149,11 @@ def environment(env: Any) -> None:
     env.step(torch.randint(env.action_space.n, (env.num_envs,)))
 
 
-def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) -> Iterate:
+def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False, precision: Any = "float32") -> Iterate:
     from pgsuite import algorithms, seeding
     from pgsuite.envs import Atari, make
     from pgsuite.execution.modes import execute
+    from pgsuite.execution.precision import lower
     from pgsuite.nn.normalize import ClipReward, RewardScale, Standardize
     from pgsuite.nn.policy import Critic, Policy
 
@@ -178,6 +179,7 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False) ->
     }[work.method]
     algorithm = getattr(algorithms, work.method)(**parts, **settings, gamma=GAMMA)
     collector = algorithm.collector(env, work.horizon)
+    lower(algorithm, env.device, precision)
     execute(algorithm, collector, execution)
     for optimizer in algorithm.optimizers:
         optimizer.step = counted(optimizer.step)
@@ -467,6 +469,7 @@ CONTENDERS: dict[str, Callable[[Workload], Iterate]] = {
     "environment alone": partial(alone, step=environment),
     "pgsuite": pgsuite,
     "pgsuite, compile": partial(pgsuite, execution="compile"),
+    "pgsuite, compile, bfloat16": partial(pgsuite, execution="compile", precision="bf16"),
     "pgsuite, compile, one body": partial(pgsuite, execution="compile", one_body=True),
     "rsl_rl on envpool": rsl_rl,
     "rsl_rl on envpool, compile": partial(rsl_rl, compile_mode="default"),

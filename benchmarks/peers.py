@@ -46,8 +46,8 @@ RACERS = {
     "npg": ["physics alone", *OURS, *TIANSHOU],
     "a2c": ["physics alone", *OURS, *SB3, *TIANSHOU],
     "reinforce": ["physics alone", *OURS, *TIANSHOU],
-    "breakout": [*OURS, "SB3 on ale-py", "CleanRL's shape on ale-py"],
-    "pong": [*OURS, "SB3 on ale-py", "CleanRL's shape on ale-py"],
+    "breakout": [*OURS, "pgsuite, compile, bfloat16", "SB3 on ale-py", "CleanRL's shape on ale-py"],
+    "pong": [*OURS, "pgsuite, compile, bfloat16", "SB3 on ale-py", "CleanRL's shape on ale-py"],
 }
 # With how many torch threads.  CartPole's minibatches are large enough for a second one to pay.  Tianshou takes minutes
 # for an iteration of it.
