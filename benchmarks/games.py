@@ -58,7 +58,8 @@ def spread(values: list[float]) -> str:
 
 def table() -> str:
     """Every kept result, by method and game, each under the run that RL Zoo publishes."""
-    heads = [*(f"{steps:,} steps" for steps in AT), "last policy, sampled", "last policy, deterministic"]
+    short = [f"{steps // 1_000_000}M" if steps >= 1_000_000 else f"{steps // 1000}k" for steps in AT]
+    heads = [*short, "last policy, sampled", "last policy, deterministic"]
     lines = [f"| | seeds | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     commits, machines = set[str](), set[str]()
     for (method, game), published in PUBLISHED.items():
