@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, ROOT, keep, source, write_table
+from record import RESULTS, ROOT, keep, source, spread, write_table
 from returns import stretches
 
 from pgsuite.envs.tasks import Cruise
@@ -132,11 +132,10 @@ def outcome(run: Path) -> dict[str, Any]:
     return result | {"seconds": summary["seconds"], "curve": curve}
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    digits = 0 if abs(statistics.fmean(values)) >= 100 else 1 if abs(statistics.fmean(values)) >= 20 else 2
-    deviation = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):,.{digits}f}{deviation}"
+def rounded(values: list[float]) -> str:
+    """Mean and standard deviation, in as many digits as the mean asks for."""
+    mean = abs(statistics.fmean(values))
+    return spread(values, 0 if mean >= 100 else 1 if mean >= 20 else 2)
 
 
 def table() -> str:
@@ -158,8 +157,8 @@ def table() -> str:
             best = f"best {Cruise().best(limit):.2f}" if task == "Cruise" else ""
             known = best if published is None else f"OmniSafe, 1e7 steps: {published[0]}, cost {published[1]}"
             cells = [task, method, f"{int(given['total_steps']):,}", str(len(runs)), f"{limit:g}"]
-            cells += [spread([x["evaluation"][f"stochastic_{y}"] for x in runs]) for y in ("return", "cost")]
-            cells += [spread([x["training_cost_last_fifth"] for x in runs]), known]
+            cells += [rounded([x["evaluation"][f"stochastic_{y}"] for x in runs]) for y in ("return", "cost")]
+            cells += [rounded([x["training_cost_last_fifth"] for x in runs]), known]
             lines.append(f"| {' | '.join(cells)} |")
             commits |= {x["commit"] for x in runs}
             machine = f"{runs[0]['machine']}; torch {runs[0]['versions']['torch']}"

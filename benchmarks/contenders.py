@@ -113,23 +113,12 @@ def count(*_: Any) -> None:
     TAKEN[0] += 1
 
 
-def counted(descend: Callable[..., Any]) -> Callable[..., Any]:
-    """Our own optimizer's, which torch's hook does not hear of."""
-
-    def take(*objective: Any) -> Any:
-        count()
-        return descend(*objective)
-
-    return take
-
-
-def counted_as_one(fit: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled fit, whose gradient steps are one graph."""
+def counted(descend: Callable[..., Any], steps: Callable[..., int] = lambda *_: 1) -> Callable[..., Any]:
+    """Our own gradient steps, which torch's hook does not hear of: so many in each call."""
 
     def take(*given: Any) -> Any:
-        *_, epochs, minibatches = given
-        TAKEN[0] += epochs * minibatches
-        return fit(*given)
+        TAKEN[0] += steps(*given)
+        return descend(*given)
 
     return take
 
@@ -194,8 +183,8 @@ def pgsuite(work: Workload, execution: str = "eager", one_body: bool = False, pr
     execute(algorithm, collector, execution)
     for optimizer in algorithm.optimizers:
         optimizer.step = counted(optimizer.step)
-    if algorithm.fit.run != algorithm.fit.function:
-        algorithm.fit.run = counted_as_one(algorithm.fit.run)
+    if algorithm.fit.run != algorithm.fit.function:  # all steps are one graph, without the optimizer's method
+        algorithm.fit.run = counted(algorithm.fit.run, lambda *given: given[-2] * given[-1])  # epochs, minibatches
 
     def iterate() -> int:
         algorithm.iterate(collector)

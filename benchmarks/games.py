@@ -17,7 +17,7 @@ import os
 import statistics
 from typing import Any
 
-from record import write_table
+from record import spread, write_table
 from returns import apart, run
 
 KEPT = apart("games")
@@ -51,11 +51,6 @@ def score(curve: dict[str, list[float]], steps: int) -> float | None:
     return statistics.fmean(found)
 
 
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
-
-
 def table() -> str:
     """Every kept result, by method and game, each under the run that RL Zoo publishes."""
     short = [f"{steps // 1_000_000}M" if steps >= 1_000_000 else f"{steps // 1000}k" for steps in AT]
@@ -68,8 +63,8 @@ def table() -> str:
         if not runs:
             continue
         reached = [[x for each in runs if (x := score(each["curve"], steps)) is not None] for steps in AT]
-        cells = [spread(found) if found else "" for found in reached]
-        cells += [spread([each["evaluation"][how]["mean"] for each in runs]) for how in ("sampled", "deterministic")]
+        cells = [spread(found, 1) if found else "" for found in reached]
+        cells += [spread([each["evaluation"][how]["mean"] for each in runs], 1) for how in ("sampled", "deterministic")]
         lines.append(f"| {method.upper()}, {game} | {len(runs)} | {' | '.join(cells)} |")
         theirs = " | ".join(f"{x:.1f}" for x in published)
         lines.append(f"| RL Zoo | 1 | {theirs} | | |")

@@ -451,6 +451,20 @@ def test_credit_is_assigned_anew_before_each_epoch_where_asked() -> None:
         assert torch.equal(seen[0][0].target, seen[-1][0].target) != recompute
 
 
+def test_epochs_of_one_update_are_those_of_several() -> None:
+    """A limit of the KL that is never met decides after each epoch, and changes nothing."""
+    found = []
+    for target_kl in (None, 1e9):
+        env = PointMass(16)
+        algorithm = build(PPO, env, epochs=3, minibatches=4, lr=0.01, target_kl=target_kl)
+        metrics = algorithm.learn(collector(algorithm, env).collect(algorithm.policy))
+        found.append((metrics, torch.cat([x.flatten() for x in algorithm.policy.parameters()])))
+    (one, together), (several, apart) = found
+    assert torch.equal(together, apart) and one.keys() == several.keys() and float(one["epochs"]) == 3
+    for name, x in one.items():
+        assert torch.allclose(x, several[name], rtol=1e-5, atol=1e-7), name
+
+
 def test_the_total_return_pays_every_action_alike() -> None:
     """Each real step of an episode is paid its whole discounted return; less that of the others, if they are asked."""
     env = Corridor(64, 12, (0.6, 0.9))

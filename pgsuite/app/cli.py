@@ -167,7 +167,8 @@ def replacing(argument: str) -> list[str]:
     setting, given, value = argument.partition("=")
     if setting == "seed" and (ends := re.fullmatch(r"(\d+)\.\.(\d+)", value)):
         first, last = map(int, ends.groups())
-        return [f"seed={first}", f"seeds={last - first + 1}"]
+        if first <= last:
+            return [f"seed={first}", f"seeds={last - first + 1}"]
     if value.startswith("batch(") and value.endswith(")"):
         return [f"+batch.{setting}=[{value[6:-1]}]"]
     return (

@@ -15,7 +15,7 @@ from pgsuite.algorithms.npg import LocalModel
 from pgsuite.execution.compile import Compiled, CompiledActing, CompiledLinearization
 from pgsuite.execution.graph_split import TwoStageGraph, compiled
 from pgsuite.execution.loops import CompiledFit, has_memory, loops
-from pgsuite.execution.rollouts import CompiledRollout, Filled, in_a_row, is_one_graph
+from pgsuite.execution.rollouts import CompiledRollout, Filled, is_one_graph
 from pgsuite.functional import autodiff
 from pgsuite.functional.trust_region import map_tensors, tensors
 from pgsuite.kernel import Kernel
@@ -55,9 +55,9 @@ def apart(stack: Stack, kernel: Kernel[..., Any]) -> Callable[..., Any]:
 
 
 class CompiledJointValues:
-    """A critic's values [T, N] of each observation and of its true successor, called under vmap.  A successor that is
-    the next observation is not computed again, as in ``Body.successors_by_need``; those of terminal successors are
-    arbitrary."""
+    """A critic's values [S, T, N] of each observation and of its true successor, of the rollouts of all runs.  A
+    successor that is the next observation is not computed again, as in ``Body.successors_by_need``; those of terminal
+    successors are arbitrary."""
 
     def __init__(self, stack: Stack, critic: Critic) -> None:
         def of_run(rollout: Rollout, cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,14 +67,10 @@ class CompiledJointValues:
             return value, value.roll(-1, 0).flatten().scatter(0, cells, anew).view_as(value)
 
         self.graph = Compiled(lambda *seen: stack(of_run, *seen), "the critic's pass over a rollout")
-        self.call = Apart(self.of_all)
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return self.call(rollout)
-
-    def of_all(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Of the tensors of all runs.  So that few graphs are compiled, the number of cells [S, K] whose successors are
-        computed is doubled until it suffices for each run."""
+        """So that few graphs are compiled, the number of cells [S, K] whose successors are computed is doubled until it
+        suffices for each run."""
         anew = rollout.truncated.clone()
         anew[:, -1] = True
         most, count = int(anew.sum((1, 2)).max()), anew.shape[2]
@@ -165,9 +161,8 @@ class CompiledJointRollout(CompiledRollout):
         return super().__call__(policy)
 
     def rows_of(self, draw: Filled) -> Callable[..., list[Tensor]]:
-        count, mine = self.collector.horizon, replace(draw, like=draw.like[: self.joint.each])
-        rows = in_a_row(mine, mine.times(count), count, self.env.device)
-        return lambda generator: [torch.cat([rows(generator=each) for each in generator.each], 1)]
+        of_run = super().rows_of(replace(draw, like=draw.like[: self.joint.each]))
+        return lambda generator: [torch.cat([x for mine in generator.each for x in of_run(generator=mine)], 1)]
 
 
 def compile_many(many: ManyTrainer) -> None:
@@ -182,11 +177,11 @@ def compile_many(many: ManyTrainer) -> None:
     if loops(algorithm, many.env.device):
         algorithm.fit.run = CompiledFit(algorithm, over=many.stack, around=Apart).__call__
     for critic in algorithm.critics:
-        values, plain = critic.values_and_next_values, type(critic).read_both is Critic.read_both
-        if not critic.sequential and plain and many.env.device.type == "cpu":  # where reading is free
-            values.run = CompiledJointValues(many.stack, critic).__call__
-        elif not critic.sequential:
-            values.run = apart(many.stack, values)
+        if not critic.sequential:
+            values, plain = critic.values_and_next_values, type(critic).read_both is Critic.read_both
+            by_need = plain and many.env.device.type == "cpu"  # where reading is free
+            joint = Apart(CompiledJointValues(many.stack, critic)).__call__ if by_need else apart(many.stack, values)
+            values.run = joint
     if isinstance(algorithm, NPG) and not algorithm.policy.sequential:
         algorithm.linearize.run = CompiledJointLinearization(many.stack, algorithm.linearize.function).__call__
     acting, whole = CompiledJointActing(many.collector), many.collector.whole

@@ -125,9 +125,11 @@ class Body(nn.Module):
         else:
             cells = max(1, LARGEST_PASS // max(1, sum(x[0, 0].numel() for x in leaves(rollout.obs))))
             rows = max(1, cells // rollout.start.shape[1])
-            steps = len(rollout.start)
-            parts = [sequence(rollout[t : t + rows])[0] for t in range(0, steps, rows)] if steps > rows else []
-            features, after = torch.cat(parts) if parts else sequence(rollout)[0], {}
+            steps, after = len(rollout.start), {}
+            if steps <= rows:
+                features = sequence(rollout)[0]
+            else:
+                features = torch.cat([sequence(rollout[t : t + rows])[0] for t in range(0, steps, rows)])
         anew = rollout.truncated.clone()
         anew[-1] = True
         index = anew.nonzero(as_tuple=True)
