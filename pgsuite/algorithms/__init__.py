@@ -3,9 +3,11 @@
 from pgsuite.algorithms.a2c import A2C
 from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.channels import Channel
-from pgsuite.algorithms.constrained import Constrained, Lagrangian, PPOLagrangian, TRPOLagrangian
+from pgsuite.algorithms.constrained import Constrained
 from pgsuite.algorithms.cpo import CPO
-from pgsuite.algorithms.imitation import BC, Distill, Imitation
+from pgsuite.algorithms.distill import Distill
+from pgsuite.algorithms.imitation import BC, Imitation
+from pgsuite.algorithms.lagrangian import Lagrangian, PPOLagrangian, TRPOLagrangian
 from pgsuite.algorithms.npg import NPG
 from pgsuite.algorithms.ppo import PPO
 from pgsuite.algorithms.ppo_penalty import PPOPenalty
