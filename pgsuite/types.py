@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     obs: Obs  # [N, *O] observation to act on next: the first of a new episode where one ended
     next_obs: Obs  # [N, *O] true successor state, before any restart; equals obs where no episode ended
-    reward: Tensor  # [N]
+    reward: Tensor  # [N] finite, also where mask is false: estimators and episode returns are scans over all steps
     terminated: Tensor  # [N] bool, a terminal state was reached: its value is zero
     truncated: Tensor  # [N] bool, the time limit was reached and no terminal state: bootstrap from next_obs
     mask: Tensor | None = None  # [N] bool, false where the step only restarted the environment; None if no step does
