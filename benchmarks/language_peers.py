@@ -1,7 +1,7 @@
 """Alignment beside TRL: the same model, prompts, rewards and work, whole iterations.
 
     pip install -c constraints.txt -e ".[peers,rlhf]"
-    python benchmarks/language_peers.py [--only small smollm2] [--model smollm2] [--rounds 5] [--seconds 20]
+    python benchmarks/language_peers.py [--only small smollm2 smollm2-chat] [--model smollm2] [--rounds 5] [--seconds 20]
     python benchmarks/language_peers.py --docs
 
 Each contender is a process of its own with one torch thread, warmed up by one iteration.  In every round each has its
@@ -13,7 +13,8 @@ benchmarks/results/language_peers.
 Both sample at temperature 1, in float32, and make ``epochs`` Adam steps (eps 1e-8, no decay) on all responses of an
 iteration, clipped to a norm of 1.  RLOO takes the KL from the reward (k1), GRPO k3 in the loss, a mean over tokens.
 ``small`` is a Llama with random weights that is made on the spot; its reward is the share of words with a number below
-300.  ``smollm2`` is the directory of --model, its reward the sentiment by vaderSentiment.  Means of fewer than five
+300.  ``smollm2`` is the directory of --model, its reward the sentiment by vaderSentiment; in ``smollm2-chat`` prompts are in
+its chat template, which makes them longer.  Means of fewer than five
 rewards are not shown.
 """
 
@@ -61,18 +62,20 @@ class Case:
     lr: float
     coef: float
     words: str
+    chat: bool = False
 
 
 CASES = {
     "small": Case(64, 4, 24, 2, 1e-3, 0.05, "Llama, 4 layers of 128, vocabulary of 3,000"),
-    "smollm2": Case(16, 4, 24, 2, 1e-5, 0.05, "SmolLM2-135M-Instruct"),
+    "smollm2": Case(16, 4, 24, 2, 1e-5, 0.05, "SmolLM2-135M-Instruct, beginnings of sentences"),
+    "smollm2-chat": Case(16, 4, 24, 2, 1e-5, 0.05, "SmolLM2-135M-Instruct, chat template", chat=True),
 }
 FEWEST = 5  # iterations of which a mean reward is shown
 METHODS, LIBRARIES = ("rloo", "grpo"), ("pgsuite", "trl")
 
 
 def prompts(case: str) -> list[str]:
-    if case == "smollm2":
+    if case != "small":
         return sorted(set(corpus.prompts()))
     draw = torch.Generator().manual_seed(0)
     rows = [
@@ -88,7 +91,7 @@ class Reward:
 
     def __init__(self, case: str) -> None:
         self.means: list[tuple[float, float]] = []
-        if case == "smollm2":
+        if case != "small":
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pyright: ignore
 
             analyzer = SentimentIntensityAnalyzer()
@@ -101,8 +104,9 @@ class Reward:
         self.means.append((time.process_time(), statistics.fmean(found)))
         return torch.tensor(found)
 
-    def of_trl(self, completions: list[str], **_: Any) -> list[float]:
-        return self([], completions).tolist()
+    def of_trl(self, completions: list[Any], **_: Any) -> list[float]:
+        texts = [x if isinstance(x, str) else x[0]["content"] for x in completions]  # or messages
+        return self([], texts).tolist()
 
 
 def make_small(folder: Path) -> None:
@@ -151,7 +155,7 @@ class Turns:
 
 def ours(method: str, case: Case, folder: str, texts: list[str], reward: Reward, turns: Turns) -> None:
     options: Any = {"num_envs": case.responses, "samples": case.group, "length": case.length}
-    env = LanguageEnv(texts, PretrainedTokens(folder), [reward], **options)
+    env = LanguageEnv(texts, PretrainedTokens(folder, case.chat), [reward], **options)
     policy = language_policy(*load(folder), tokens=env.action_space.n)  # pyright: ignore
     penalty: Any = "reward" if method == "rloo" else "loss"
     parts: Any = {"policy": policy, "reference": Reference(policy, case.coef, penalty=penalty), "gamma": 1.0}
@@ -189,11 +193,12 @@ def trl(method: str, case: Case, folder: str, texts: list[str], reward: Reward, 
             if state.global_step % epochs == 0:
                 turns.iterated()
 
+    given = [[{"role": "user", "content": text}] if case.chat else text for text in texts]
     trainer(
         model=model,
         reward_funcs=reward.of_trl,
         args=config(output_dir=tempfile.mkdtemp(), **options),
-        train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
+        train_dataset=Dataset.from_list([{"prompt": x} for x in given]),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder, padding_side="left"),
         callbacks=[Watch()],
     ).train()

@@ -193,3 +193,34 @@ def test_rewards_may_be_given_token_by_token() -> None:
     env = LanguageEnv(["a"], Letters(), [lambda p, r: torch.arange(12.0).view(3, 4)], num_envs=4, length=3)
     _, r = collected(env)
     assert torch.equal(r.reward, torch.arange(12.0).view(3, 4).where(r.mask, 0.0))
+
+
+def test_a_prompt_of_several_columns_is_computed_once_and_learns_from_all() -> None:
+    policy, r = collected(world(16))
+    weight, found = torch.randn(r.logp.shape), []
+    prompts = r.hidden_state["prompt"][0].where(r.hidden_state["prompt.real"][0], -1)
+    width, rows, few = prompts.shape[1], len(r.obs), len(prompts.unique(dim=0))
+    for shared, expected in ((True, few * width + 16 * rows), (False, 16 * (width + rows))):
+        policy.body.fixed_shape, count = not shared, []
+        hook = policy.body.transformer.embed.register_forward_hook(lambda *x: count.append(x[1][0].numel()))  # noqa: B023
+        logp = policy.dist(r).log_prob(r.action)
+        hook.remove()
+        assert few <= 4 and sum(count) == expected
+        grads = torch.autograd.grad((weight * logp)[r.mask].sum(), list(policy.parameters()))
+        found.append((logp.detach()[r.mask], *grads))
+    assert all(x.abs().max() > 0 for x in found[0])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_few_columns_each_are_computed_with_their_responses() -> None:
+    policy, r = collected(world(4))
+    alone = replace(
+        r,
+        hidden_state={"prompt": r.hidden_state["prompt"] * 0 + torch.arange(4).view(4, 1)}
+        | {"prompt.real": torch.ones_like(r.hidden_state["prompt.real"])},
+    )
+    count: list[int] = []
+    policy.body.transformer.embed.register_forward_hook(lambda *x: count.append(x[1][0].numel()))
+    policy.dist(alone)
+    assert count == [4 * (r.hidden_state["prompt"].shape[-1] + len(r.obs))]

@@ -159,6 +159,8 @@ def compile_kernels(algorithm: Algorithm, collector: Collector) -> None:
     that what compilation holds is not searched for the state of a captured iteration.
     """
     torch.compiler.reset()  # the runs of a sweep would otherwise exceed torch's recompilation limit
+    for body in (algorithm.policy.body, *(critic.body for critic in algorithm.critics)):
+        body.fixed_shape = True
     if not has_memory(algorithm):
         for optimizer in algorithm.optimizers:
             step = optimizer.gradient_step

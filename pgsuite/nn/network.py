@@ -62,6 +62,7 @@ class Body(nn.Module):
 
     sequential = False  # whether its input must be complete columns [T, N] in time order
     carries = False  # whether its hidden state persists from one rollout to the next
+    fixed_shape = False  # whether all inputs of one shape must take the same operations, since they are compiled
     pieces_sync_reason: str | None = None  # what ``pieces`` reads back to the host, and the setting that avoids it
 
     def __init__(self, obs_norm: Standardize, name: str, size: int, shape: str = "") -> None:

@@ -43,6 +43,9 @@ class TokenBody(Body):
     the preceding tokens, see ``prompt_state``; without any, every text begins in the rollout.
 
     The transformer is computed in ``dtype`` by autocast; parameters and features stay float32.
+
+    A prompt that several columns have is computed once for all of them: before responses are generated, and in learning
+    where this saves an eighth of the tokens or more, on a CPU, where reading which columns these are costs nothing.
     """
 
     sequential = True
@@ -54,11 +57,25 @@ class TokenBody(Body):
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The hidden state after texts [T, N], whose real tokens are ``real`` [T, N]."""
-        return self.keep(self.extend(tokens, real, {})[1]) if len(tokens) else {}
+        return self.keep(self.cache(*distinct(tokens, real))) if len(tokens) else {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
-        tokens, real = whole_texts(seen.obs, started(seen.start), seen.hidden_state)
-        return self.features(tokens, real)[-len(seen.obs) :], {}
+        return self.after_prompts(seen.obs, started(seen.start), seen.hidden_state), {}
+
+    def after_prompts(self, tokens: Tensor, real: Tensor, hidden_state: HiddenState) -> Tensor:
+        """Features [T, N, size] of tokens [T, N] after those of the hidden state of a rollout, if it has any."""
+        if PROMPT not in hidden_state:
+            return self.features(tokens, real)
+        prompt, known = hidden_state[PROMPT][0].T, hidden_state[REAL][0].T
+        if len(prompt) and tokens.device.type == "cpu" and not self.fixed_shape:
+            given, is_real, column = distinct(prompt, known)
+            if 8 * (prompt.numel() - given.numel()) >= prompt.numel() + tokens.numel():
+                return self.extend(tokens, real, self.cache(given, is_real, column))[0]
+        return self.features(torch.cat([prompt, tokens]), torch.cat([known, real]))[-len(tokens) :]
+
+    def cache(self, tokens: Tensor, real: Tensor, column: Tensor) -> HiddenState:
+        """The cache of texts [T, N], of which the nth is the column [N] of the given ones [T, M]."""
+        return {name: x.index_select(0, column) for name, x in self.extend(tokens, real, {})[1].items()}
 
     def pieces(self, seen: Cells, count: int) -> list[tuple[Tensor, Cells]]:
         """As of other bodies, of texts of similar lengths, each part only as wide and as high as its longest prompt and
@@ -115,7 +132,7 @@ class TokenBody(Body):
         column."""
         tokens = torch.cat([rollout.obs, rollout.next_obs[-1:]])
         real = started(torch.cat([rollout.start, torch.zeros_like(rollout.start[:1])]))
-        features = self.features(*whole_texts(tokens, real, rollout.hidden_state))[-len(tokens) :]
+        features = self.after_prompts(tokens, real, rollout.hidden_state)
         return features[:-1], features[1:]
 
     def successors_by_need(self, rollout: Rollout, sequence: Sequencer) -> tuple[Tensor, Tensor]:
@@ -128,12 +145,11 @@ def prompt_state(tokens: Tensor, real: Tensor, rows: int) -> HiddenState:
     return {name: x.T.expand(rows, *x.T.shape) for name, x in ((PROMPT, tokens), (REAL, real))}
 
 
-def whole_texts(tokens: Tensor, real: Tensor, hidden_state: HiddenState) -> tuple[Tensor, Tensor]:
-    """Tokens [T, N] after those of the hidden state of a rollout, if it has any: [P + T, N], and the mask of real
-    ones."""
-    if PROMPT not in hidden_state:
-        return tokens, real
-    return torch.cat([hidden_state[PROMPT][0].T, tokens]), torch.cat([hidden_state[REAL][0].T, real])
+def distinct(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The different ones among texts [T, N] and their masks of real tokens, each [T, M], and the place of each text
+    among them [N].  Reads their number from the device."""
+    both, column = (2 * tokens + 1).where(real, 0).unique(dim=1, return_inverse=True)
+    return both // 2, both % 2 == 1, column
 
 
 def started(start: Tensor) -> Tensor:
@@ -256,23 +272,39 @@ class Pretrained(nn.Module):
         return self.run(tokens, *look(real.T, {})[1:], use_cache=False).last_hidden_state.transpose(0, 1)
 
     def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
-        from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
-
         seen, position, visible = look(real.T, cache)
-        past: Any = DynamicCache()
-        for i in range((len(cache) - 1) // 2):
-            past.update(cache[f"{i}.key"], cache[f"{i}.value"], i)
-        found = self.run(tokens, position, visible, **{self.cache_name: past}, use_cache=True)
-        after = {SEEN: seen}
-        for i, layer in enumerate(past.layers):
-            after |= {f"{i}.key": layer.keys, f"{i}.value": layer.values}
-        return found.last_hidden_state.transpose(0, 1), after
+        keys = growing_cache(cache)
+        found = self.run(tokens, position, visible, **{self.cache_name: keys}, use_cache=True)
+        return found.last_hidden_state.transpose(0, 1), {SEEN: seen} | keys.after
 
     def run(self, tokens: Tensor, position: Tensor, visible: Tensor, **options: Any) -> Any:
         """The model's outputs for tokens [T, N] at positions [N, T], with the attention mask ``visible`` [N, T, S]."""
         mask = torch.zeros_like(visible, dtype=self.model.dtype)
         mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1)
         return self.model(input_ids=tokens.T, attention_mask=mask, position_ids=position.clamp(min=0), **options)
+
+
+def growing_cache(before: HiddenState) -> Any:
+    """A cache of transformers that begins with the keys and values of another, of whose layers ``after`` has those
+    that were computed.  A layer that is computed twice, since activations are not kept, finds the same again."""
+    from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
+
+    class GrowingCache(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.after: HiddenState = {}
+
+        def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            if before:
+                key = torch.cat([before[f"{layer}.key"], key], -2)
+                value = torch.cat([before[f"{layer}.value"], value], -2)
+            self.after |= {f"{layer}.key": key, f"{layer}.value": value}
+            return key, value
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return before[SEEN].shape[1] if before else 0
+
+    return GrowingCache()
 
 
 def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
