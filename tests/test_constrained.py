@@ -135,9 +135,29 @@ def test_cpo_steps_as_the_dense_program_says_and_asks_for_a_lower_cost_above_the
     assert improvement > 0 if above <= 0 else increase < 0
 
 
+def test_a_margin_gathers_violations_and_is_a_lower_limit() -> None:
+    env = make(Point(), 64, seed=0)
+    algorithm = build(CPO, env, margin_lr=0.25, scale=False)
+    start, batch = flatten(list(algorithm.policy.parameters())).detach(), first_batch(algorithm, env)
+    assert algorithm.margin.value == 0  # the limit of 25 is not reached
+    cost, margin = algorithm.episodes.cost.clone(), algorithm.margin
+    for above, expected in ((1.0, 0.25), (2.0, 0.75), (-1.0, 0.5)):
+        margin.follow(cost - (float(cost) - above), algorithm.margin_lr)
+        assert margin.value == pytest.approx(expected)
+    model = algorithm.linearize(start, batch)
+    algorithm.cost_limit = float(cost)
+    found = algorithm.full_step(start, batch, model)[0]
+    margin.follow(torch.tensor(-9.0), 1.0)
+    assert margin.value == 0 and not torch.allclose(algorithm.full_step(start, batch, model)[0], found)
+    algorithm.cost_limit = float(cost) - 0.5
+    assert torch.allclose(algorithm.full_step(start, batch, model)[0], found, rtol=1e-3, atol=1e-5)
+    first_batch(algorithm, env)
+    assert margin.value == pytest.approx(0.25 * (float(algorithm.episodes.cost) - algorithm.cost_limit))
+
+
 def test_a_step_that_costs_more_than_is_left_is_not_taken() -> None:
     env = make(Point(), 64, seed=0)
-    algorithm = build(CPO, env, cost_limit=0.0, backtrack_coef=0.5, max_backtracks=3)
+    algorithm = build(CPO, env, cost_limit=0.0, margin_lr=0, backtrack_coef=0.5, max_backtracks=3)
     batch = first_batch(algorithm, env)
     algorithm.cost_limit = float(algorithm.episodes.cost)  # nothing is left, and everything costs more
     real, start = algorithm.linearize, flatten(list(algorithm.policy.parameters())).detach()
