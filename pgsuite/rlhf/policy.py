@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -273,7 +273,7 @@ class Pretrained(nn.Module):
 
     def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         seen, position, visible = look(real.T, cache)
-        keys = growing_cache(cache)
+        keys = growing_cache()(cache)
         found = self.run(tokens, position, visible, **{self.cache_name: keys}, use_cache=True)
         return found.last_hidden_state.transpose(0, 1), {SEEN: seen} | keys.after
 
@@ -284,27 +284,28 @@ class Pretrained(nn.Module):
         return self.model(input_ids=tokens.T, attention_mask=mask, position_ids=position.clamp(min=0), **options)
 
 
-def growing_cache(before: HiddenState) -> Any:
-    """A cache of transformers that begins with the keys and values of another, of whose layers ``after`` has those
-    that were computed.  A layer that is computed twice, since activations are not kept, finds the same again."""
+@cache
+def growing_cache() -> Any:
+    """The class of caches of transformers that begin with the keys and values of another, of whose layers ``after`` has
+    those that were computed.  A layer that is computed twice, since activations are not kept, finds the same again."""
     from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
     class GrowingCache(DynamicCache):
-        def __init__(self) -> None:
+        def __init__(self, before: HiddenState) -> None:
             super().__init__()
-            self.after: HiddenState = {}
+            self.before, self.after = before, HiddenState()
 
         def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            if before:
-                key = torch.cat([before[f"{layer}.key"], key], -2)
-                value = torch.cat([before[f"{layer}.value"], value], -2)
+            if self.before:
+                key = torch.cat([self.before[f"{layer}.key"], key], -2)
+                value = torch.cat([self.before[f"{layer}.value"], value], -2)
             self.after |= {f"{layer}.key": key, f"{layer}.value": value}
             return key, value
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
-            return before[SEEN].shape[1] if before else 0
+            return self.before[SEEN].shape[1] if self.before else 0
 
-    return GrowingCache()
+    return GrowingCache
 
 
 def load(path: str) -> tuple[Transformer | Pretrained, nn.Module]:
