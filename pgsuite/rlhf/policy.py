@@ -79,11 +79,12 @@ class TokenBody(Body):
 
     def pieces(self, seen: Cells, count: int) -> list[tuple[Tensor, Cells]]:
         """As of other bodies, of texts of similar lengths, each part only as wide and as high as its longest prompt and
-        response: padding is then computed for few of them.  Reads the lengths from the device."""
+        response: padding is then computed for few of them.  Equally long ones of a group stay together, so that their
+        prompt is computed once.  Reads the lengths from the device."""
         first = {name: x[:1] for name, x in seen.hidden_state.items()}
         length = seen.mask.sum(0) + (first[REAL][0].sum(-1) if REAL in first else 0)
         found = []
-        for index in length.argsort().tensor_split(min(count, len(length))):
+        for index in length.argsort(stable=True).tensor_split(min(count, len(length))):
             part = replace(seen, hidden_state=first).map(lambda x, index=index: x.index_select(1, index))
             rows = int((part.mask.any(1) * torch.arange(1, len(part.mask) + 1, device=index.device)).max())
             part = part[: max(1, rows)]
