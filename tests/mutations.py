@@ -969,7 +969,7 @@ MUTATIONS = [
     fault(
         "texts are put in pieces as they come",
         "rlhf/policy.py",
-        "length.argsort().tensor_split",
+        "length.argsort(stable=True).tensor_split",
         "torch.arange(len(length)).tensor_split",
         "lm_methods::test_pieces_are_of_similar_lengths_and_have_no_padding_that_none_needs",
     ),
@@ -986,6 +986,20 @@ MUTATIONS = [
         "if PROMPT not in hidden_state:",
         "if True:",
         "lm_rollouts::test_a_rollout_is_as_wide_as_its_own_longest_prompt_and_response",
+    ),
+    fault(
+        "responses follow the prompts of others",
+        "rlhf/policy.py",
+        "x.index_select(0, column) for name",
+        "x.index_select(0, column.flip(0)) for name",
+        "lm_rollouts::test_a_prompt_of_several_columns_is_computed_once_and_learns_from_all",
+    ),
+    fault(
+        "the margin of CPO does not tighten its constraint",
+        "algorithms/cpo.py",
+        "self.episodes.cost + self.margin.value - self.cost_limit",
+        "self.episodes.cost - self.cost_limit",
+        "constrained::test_a_margin_gathers_violations_and_is_a_lower_limit",
     ),
     fault(
         "directories of transformers may bring pickles",
