@@ -44,8 +44,8 @@ class TokenBody(Body):
 
     The transformer is computed in ``dtype`` by autocast; parameters and features stay float32.
 
-    A prompt that several columns have is computed once for all of them: before responses are generated, and in learning
-    where this saves an eighth of the tokens or more, on a CPU, where reading which columns these are costs nothing.
+    On a CPU, where reading which columns these are costs nothing, a prompt that several columns have is computed once
+    for all of them: before responses are generated, and in learning where this saves an eighth of the tokens or more.
     """
 
     sequential = True
@@ -57,7 +57,10 @@ class TokenBody(Body):
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The hidden state after texts [T, N], whose real tokens are ``real`` [T, N]."""
-        return self.keep(self.cache(*distinct(tokens, real))) if len(tokens) else {}
+        if not len(tokens):
+            return {}
+        on_cpu = tokens.device.type == "cpu"
+        return self.keep(self.cache(*distinct(tokens, real)) if on_cpu else self.extend(tokens, real, {})[1])
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         return self.after_prompts(seen.obs, started(seen.start), seen.hidden_state), {}
