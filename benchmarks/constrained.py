@@ -7,7 +7,7 @@
 The seeds of a method and a task are trained at once in one process. Each run is kept in
 benchmarks/results/constrained/<task>-<method>-s<seed>.json: how return and cost of the training episodes went, and an
 evaluation of the last policy with sampled actions, since the limit is for these. A run that is kept with equal settings
-is not repeated.
+is not repeated.  In without-margin beside them lie runs of CPO before it had a margin (commit 3eb2ab4).
 ``--docs`` measures nothing and puts the kept results into docs/explanation/constrained.md.
 """
 
@@ -145,9 +145,10 @@ def table() -> str:
         "|---" * 9 + "|",
     ]
     machine, commits = "", set[str]()
+    kept = [(KEPT, method, method) for method in METHODS] + [(KEPT / "without-margin", "cpo", "cpo, no margin")]
     for task in TASKS:
-        for method in METHODS:
-            paths = sorted(KEPT.glob(f"{task}-{method}-s*.json"))
+        for folder, method, called in kept:
+            paths = sorted(folder.glob(f"{task}-{method}-s*.json"))
             runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
             if not runs:
                 continue
@@ -156,7 +157,7 @@ def table() -> str:
             published = PUBLISHED.get(task, {}).get(method)
             best = f"best {Cruise().best(limit):.2f}" if task == "Cruise" else ""
             known = best if published is None else f"OmniSafe, 1e7 steps: {published[0]}, cost {published[1]}"
-            cells = [task, method, f"{int(given['total_steps']):,}", str(len(runs)), f"{limit:g}"]
+            cells = [task, called, f"{int(given['total_steps']):,}", str(len(runs)), f"{limit:g}"]
             cells += [rounded([x["evaluation"][f"stochastic_{y}"] for x in runs]) for y in ("return", "cost")]
             cells += [rounded([x["training_cost_last_fifth"] for x in runs]), known]
             lines.append(f"| {' | '.join(cells)} |")

@@ -13,9 +13,8 @@ benchmarks/results/language_peers.
 Both sample at temperature 1, in float32, and make ``epochs`` Adam steps (eps 1e-8, no decay) on all responses of an
 iteration, clipped to a norm of 1.  RLOO takes the KL from the reward (k1), GRPO k3 in the loss, a mean over tokens.
 ``small`` is a Llama with random weights that is made on the spot; its reward is the share of words with a number below
-300.
-``smollm2`` is the directory of --model, its reward the sentiment by vaderSentiment.  In ``smollm2-chat`` prompts are in
-its chat template, which makes them longer.  Means of fewer than five rewards are not shown.
+300.  ``smollm2`` is the directory of --model, its reward the sentiment by vaderSentiment.  In ``smollm2-chat`` prompts
+are in its chat template, which makes them longer.  Means of fewer than five rewards are not shown.
 """
 
 from __future__ import annotations

@@ -121,6 +121,8 @@ def on_fake_device() -> Iterator[None]:
     """What is made within it is made of tensors without values."""
     if not hasattr(torch, NAME):
         _setup_privateuseone_for_python_backend(NAME)
+        # From here on torch's checkpointing asks every backend of this process for it.
+        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:

@@ -153,6 +153,9 @@ def test_a_margin_gathers_violations_and_is_a_lower_limit() -> None:
     assert torch.allclose(algorithm.full_step(start, batch, model)[0], found, rtol=1e-3, atol=1e-5)
     first_batch(algorithm, env)
     assert margin.value == pytest.approx(0.25 * (float(algorithm.episodes.cost) - algorithm.cost_limit))
+    other = build(CPO, env, margin_lr=0.25, scale=False)
+    other.load_state_dict(algorithm.state_dict())
+    assert other.margin.value == margin.value > 0
 
 
 def test_a_step_that_costs_more_than_is_left_is_not_taken() -> None:

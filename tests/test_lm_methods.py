@@ -375,6 +375,9 @@ def test_pieces_are_of_similar_lengths_and_have_no_padding_that_none_needs() -> 
     assert len(set(lengths.tolist())) > 4
     parts = body.pieces(r, 4)
     assert sorted(i for index, _ in parts for i in index.tolist()) == list(range(32))
+    order = torch.cat([index for index, _ in parts])
+    equal = lengths[order].diff() == 0
+    assert equal.sum() > 8 and (order.diff() > 0)[equal].all()  # equally long ones of a group stay side by side
     least, cells = 0, 0
     for index, part in parts:
         rows, texts = len(part.mask), torch.cat([part.hidden_state[PROMPT][0].T, part.obs])

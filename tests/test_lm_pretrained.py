@@ -1,6 +1,8 @@
 """A language model of the transformers library in the place of our own."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +67,22 @@ def test_its_likelihoods_while_sampling_are_its_own(directory: Path) -> None:
             logits = model(input_ids=torch.cat([before, r.obs[:, n]]).unsqueeze(0)).logits[0].log_softmax(-1)
         own = logits[len(before) :].gather(-1, r.action[:, n].unsqueeze(-1)).squeeze(-1)
         assert (own - r.logp[:, n])[r.mask[:, n]].abs().max() < 1e-5
+
+
+def test_keys_and_values_are_gone_with_their_last_reference(directory: Path) -> None:
+    policy: Any = language_policy(*load(str(directory)))
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            _, cache = policy.body.extend(tokens, tokens > 0, {})
+        kept = [weakref.ref(x) for x in cache.values()]
+        assert len(kept) == 5
+        del cache
+        assert not any(x() is not None for x in kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("cls", [PPO, TRPO])

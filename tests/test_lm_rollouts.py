@@ -213,6 +213,17 @@ def test_a_prompt_of_several_columns_is_computed_once_and_learns_from_all() -> N
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_generation_begins_from_each_prompt_computed_once() -> None:
+    env = world(16, samples=4)
+    policy: Any = speaker(len(env.tokens))
+    count: list[int] = []
+    policy.body.transformer.embed.register_forward_hook(lambda *x: count.append(x[1][0].numel()))
+    r = collector(env).collect(policy)
+    prompts = r.hidden_state["prompt"][0].where(r.hidden_state["prompt.real"][0], -1)
+    few, width = len(prompts.unique(dim=0)), prompts.shape[1]
+    assert few <= 4 and count[0] == few * width and set(count[1:]) == {16}
+
+
 def test_prompts_of_few_columns_each_are_computed_with_their_responses() -> None:
     policy, r = collected(world(4))
     alone = replace(

@@ -67,9 +67,14 @@ class Algorithm(Scheduled, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         for part in self.scheduled.values():
-            part.to(next(self.policy.parameters()).device)
+            part.to(self.device)
         self.training_step = Kernel("learn", self.train_on)
         self.fit = Kernel("fit", self._fit)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is, and what the method keeps."""
+        return next(self.policy.parameters()).device
 
     def make_collector(self, env: VectorEnv, horizon: int, seed: int) -> Collector:
         """The collector of rollouts of up to ``horizon`` steps in the environments."""

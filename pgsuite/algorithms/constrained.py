@@ -72,7 +72,7 @@ class Constrained(ActorCritic):
     def __post_init__(self) -> None:
         self.channels = Channels(self.channels | {self.cost_channel: self.cost})
         super().__post_init__()
-        self.episodes = EpisodeCost(self.critic.num_envs).to(next(self.critic.parameters()).device)
+        self.episodes = EpisodeCost(self.critic.num_envs).to(self.device)
 
     def preprocess(self, rollout: Rollout) -> Rollout:
         self.episodes.update(rollout.channels[self.cost_channel], rollout)

@@ -49,7 +49,7 @@ class CPO(Constrained, TRPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.margin = Margin().to(next(self.critic.parameters()).device)
+        self.margin = Margin().to(self.device)
 
     def preprocess(self, rollout: Rollout) -> Rollout:
         rollout = super().preprocess(rollout)

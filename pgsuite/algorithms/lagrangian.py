@@ -42,7 +42,7 @@ class Lagrangian(Constrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.price = Multiplier(float(self.multiplier)).to(next(self.critic.parameters()).device)
+        self.price = Multiplier(float(self.multiplier)).to(self.device)
         self.price_optimizer = make_optimizer([self.price], self.multiplier_lr)
 
     def preprocess(self, rollout: Rollout) -> Rollout:

@@ -45,7 +45,7 @@ class REPPO(Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         multipliers = Multipliers(temperature=self.multiplier, kl_coef=self.multiplier)
-        self.multipliers = multipliers.to(next(self.policy.parameters()).device)
+        self.multipliers = multipliers.to(self.device)
         self.optimizer = make_optimizer([self.policy, self.multipliers], self.lr, self.optim, self.max_grad_norm)
         self.critic_optimizer = make_optimizer([self.critic], self.lr, self.optim, self.max_grad_norm)
         self.old = PastPolicy(self.policy)  # before the update

@@ -30,8 +30,7 @@ class VMPO(PPO):
     max_kl: Positive = 0.01  # bound on the mean KL(old || new) of an update, in nats
 
     def __post_init__(self) -> None:
-        device = next(self.policy.parameters()).device
-        self.multipliers = Multipliers(temperature=1.0, kl_coef=1.0).to(device)
+        self.multipliers = Multipliers(temperature=1.0, kl_coef=1.0).to(self.device)
         super().__post_init__()
         self.old = PastPolicy(self.policy)  # before the update
 

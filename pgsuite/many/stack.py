@@ -164,7 +164,7 @@ class Stack:
         self.seen: set[int] = {id(x) for x in algorithms}
         self.found: list[tuple[Any, Any, str, list[Any]]] = []  # owner, key, name, the value in each run
         self.look(list(algorithms), "algo")
-        device = next(algorithms[0].policy.parameters()).device
+        device = algorithms[0].device
         self.anchor = torch.arange(self.count, device=device)
         slots, generators = (
             [x for x in self.found if isinstance(x[3][0], Generator) == drawn] for drawn in (False, True)

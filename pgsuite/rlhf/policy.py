@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -57,10 +57,7 @@ class TokenBody(Body):
 
     def read(self, tokens: Tensor, real: Tensor) -> HiddenState:
         """The hidden state after texts [T, N], whose real tokens are ``real`` [T, N]."""
-        if not len(tokens):
-            return {}
-        on_cpu = tokens.device.type == "cpu"
-        return self.keep(self.cache(*distinct(tokens, real)) if on_cpu else self.extend(tokens, real, {})[1])
+        return self.keep(self.cache(*distinct(tokens, real))) if len(tokens) else {}
 
     def sequence(self, seen: PolicyInput) -> tuple[Tensor, HiddenState]:
         return self.after_prompts(seen.obs, started(seen.start), seen.hidden_state), {}
@@ -70,7 +67,7 @@ class TokenBody(Body):
         if PROMPT not in hidden_state:
             return self.features(tokens, real)
         prompt, known = hidden_state[PROMPT][0].T, hidden_state[REAL][0].T
-        if len(prompt) and tokens.device.type == "cpu" and not self.fixed_shape:
+        if len(prompt) and not self.fixed_shape:
             given, is_real, column = distinct(prompt, known)
             if 8 * (prompt.numel() - given.numel()) >= prompt.numel() + tokens.numel():
                 return self.extend(tokens, real, self.cache(given, is_real, column))[0]
@@ -151,7 +148,9 @@ def prompt_state(tokens: Tensor, real: Tensor, rows: int) -> HiddenState:
 
 def distinct(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The different ones among texts [T, N] and their masks of real tokens, each [T, M], and the place of each text
-    among them [N].  Reads their number from the device."""
+    among them [N].  On another device than the CPU, from which their number would have to be read, these are all."""
+    if tokens.device.type != "cpu":
+        return tokens, real, torch.arange(tokens.shape[1], device=tokens.device)
     both, column = (2 * tokens + 1).where(real, 0).unique(dim=1, return_inverse=True)
     return both // 2, both % 2 == 1, column
 
@@ -277,7 +276,7 @@ class Pretrained(nn.Module):
 
     def forward_with_cache(self, tokens: Tensor, real: Tensor, cache: HiddenState) -> tuple[Tensor, HiddenState]:
         seen, position, visible = look(real.T, cache)
-        keys = growing_cache()(cache)
+        keys = growing_cache_class()(cache)
         found = self.run(tokens, position, visible, **{self.cache_name: keys}, use_cache=True)
         return found.last_hidden_state.transpose(0, 1), {SEEN: seen} | keys.after
 
@@ -288,8 +287,8 @@ class Pretrained(nn.Module):
         return self.model(input_ids=tokens.T, attention_mask=mask, position_ids=position.clamp(min=0), **options)
 
 
-@cache
-def growing_cache() -> Any:
+@functools.cache
+def growing_cache_class() -> Any:
     """The class of caches of transformers that begin with the keys and values of another, of whose layers ``after`` has
     those that were computed.  A layer that is computed twice, since activations are not kept, finds the same again."""
     from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
@@ -402,7 +401,7 @@ def recompute_activations(body: Transformer | Pretrained) -> None:
         return checkpoint(given, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
     for block in body.blocks:
-        block.forward = partial(forward, block.forward)
+        block.forward = functools.partial(forward, block.forward)
 
 
 def merged(model: nn.Module) -> dict[str, Tensor]:
