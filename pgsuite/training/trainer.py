@@ -22,6 +22,7 @@ from pgsuite.kernel import Kernel, kernels_of, phase
 from pgsuite.nn.optim import Optimizer
 from pgsuite.rollout import Collector, EpisodeTracker
 from pgsuite.settings import Checked
+from pgsuite.training.memory import freed_memory
 from pgsuite.types import Metrics
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ class Trainer:
         del self.finished[: self._start_of_recent()]
         for callback in self.callbacks:
             callback.on_iteration(self, report)
+        freed_memory.give_back()
 
     def iterate(self) -> Report:
         began, collecting = perf_counter(), sum(self.collector.seconds.values())
