@@ -1,6 +1,6 @@
 """What methods and settings learn beside PPO, at the same steps and with its recipes.
 
-    python benchmarks/beside_ppo.py [spo symmetry ...]
+    python benchmarks/beside_ppo.py [reppo symmetry ...]
     python benchmarks/beside_ppo.py --docs
 
 Each comparison trains every contender in every environment with the seeds of ``SEEDS``, which are trained at once.
@@ -37,7 +37,10 @@ COMPARISONS = {
         {"Pendulum": 40_000, "HalfCheetah": 65_536},
         {"PPO": EAGER, "REPPO": ("reppo", "execution=eager")},
     ),
-    "spo": Comparison({"HalfCheetah": 300_000}, {"PPO": PPO, "SPO": ("spo", "tuned=ppo-{env}")}),
+    "locomotion": Comparison(
+        {"HalfCheetah": 300_000},
+        {"PPO": PPO, "SPO": ("spo", "tuned=ppo-{env}"), "REPPO": ("reppo", "execution=eager")},
+    ),
     "symmetry": Comparison(
         {"Pendulum": 40_000},
         {

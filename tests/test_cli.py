@@ -498,7 +498,9 @@ def test_a_directory_that_holds_a_run_is_left_alone(command: Cli) -> None:
     assert before == {p: p.read_bytes() for p in command.folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("how", ["truncated", "altered", "hostile", "foreign", "missing", "nowhere", "nothing"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "altered", "hostile", "foreign", "missing", "nowhere", "above", "path", "nothing"]
+)
 def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, own_run: Path, how: str) -> None:
     *before, path = checkpoint.numbered(own_run)
     for other in before:
@@ -521,10 +523,15 @@ def test_a_bad_checkpoint_is_refused_by_name_and_runs_nothing(command: Cli, own_
         path.unlink()
     elif how == "nowhere":
         given = "run=elsewhere"
+    elif how == "above":
+        given = "run=."
+    elif how == "path":
+        given = "run"
     else:
         given = "episodes=3"
     code, _, err = command("evaluate", given)
     expected = {"nowhere": "no run directory elsewhere", "missing": "no checkpoint in", "nothing": "run must be a run"}
+    expected |= {"above": "the directory of 1 run: name one, such as run", "path": "a path, and settings are written"}
     assert code == 1 and expected.get(how, str(path.relative_to(command.folder))) in err
     assert "Traceback" not in err and not (command.folder / "broken_into").exists()
     assert not (own_run / "evaluation.json").exists()

@@ -208,6 +208,8 @@ def uncomposable(error: BaseException, arguments: Sequence[str]) -> str:
 def _unparsed(argument: str, reason: str) -> str:
     """Message for an argument that is no override in Hydra's grammar."""
     setting, given, value = argument.partition("=")
+    if not given and Path(argument).exists():
+        return f"{argument!r} is a path, and settings are written as run={argument} or resume={argument}"
     if not given:
         return f"{argument!r} is no setting, which are written as algo.lr=1e-3 ({reason})"
     if re.search(r"[^\w./@+~-]", setting):

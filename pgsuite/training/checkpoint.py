@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from pgsuite.errors import UserError
+from pgsuite.errors import UserError, counted
 from pgsuite.files import replacing
 from pgsuite.functional.trust_region import map_tensors
 from pgsuite.trust import check_archive, check_settings
@@ -122,9 +122,11 @@ def numbered(run: Path) -> list[Path]:
 
     Raises UserError if there is none.
     """
-    if not (found := _numbered(run)):
-        raise UserError(f"no checkpoint in {run / FOLDER}" if run.is_dir() else f"no run directory {run}")
-    return found
+    if found := _numbered(run):
+        return found
+    if within := sorted(folder.parent for folder in run.glob(f"*/{FOLDER}")):
+        raise UserError(f"{run} is the directory of {counted(len(within), 'run')}: name one, such as {within[0]}")
+    raise UserError(f"no checkpoint in {run / FOLDER}" if run.is_dir() else f"no run directory {run}")
 
 
 def _numbered(run: Path) -> list[Path]:
