@@ -7,8 +7,9 @@ from typing import Any, cast
 import pytest
 import torch
 from test_cli import Cli, command  # noqa: F401
-from toys import PointMass, build, collector, mostly_long
+from toys import PointMass, build, collector, mostly_long, resume_alike
 
+from pgsuite import seeding
 from pgsuite.algorithms import A2C, NPG, PPO, SPO, TRPO, VMPO, Algorithm, PPOPenalty, Reinforce
 from pgsuite.algorithms.symmetry import SignedPermutation, Symmetry, Table
 from pgsuite.envs import make
@@ -78,9 +79,9 @@ def test_classic_tasks_are_symmetric(double: None, cls: Any) -> None:
 ODD = {"observation": [-1, -2, -3, -4], "action": [-1, -2]}
 
 
-def symmetry(env: Any, *, augment: bool = True, coef: float = 0.0) -> Symmetry:
+def symmetry(env: Any, *, augment: bool = True, coef: float = 0.0, bodies: Any = ()) -> Symmetry:
     mirror = Table(env.observation_space, env.action_space, **ODD)
-    return Symmetry(mirror, env.action_space, augment=augment, coef=coef)
+    return Symmetry(mirror, env.action_space, augment=augment, coef=coef, bodies=bodies, num_envs=env.num_envs)
 
 
 # Adam as usual would make steps of the rounding errors of gradients that are zero.
@@ -187,9 +188,75 @@ def test_the_mirror_loss_is_the_squared_distance_and_makes_a_policy_symmetric(
     assert found[1] < 0.95 and found[1] < found[0]
 
 
+def remembering(cls: type[Algorithm], env: Any, recurrent: Any = "gru", *, own: bool = True, **options: Any) -> Any:
+    """A method whose policy remembers, and, if ``own``, its critic as well, on mirrored rollouts."""
+    look = {"recurrent": recurrent, "recurrent_size": 16, "generator": seeding.generator(0, "networks")}
+    algorithm = build(cls, env, look=look, recurrent=recurrent if own else "none", **options)
+    with torch.no_grad():
+        algorithm.policy.out.weight.mul_(30)  # what is remembered matters to the actions
+    bodies = [x.body for x in (algorithm.policy, getattr(algorithm, "critic", None)) if x is not None]
+    algorithm.symmetry = symmetry(env, bodies=bodies)
+    return algorithm
+
+
+MEMORIES = ["gru", "lstm", {"_target_": "transformer", "window": 6}]
+
+
+@pytest.mark.parametrize("recurrent", mostly_long(MEMORIES, MEMORIES[0]))
+def test_memories_of_mirrored_episodes_are_those_of_having_lived_through_them(double: None, recurrent: Any) -> None:
+    """Over three rollouts, with episodes that end within them: step by step from the first mirrored observation on."""
+    env = PointMass(8, max_episode_steps=7)
+    algorithm = remembering(PPO, env, recurrent, standardize=False)
+    rollouts, policy, critic = collector(algorithm, env, 10), algorithm.policy, algorithm.critic
+    states = {x.name: x.initial_state(8) for x in (policy.body, critic.body)}
+    for _ in range(3):
+        rollout = rollouts.collect(policy)
+        prepared = algorithm.preprocess(rollout)
+        batch = algorithm.compute_advantages(prepared)
+        logp, values = [], []
+        for t in range(10):
+            features = []
+            for body in (policy.body, critic.body):
+                found, states[body.name] = body.step(-rollout.obs[t], states[body.name], rollout.start[t])
+                features.append(found)
+            logp.append(policy.distribution(features[0], -rollout.obs[t]).log_prob(-rollout.action[t]))
+            values.append(critic.read(features[1]))
+        assert torch.allclose(batch.logp[:, 8:], torch.stack(logp), atol=1e-10)
+        assert torch.allclose(policy.dist(batch).log_prob(batch.action)[:, 8:], torch.stack(logp), atol=1e-10)
+        assert torch.allclose(critic(batch)[:, 8:], torch.stack(values), atol=1e-10)
+        assert torch.allclose(batch.logp[:, :8], rollout.logp, atol=1e-10)
+        assert not torch.allclose(batch.logp[:, 8:], rollout.logp, atol=1e-3)
+        algorithm.update_statistics(rollout)
+
+
+@pytest.mark.parametrize("own", mostly_long([True, False], True))
+@pytest.mark.parametrize("cls", mostly_long(METHODS, PPO))
+def test_every_method_trains_on_what_is_remembered_and_resumes_exactly(cls: type[Algorithm], own: bool) -> None:
+    pairs = []
+    for seed in (0, 1):
+        env = PointMass(8, max_episode_steps=7)
+        algorithm = remembering(cls, env, own=own, seed=seed, **METHODS[cls])
+        algorithm.symmetry.coef = 0.1
+        pairs.append((algorithm, collector(algorithm, env, 10, seed=seed)))
+    (algorithm, rollouts), _ = pairs
+    algorithm.iterate(rollouts)
+    memory = algorithm.symmetry.memory["policy"].hidden_state
+    assert memory.abs().max() > 0 and algorithm.finite()
+    assert any(name.endswith("hidden_state") for name in algorithm.state_dict()["symmetry"])
+    resume_alike(*pairs)
+
+
+def test_a_memory_whose_mirror_image_is_not_kept_is_refused() -> None:
+    env = PointMass(8)
+    algorithm = remembering(PPO, env)
+    algorithm.validate(collector(algorithm, env))
+    algorithm.symmetry = symmetry(env, bodies=[algorithm.policy.body])
+    with pytest.raises(ValueError, match="for the critic"):
+        algorithm.validate(collector(algorithm, env))
+
+
 WRONG = [
     (["env=HalfCheetah", "symmetry.augment=true"], "HalfCheetah-v5 has no known mirror symmetry"),
-    (["env=Walker2d", "symmetry.augment=true", "policy.recurrent=gru"], "without memory"),
     (["env=CartPole", "symmetry.coef=1"], "symmetry.coef is for a Box of actions"),
     (["env=SafetyAntVelocity", "algo=cpo", "algo.cost_limit=1", "symmetry.coef=1"], "takes no mirror loss"),
     (["env=CartPole", "symmetry.mirror=task"], "would have no effect with symmetry.augment=false"),
@@ -215,6 +282,11 @@ def test_what_does_not_fit_is_refused_by_name(command: Cli, given: list[str], me
 @pytest.mark.long
 def test_runs_train_on_the_symmetry_of_their_task(command: Cli, more: list[str]) -> None:  # noqa: F811
     small = ["num_envs=4", "total_steps=512", "horizon=32", "symmetry.augment=true", *more]
-    for algo, env, coef in (("trpo", "Pendulum", 1.0), ("ppo", "CartPole", 0.0)):
-        code, _, err = command("train", f"algo={algo}", f"env={env}", "~tuned", f"symmetry.coef={coef}", *small)
+    for algo, env, coef, memory in (
+        ("trpo", "Pendulum", 1.0, "none"),
+        ("ppo", "CartPole", 0.0, "none"),
+        ("trpo", "Pendulum", 0.1, "gru"),
+    ):
+        given = [f"algo={algo}", f"env={env}", "~tuned", f"symmetry.coef={coef}", f"policy.recurrent={memory}"]
+        code, _, err = command("train", *given, *small)
         assert code == 0, err

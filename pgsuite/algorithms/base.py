@@ -109,7 +109,8 @@ class Algorithm(Scheduled, ABC):
             rollout = self.reference.compare(rollout, self.micro_batches)
         if self.symmetry is not None:
             reference = None if self.reference is None else self.reference.policy
-            rollout = self.symmetry.compare(rollout, self.policy, reference, self.micro_batches)
+            rollout = self.symmetry.compare(self.symmetry.attach(rollout), self.policy, reference, self.micro_batches)
+            self.symmetry.follow(self.policy.body, rollout)  # as the policy that acted
         if self.reward_scale is not None:
             rollout = replace(rollout, reward=self.reward_scale(rollout.reward, rollout.mask))
         for critic in self.critics:
@@ -177,6 +178,8 @@ class Algorithm(Scheduled, ABC):
         before the next rollout."""
         self.policy.update_statistics(rollout if self.symmetry is None else self.symmetry.both(rollout))
         for critic in self.critics:
+            if self.symmetry is not None and critic.remembers:
+                self.symmetry.follow(critic.body, critic.attach_critic_state(rollout))
             critic.update_statistics(rollout)
 
     @is_phase("metrics")
@@ -271,11 +274,9 @@ class Algorithm(Scheduled, ABC):
                     f"{type(self).__name__}.{name} is a {path}, and must be a pgsuite.nn.optim.Optimizer: write "
                     f"self.{name} = pgsuite.nn.optim.make_optimizer([self.policy], self.lr, '{path}')"
                 )
-        if self.symmetry is not None and self.sequential:
-            raise ValueError(
-                "symmetry.augment and symmetry.coef are for networks without memory, since mirrored episodes have no "
-                "hidden states: leave them out"
-            )
+        if self.symmetry is not None:
+            for network in filter(None, (self.policy, getattr(self, "critic", None))):
+                self.symmetry.check(network.body)
         if collector.is_off_policy and not self.supports_off_policy:
             raise ValueError(
                 f"overlap=true has an earlier policy act, and {type(self).__name__} is right only about what its own "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from pgsuite.envs.tasks.base import Signed
 from pgsuite.functional import objectives
+from pgsuite.nn.network import Body
 from pgsuite.nn.policy import Policy, log_prob
 from pgsuite.types import Batch, Obs, Rollout
 
 E = TypeVar("E", Rollout, Batch)
 LOGP, REFERENCE = "mirrored_logp", "mirrored_reference"  # of a rollout's ``extra``
+MIRRORED = "mirrored "  # before the names of the hidden states of a mirror image
 
 
 class Mirror(nn.Module, ABC):
@@ -105,23 +107,69 @@ class Table(Mirror):
 MIRRORS: dict[str, type[Mirror]] = {"table": Table}
 
 
+class MirroredMemory(nn.Module):
+    """The hidden states [N, H] of a network with memory in the mirror images of the environments."""
+
+    hidden_state: Tensor
+
+    def __init__(self, initial: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("hidden_state", initial.clone())
+
+
 class Symmetry(nn.Module):
     """What a method makes of a mirror symmetry: with ``augment`` it trains on each rollout and on its mirror image, and
     with ``coef`` the policy objective is reduced by coef times the mirror loss.
 
     The mirror loss is |mode(s) - mirrored mode(mirrored s)|^2, summed over the components of an action (Yu et al.,
     2018).  Raises ValueError for it with actions other than a Box.
+
+    Networks with memory remember the mirrored episode as well: the hidden states of their ``bodies`` in the mirror
+    images of ``num_envs`` environments are kept from rollout to rollout.
     """
 
-    def __init__(self, mirror: Mirror, action_space: spaces.Space[Any], *, augment: bool, coef: float) -> None:
+    def __init__(
+        self,
+        mirror: Mirror,
+        action_space: spaces.Space[Any],
+        *,
+        augment: bool,
+        coef: float,
+        bodies: Iterable[Body] = (),
+        num_envs: int = 0,
+    ) -> None:
         super().__init__()
         self.mirror, self.augments, self.coef = mirror, augment, coef
+        states = {body.name: body.initial_state(num_envs)[body.name] for body in bodies if body.carries}
+        self.memory: Any = nn.ModuleDict({name: MirroredMemory(x) for name, x in states.items()})
         if coef > 0 and not isinstance(action_space, spaces.Box):
             raise ValueError(f"symmetry.coef is for a Box of actions, not {action_space}: take symmetry.augment=true")
 
     def image(self, seen: E) -> E:
-        """The mirror image of the observations and actions of a rollout or a batch."""
-        return replace(seen, obs=self.mirror.observation(seen.obs), action=self.mirror.action(seen.action))
+        """The mirror image of a rollout or a batch: of its observations, its actions and what is remembered."""
+        states = {name: seen.hidden_state.get(opposite(name), x) for name, x in seen.hidden_state.items()}
+        obs, action = self.mirror.observation(seen.obs), self.mirror.action(seen.action)
+        return replace(seen, obs=obs, action=action, hidden_state=states)
+
+    def attach(self, rollout: Rollout) -> Rollout:
+        """The rollout with the hidden states of its mirror image at its start."""
+        states = {MIRRORED + name: x.hidden_state.unsqueeze(0).clone() for name, x in self.memory.items()}
+        return replace(rollout, hidden_state=rollout.hidden_state | states)
+
+    @torch.no_grad()
+    def follow(self, body: Body, rollout: Rollout) -> None:
+        """Advance the hidden state of a body in the mirror image to the end of a rollout that has its own."""
+        if body.name in self.memory:
+            after = body.sequence(self.image(self.attach(rollout)))[1][body.name][-1]
+            self.memory[body.name].hidden_state.copy_(after)
+
+    def check(self, body: Body) -> None:
+        """Raise ValueError for a body whose memory of the mirror image is not kept."""
+        if body.sequential and body.name not in self.memory:
+            raise ValueError(
+                f"Symmetry keeps no memory of mirrored episodes for the {body.name}'s {body.shape}: give that as one "
+                "of its bodies; language models have none"
+            )
 
     @torch.no_grad()
     def compare(self, rollout: Rollout, policy: Policy, reference: Policy | None, pieces: int = 1) -> Rollout:
@@ -165,6 +213,11 @@ class Symmetry(nn.Module):
             return 0.0
         mode, image = (policy.dist(x).mode() for x in (batch, self.image(batch)))
         return self.coef * (mode - self.mirror.action(image)).square().sum(-1)
+
+
+def opposite(name: str) -> str:
+    """The name of the hidden state of the mirror image of the one that is named, and the reverse."""
+    return name.removeprefix(MIRRORED) if name.startswith(MIRRORED) else MIRRORED + name
 
 
 def join(one: E, other: E) -> E:

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,7 @@ from pgsuite.envs.tasks import Task
 from pgsuite.errors import UserError, counted
 from pgsuite.execution.modes import execute
 from pgsuite.execution.precision import lower
-from pgsuite.nn.network import Features, Network
+from pgsuite.nn.network import Body, Features, Network
 from pgsuite.nn.normalize import ClipReward, RewardScale, Standardize, WhitenReward, is_screen
 from pgsuite.nn.policy import Critic, Policy
 from pgsuite.rollout import OverlappedCollector
@@ -202,8 +203,9 @@ def build_channels(run: Run) -> Channels:
     return found
 
 
-def build_symmetry(env: VectorEnv, run: Run) -> Symmetry | None:
-    """What a run makes of a mirror symmetry; None if nothing.  Raises UserError for one that does not exist or fit."""
+def build_symmetry(env: VectorEnv, run: Run, bodies: Sequence[Body]) -> Symmetry | None:
+    """What a run with networks of these bodies makes of a mirror symmetry; None if nothing.  Raises UserError for one
+    that does not exist or fit."""
     wanted = run.symmetry
     if not wanted.augment and not wanted.coef:
         return None
@@ -219,7 +221,8 @@ def build_symmetry(env: VectorEnv, run: Run) -> Symmetry | None:
     spaces = (env.observation_space, env.action_space)
     try:
         found = make_component(mirror, MIRRORS, Mirror, "symmetry.mirror", *spaces)
-        return Symmetry(found, env.action_space, augment=wanted.augment, coef=wanted.coef).to(env.device)
+        how: dict[str, Any] = {"augment": wanted.augment, "coef": wanted.coef}
+        return Symmetry(found, env.action_space, **how, bodies=bodies, num_envs=env.num_envs).to(env.device)
     except ValueError as error:
         raise UserError(f"{env.name}: {error}") from error
 
@@ -297,7 +300,7 @@ def build(run: Run, env: VectorEnv | None = None) -> Trainer:
         reward_scale=reward_scale,
         reference=None if reference["coef"] is None else Reference(policy, **reference),
         channels=channels,
-        symmetry=build_symmetry(env, run),
+        symmetry=build_symmetry(env, run, [policy.body, critic.body]),
         **imitated(env, run),
     )
     if channels and not isinstance(algorithm, ActorCritic):
