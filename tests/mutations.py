@@ -995,6 +995,13 @@ MUTATIONS = [
         "lm_rollouts::test_a_prompt_of_several_columns_is_computed_once_and_learns_from_all",
     ),
     fault(
+        "mirrored episodes are forgotten between rollouts",
+        "algorithms/symmetry.py",
+        "self.memory[body.name].hidden_state.copy_(after)",
+        "self.memory[body.name].hidden_state.copy_(0 * after)",
+        "symmetry::test_memories_of_mirrored_episodes_are_those_of_having_lived_through_them",
+    ),
+    fault(
         "the margin of CPO does not tighten its constraint",
         "algorithms/cpo.py",
         "self.episodes.cost + self.margin.value - self.cost_limit",
