@@ -22,6 +22,7 @@ def test_a_run_of_measured_threads_is_the_run_of_those_numbers(
 ) -> None:
     monkeypatch.setattr(threads, "WARM", 0)
     monkeypatch.setattr(threads, "ROUNDS", 1)
+    monkeypatch.setattr(mujoco_batch, "usable_cores", lambda: 2)
     code, out, _ = command("train", *CHEETAH, "torch_threads=measure", "hydra.run.dir=one")
     config = yaml.safe_load((command.folder / "one" / "config.yaml").read_text())
     numbers = config["torch_threads"], config["env_threads"]
