@@ -11,9 +11,9 @@ from test_cli import command as command
 from pgsuite.training.memory import FreedMemory, freed_memory, resident_pages
 
 GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
+pytestmark = pytest.mark.skipif(not GLIBC, reason="not glibc's allocator")
 
 
-@pytest.mark.skipif(not GLIBC, reason="not glibc's allocator")
 def test_freed_blocks_between_others_go_back_once_the_process_is_half_as_large_again() -> None:
     freed_memory.give_back()
     blocks = [torch.ones(25_000) for _ in range(2000)]  # 200 MB, each too small for pages of its own
@@ -30,7 +30,6 @@ def test_freed_blocks_between_others_go_back_once_the_process_is_half_as_large_a
     assert all(x.sum() == 25_000 for x in kept)
 
 
-@pytest.mark.skipif(not GLIBC, reason="not glibc's allocator")
 def test_training_gives_freed_memory_back(command: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(freed_memory, "trim", asked.append)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from pathlib import Path
 
 STATM = Path("/proc/self/statm")  # of Linux: sizes of the process in pages, of which the second is resident
@@ -14,12 +13,12 @@ class FreedMemory:
 
     The allocator of glibc keeps what was freed, and rather than fill the gaps that are left between aligned blocks it
     asks for more: compiled learning from images in bfloat16 would grow by gigabytes.  Does nothing with another C
-    library.
+    library, or where the size of the process cannot be read.
     """
 
     def __init__(self) -> None:
         self.pages = 0  # resident when it was last given back
-        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if STATM.exists() else None
 
     def give_back(self) -> None:
         if self.trim is not None and resident_pages() > 1.5 * self.pages:
