@@ -11,8 +11,9 @@ from toys import PointMass, build, collector, mostly_long, resume_alike
 
 from pgsuite import seeding
 from pgsuite.algorithms import A2C, NPG, PPO, SPO, TRPO, VMPO, Algorithm, PPOPenalty, Reinforce
-from pgsuite.algorithms.symmetry import SignedPermutation, Symmetry, Table
+from pgsuite.algorithms.symmetry import Symmetry
 from pgsuite.envs import make
+from pgsuite.envs.mirrors import SignedPermutation, Table
 from pgsuite.envs.tasks import classic, mujoco
 from pgsuite.envs.tasks.base import Signed
 

@@ -24,11 +24,12 @@ from pgsuite import distributed, seeding
 from pgsuite.algorithms.base import ActorCritic, Algorithm
 from pgsuite.algorithms.channels import Channel, Channels
 from pgsuite.algorithms.reference import Reference
-from pgsuite.algorithms.symmetry import MIRRORS, Mirror, Symmetry
+from pgsuite.algorithms.symmetry import Symmetry
 from pgsuite.app.schema import Run, locate
 from pgsuite.components import is_component, make_component
 from pgsuite.envs import VectorEnv, make
 from pgsuite.envs.base import VectorEnvConfig
+from pgsuite.envs.mirrors import MIRRORS, Mirror
 from pgsuite.envs.spaces import to_data
 from pgsuite.envs.tasks import Task
 from pgsuite.errors import UserError, counted
