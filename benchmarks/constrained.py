@@ -37,7 +37,7 @@ TASKS = ("Cruise", *(f"Safety{name}Velocity" for name in ROBOTS))
 STEPS = {"Cruise": 115_200}  # others: --steps
 CRUISE = ["num_envs=48", "horizon=16", "algo.cost_limit=4"]
 CRUISE_PPO = ["algo.lr=3e-4", "algo.minibatches=4"]
-# Where a slower multiplier returns more at equal costs, by seeds 100 to 102.
+# A slower multiplier returns more there, at costs near the limit (multiplier-lr.json of the results, seeds 100 to 102).
 SLOWER = {("SafetyWalker2dVelocity", f"{method}_lagrangian"): ["algo.multiplier_lr=0.01"] for method in ("ppo", "trpo")}
 RECIPES = {"ppo_lagrangian": "ppo", "trpo_lagrangian": "trpo", "cpo": "trpo"}  # of gymnasium's tasks
 # Return and cost of OmniSafe after 1e7 steps at a limit of 25, its benchmarks/on-policy/README.md, table 2.

@@ -5,9 +5,10 @@
     python benchmarks/games.py --docs
 
 The protocol is RL Zoo's: no sticky actions, clipped rewards, and in training a lost life ends an episode; scores are of
-whole games.  With ``--sticky`` actions are sticky (Machado et al., 2018), and else the protocol is the same.  Learning
-rates are those of the first ``steps`` of the recipe's ten million, and layers are computed in bfloat16.  Results are
-kept in benchmarks/results/returns-games and returns-games-sticky; a kept run is not repeated with the same code.
+whole games.  With ``--sticky`` actions are sticky (Machado et al., 2018); the rest of the protocol is the same.
+Learning rates are those of the first ``steps`` of the recipe's ten million, and layers are computed in bfloat16.
+Results are kept in benchmarks/results/returns-games and returns-games-sticky; a kept run is not repeated with the same
+code.
 ``--docs`` measures nothing and puts the kept results into docs/reference/results.md.
 """
 
@@ -56,7 +57,7 @@ def score(curve: dict[str, list[float]], steps: int) -> float | None:
 
 
 def table() -> str:
-    """Every kept result, by method and game, each above the run that RL Zoo publishes, which has no sticky actions."""
+    """Every kept result, by method and game: without sticky actions, RL Zoo's run, which has none, and with them."""
     short = [f"{steps // 1_000_000}M" if steps >= 1_000_000 else f"{steps // 1000}k" for steps in AT]
     heads = [*short, "last policy, sampled", "last policy, deterministic"]
     lines = [f"| | seeds | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500_000)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--sticky", action="store_true", help="sticky actions, which RL Zoo's runs have not")
+    parser.add_argument("--sticky", action="store_true", help="with sticky actions, which RL Zoo's runs do not have")
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args()
     if not options.docs:
